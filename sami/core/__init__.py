@@ -1,0 +1,1 @@
+"""What any run is made of, whatever the method."""

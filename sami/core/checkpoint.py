@@ -1,0 +1,122 @@
+"""Checkpoints that are whole or not there, and small weight files that describe themselves.
+
+``checkpoints/step-<n>/`` holds ``state.pt`` (tensors and plain data) and ``meta.json`` (step,
+configuration, sha256 of the state). It is written under another name, synced and renamed.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+STATE, META = "state.pt", "meta.json"
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read; the message says what is wrong with it."""
+
+
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], meta: dict[str, Any], keep: int
+) -> Path:
+    """Write ``folder/step-<step>`` atomically, then drop all but the newest ``keep``.
+
+    Raises:
+        OSError: for example a full disk; earlier checkpoints are as they were.
+    """
+    final = folder / f"step-{step}"
+    temporary = folder / f".writing-step-{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        torch.save(state, temporary / STATE)
+        digest = _sha256(temporary / STATE)
+        (temporary / META).write_text(
+            json.dumps({**meta, "step": step, "sha256": digest}, indent=1)
+        )
+        for name in (STATE, META):
+            _sync(temporary / name)
+        if final.exists():  # of a run that was cut back behind it
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(folder)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, RuntimeError):  # what torch's zip writer makes of a full disk
+            raise OSError(f"checkpoint {final} could not be written: {error}") from error
+        raise
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest step first."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        Damaged: no or unreadable ``meta.json``.
+    """
+    try:
+        return json.loads((checkpoint / META).read_text())
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{checkpoint} has no readable {META}") from error
+
+
+def read_state(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    """The tensors and plain data of a checkpoint, after its checksum.
+
+    Raises:
+        Damaged: missing, cut short or changed.
+    """
+    try:
+        if _sha256(checkpoint / STATE) != read_meta(checkpoint)["sha256"]:
+            raise Damaged(
+                f"{checkpoint} is damaged: its {STATE} differs from the recorded checksum"
+            )
+        return torch.load(checkpoint / STATE, map_location=device, weights_only=True)
+    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise Damaged(f"{checkpoint} is damaged: {' '.join(str(error).split())[:200]}") from error
+
+
+def write_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file with its header, atomically."""
+    temporary = path.with_name(f".{path.name}.writing")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, temporary, {"format": "pt", **metadata})
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small text file, atomically."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text)
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

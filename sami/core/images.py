@@ -1,0 +1,132 @@
+"""Bytes to pixels: decode, cut a region at a size, normalise on the device."""
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import nn
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# The picture above which a sample counts as bad: 100 million pixels decode to 300 MB.
+MAX_PIXELS = 100_000_000
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's; times 255 these are SAM's own pixel_mean and pixel_std
+STD = (0.229, 0.224, 0.225)
+
+Box = tuple[float, float, float, float]
+
+
+class BadImage(Exception):
+    """A picture that cannot be used; the message is the reason that the summary counts it under."""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """A picture with its header read and its pixels not yet decoded.
+
+    Raises:
+        BadImage: not a picture, or larger than MAX_PIXELS.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise BadImage("too many pixels") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise BadImage("empty file" if not data else "not a picture") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage("too many pixels")
+    return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height in pixels after the EXIF orientation is applied."""
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def cut(image: Image.Image, box: Box, sizes: list[int], flip: bool) -> list[np.ndarray]:
+    """The same region of a picture at several sizes, each resized from the original pixels.
+
+    A JPEG is decoded at the largest power-of-two reduction at which the region still has at
+    least the largest asked size on both sides, so that nothing is scaled up on account of it.
+
+    Args:
+        image: from :func:`open_image`; it is decoded here, once.
+        box: left, top, right, bottom in pixels of the upright picture.
+        sizes: sides of the square outputs, in pixels.
+        flip: mirror left and right.
+
+    Returns:
+        One uint8 array [size, size, 3] per size.
+
+    Raises:
+        BadImage: the picture is damaged.
+    """
+    left, top, right, bottom = box
+    width, height = upright_size(image)
+    try:
+        if image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
+            need = max(sizes)
+            image.draft(
+                None, (_at_least(width, need, right - left), _at_least(height, need, bottom - top))
+            )
+        pixels = _to_rgb(ImageOps.exif_transpose(image))
+        x, y = pixels.width / width, pixels.height / height
+        region = (left * x, top * y, right * x, bottom * y)
+        views = {
+            size: np.asarray(pixels.resize((size, size), Image.Resampling.BICUBIC, box=region))
+            for size in set(sizes)
+        }
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise BadImage("damaged picture") from error
+    return [views[size][:, ::-1] if flip else views[size] for size in sizes]
+
+
+def to_tensor(view: np.ndarray) -> torch.Tensor:
+    """uint8 [H, W, 3] to uint8 [3, H, W], contiguous."""
+    return torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1)))
+
+
+class Normalise(nn.Module):
+    """Pictures to zero mean and unit variance by ImageNet's (and SAM's) statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W], uint8 in 0..255 or floating point in 0..1, to float32 [B, 3, H, W]."""
+        scale = 255.0 if images.dtype == torch.uint8 else 1.0
+        return (images.float() - self.mean * scale) / (self.std * scale)
+
+
+def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """[B, 3, h*p, w*p] to patches in raster order [B, h*w, 3*p*p], channels first in each."""
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """The inverse of :func:`patchify` for a square grid."""
+    side = round(patches.shape[1] ** 0.5)
+    return rearrange(
+        patches, "b (h w) (c p q) -> b c (h p) (w q)", h=side, c=3, p=patch_size, q=patch_size
+    )
+
+
+def _at_least(full: int, need: int, part: float) -> int:
+    """The side of the whole picture at which ``part`` of it still measures ``need`` pixels."""
+    return max(1, int(np.ceil(full * need / part)))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: Pillow would clip, not scale
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        image = Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:  # Pillow warns on the direct way
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,0 +1,105 @@
+"""Numbers of a run: summed on the device, read when due, written as JSON lines."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+class Window:
+    """Means over the steps since the last reading. Adding does not wait for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        """One 0-dim value; one that is not finite is left out of the mean."""
+        finite = value.isfinite()
+        if name not in self.sums:
+            self.sums[name] = torch.zeros((), device=self.device)
+            self.counts[name] = torch.zeros((), device=self.device)
+        self.sums[name] += torch.where(finite, value.detach().float(), 0.0)
+        self.counts[name] += finite
+
+    def read(self, accelerator: Accelerator) -> dict[str, float | None]:
+        """Means over steps and ranks, and a new start; None where nothing finite came."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        table = torch.stack([torch.stack([self.sums[n], self.counts[n]]) for n in names])
+        table = accelerator.reduce(table, "sum").tolist()
+        self.sums, self.counts = {}, {}
+        return {
+            name: total / count if count else None
+            for name, (total, count) in zip(names, table, strict=True)
+        }
+
+    def state(self) -> dict[str, list[float]]:
+        """For a checkpoint, so that a resumed run logs what an uninterrupted one logs."""
+        return {name: [self.sums[name].item(), self.counts[name].item()] for name in self.sums}
+
+    def load(self, state: dict[str, list[float]]) -> None:
+        for name, (total, count) in state.items():
+            self.sums[name] = torch.tensor(total, device=self.device)
+            self.counts[name] = torch.tensor(count, device=self.device)
+
+
+class Clock:
+    """Seconds spent training and, of these, waiting for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self.training = self.waiting = 0.0
+        self.started: float | None = None
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def pause(self) -> None:
+        if self.started is not None:
+            self.training += time.perf_counter() - self.started
+            self.started = None
+
+    def read(self) -> tuple[float, float]:
+        """Training seconds and the share of them spent waiting; a new start."""
+        self.pause()
+        seconds, share = self.training, self.waiting / self.training if self.training else 0.0
+        self.training = self.waiting = 0.0
+        return seconds, share
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one object a line, each step once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def cut_back(self, step: int) -> None:
+        """Drop what was written after a checkpoint's step, a torn last line too."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.read() if line["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.path)
+
+    def append(self, record: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines."""
+        records = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # torn by a kill: nothing whole comes after it
+        return records

@@ -1,0 +1,227 @@
+"""Parameter groups, the learning rate as a function of the step, and the guarded update."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from sami.core.config import require
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with linear warm-up and a cosine over the steps.
+
+    Attributes:
+        lr: peak learning rate at a batch of base_batch; scaled linearly to train.batch_size.
+        base_batch: the batch size that lr is for.
+        betas: of AdamW.
+        weight_decay: none on norms, biases and tokens.
+        warmup: share of the steps with a linearly rising rate; 0.1 is the paper's 40 of 400 epochs.
+        clip: largest norm of the gradient; 0 for no clipping.
+        ema: decay of an exponential moving average of the weights, which is then what is
+            evaluated and exported; 0 for none.
+    """
+
+    lr: float = 2.4e-3
+    base_batch: int = 4096
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    clip: float = 0.0
+    ema: float = 0.0
+
+    def check(self) -> None:
+        require(self.lr > 0, f"optim.lr {self.lr} must be positive, such as 2.4e-3")
+        require(
+            self.base_batch > 0,
+            f"optim.base_batch {self.base_batch} must be positive, such as 4096",
+        )
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas {list(self.betas)} must be at least 0 and under 1, such as [0.9, 0.95]",
+        )
+        require(self.weight_decay >= 0, f"optim.weight_decay {self.weight_decay} must be 0 or more")
+        require(
+            0 <= self.warmup < 1,
+            f"optim.warmup {self.warmup} is a share of the steps: at least 0 and under 1",
+        )
+        require(self.clip >= 0, f"optim.clip {self.clip} must be 0 (no clipping) or more")
+        require(
+            0 <= self.ema < 1,
+            f"optim.ema {self.ema} must be 0 (none) or a decay under 1, such as 0.9999",
+        )
+
+
+@dataclass
+class TrainConfig:
+    """How long, and in which pieces.
+
+    Attributes:
+        steps: optimizer steps; with epochs given too, the run ends at whichever comes first.
+        epochs: passes over the samples.
+        batch_size: pictures per optimizer step, over all processes.
+        micro_batch_size: at most so many pictures per forward and process; what is missing to
+            batch_size is accumulated. null for as many as batch_size asks for.
+        compile: torch.compile the student and its decoder.
+        precision: auto is bf16 where the hardware has it, else fp32.
+        max_bad_steps: stop after so many updates in a row that were not finite.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 4096
+    micro_batch_size: int | None = None
+    compile: bool = False
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    max_bad_steps: int = 20
+
+    def check(self) -> None:
+        require(
+            self.steps is not None or self.epochs is not None, "give train.steps or train.epochs"
+        )
+        for name in ("steps", "epochs", "batch_size", "micro_batch_size", "max_bad_steps"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"train.{name} {value} must be positive")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        by_epochs = None if self.epochs is None else self.epochs * steps_per_epoch
+        return min(steps for steps in (self.steps, by_epochs) if steps is not None)
+
+    def micro_batch(self, processes: int) -> int:
+        """Pictures per forward and process.
+
+        Raises:
+            UserError: batch_size is not a multiple of processes x micro_batch_size.
+        """
+        share, rest = divmod(self.batch_size, processes)
+        micro = min(self.micro_batch_size or share, max(share, 1))
+        whole = processes * micro
+        lower, upper = self.batch_size // whole * whole, -(-self.batch_size // whole) * whole
+        require(
+            rest == 0 and self.batch_size % whole == 0,
+            f"train.batch_size {self.batch_size} is not divisible by {processes} processes x micro_batch_size {micro} "
+            f"= {whole}; try train.batch_size {f'{lower} or ' if lower else ''}{upper}",
+        )
+        return micro
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int, batch_size: int) -> float:
+    """The rate of the update that takes ``step`` to ``step + 1`` in a run of ``steps``.
+
+    It rises linearly and is at its peak, lr * batch_size / base_batch, in the last update of the
+    warm-up and the first after it; then half a cosine brings it to 0 at the end of the run.
+    """
+    peak = config.lr * batch_size / config.base_batch
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters in two groups: matrices and kernels decay; norms, biases and tokens do not."""
+    decay, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or name.endswith(("_token", "pos_embed"))
+            (rest if plain else decay).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW whose kernel can leave an update out on the device (``found_inf``)."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, fused=True
+    )
+
+
+class Ema:
+    """Exponential moving average of a model's trainable parameters."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = model
+        self.average = {
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @torch.no_grad()
+    def update(self, skipped: torch.Tensor) -> None:
+        """Move towards the weights; bit-unchanged where ``skipped`` (a tensor) is 1."""
+        parameters = dict(self.model.named_parameters())
+        weight = (1 - self.decay) * (1 - skipped)
+        for name, average in self.average.items():
+            average.lerp_(parameters[name], weight.to(average.dtype))
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange weights and average; a second call restores both."""
+        for name, parameter in self.model.named_parameters():
+            if name in self.average:
+                current = parameter.detach().clone()
+                parameter.copy_(self.average[name])
+                self.average[name].copy_(current)
+
+
+class Guard:
+    """Counts updates that were left out, without asking the device until the counts are due."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.skipped = torch.zeros((), device=device)  # since the start of the run
+        self.in_row = torch.zeros((), device=device)
+        self.worst_row = torch.zeros((), device=device)
+
+    def count(self, skipped: torch.Tensor) -> None:
+        """``skipped``: 0-dim tensor, 1 if the update was left out."""
+        self.skipped += skipped
+        self.in_row = (self.in_row + 1) * skipped
+        self.worst_row = torch.maximum(self.worst_row, self.in_row)
+
+    def state(self) -> list[float]:
+        return torch.stack([self.skipped, self.in_row, self.worst_row]).tolist()
+
+    def load(self, state: list[float]) -> None:
+        values = torch.tensor(state, device=self.skipped.device)
+        self.skipped, self.in_row, self.worst_row = values.unbind()
+
+
+def poison(loss: torch.Tensor) -> torch.Tensor:
+    """The loss, or, where it is not finite, one whose every gradient is NaN.
+
+    So one rank's bad loss reaches all ranks through the averaging of the gradients, and all leave
+    the update out alike.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def guarded_step(
+    optimizer: torch.optim.Optimizer, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip, then update, unless a gradient is not finite; decided on the device.
+
+    An update left out leaves weights, moments and step counts bit-unchanged.
+
+    Returns:
+        The norm of the gradient before clipping, and 1 if the update was left out; 0-dim tensors.
+    """
+    parameters: Iterable[nn.Parameter] = [
+        p for group in optimizer.param_groups for p in group["params"]
+    ]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if clip > 0:
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    skipped = (~norm.isfinite()).float()
+    optimizer.grad_scale, optimizer.found_inf = (
+        None,
+        skipped,
+    )  # the fused kernel's own switch, as GradScaler uses it
+    optimizer.step()
+    return norm, skipped

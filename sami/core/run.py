@@ -1,0 +1,424 @@
+"""A run: its folder, its processes, what it says, how it is asked to stop and how it leaves."""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import distributed
+
+from sami.core.checkpoint import list_checkpoints, write_text
+from sami.core.config import require, to_dict, to_yaml
+from sami.core.errors import UserError
+from sami.core.metrics import MetricsFile
+
+FINISHED, USER_ERROR, ASKED_TO_STOP = 0, 2, 75
+VERSIONS = (
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "webdataset",
+    "segment-anything",
+    "numpy",
+    "pillow",
+)
+
+
+@dataclass
+class RunConfig:
+    """A run folder and what is written to it when.
+
+    Attributes:
+        dir: the run's folder; the same command again resumes the run in it.
+        seed: of the initial weights, the order of the samples, crops, flips and masks.
+        device: auto takes the GPU if there is one.
+        debug: show the traceback behind an error message.
+        log_every: steps between lines of metrics.jsonl.
+        save_every: steps between checkpoints.
+        save_minutes: minutes after which a checkpoint is due in any case.
+        keep: number of checkpoints that stay.
+        picture_every: steps between pictures; 0 for none.
+        wandb: online, offline or disabled.
+    """
+
+    dir: str = "runs/sami"
+    seed: int = 0
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    debug: bool = False
+    log_every: int = 50
+    save_every: int = 1000
+    save_minutes: float = 20.0
+    keep: int = 2
+    picture_every: int = 1000
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+
+    def check(self) -> None:
+        require(bool(self.dir), "run.dir is empty; name a folder such as runs/sami_ti")
+        for name in ("log_every", "save_every", "keep"):
+            require(getattr(self, name) > 0, f"run.{name} {getattr(self, name)} must be positive")
+        require(
+            self.picture_every >= 0,
+            f"run.picture_every {self.picture_every} must be 0 (never) or more",
+        )
+        require(self.save_minutes > 0, f"run.save_minutes {self.save_minutes} must be positive")
+        require(
+            self.device != "cuda" or torch.cuda.is_available(),
+            "run.device is cuda and no GPU is visible; use --run.device cpu or mend the driver",
+        )
+
+
+def is_due(step: int, every: int, last: bool = False) -> bool:
+    """Whether something done every so many steps, and at the end, is due; ``every`` 0 is never."""
+    return every > 0 and (step % every == 0 or last)
+
+
+class Run:
+    """One process's view of a run. Use as a context: leaving it writes how the run ended."""
+
+    def __init__(self, config: RunConfig, precision: str = "auto") -> None:
+        """Folder, lock, Accelerator, seed, signal handlers.
+
+        Args:
+            precision: auto, fp32 or bf16; auto is bf16 where a GPU has it.
+
+        Raises:
+            UserError: another process holds the folder, or it cannot be written.
+        """
+        self.config = config
+        self.dir = Path(config.dir)
+        on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+        self.bf16 = precision == "bf16" or (
+            precision == "auto" and not on_cpu and torch.cuda.is_bf16_supported()
+        )
+        self.accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="bf16" if self.bf16 else "no",
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            ],
+        )
+        self.is_main = self.accelerator.is_main_process
+        self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.device = self.accelerator.device
+        self._cpu_group = distributed.new_group(backend="gloo") if self.processes > 1 else None
+        self._exchange: tuple[torch.Tensor, Any] | None = None
+        self._console = Console(highlight=False, markup=False, soft_wrap=True, emoji=False)
+        self._progress: Progress | None = None
+        self._wandb: Any = None
+        self._lock: Any = None
+        self._summary: dict[str, Any] = {}
+        self._may_write = False
+        self._last_save = self._stop_seen = time.monotonic()
+        if self.is_main:
+            self._take_folder()
+        self.wait_for_all()
+        self.metrics = MetricsFile(self.dir / "metrics.jsonl")
+        set_seed(config.seed)
+        self._asked = False
+        self._parent = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    # -- how it begins and ends ---------------------------------------------------------------
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def begin(self, config: Any, facts: dict[str, Any]) -> None:
+        """Write ``config.yaml`` and the first ``summary.json``; start wandb.
+
+        Args:
+            config: the whole configuration.
+            facts: what else the summary shall hold from the start.
+        """
+        self._may_write = True
+        if not self.is_main:
+            return
+        (self.dir / "pictures").mkdir(exist_ok=True)
+        (self.dir / "stop").unlink(missing_ok=True)
+        write_text(self.dir / "config.yaml", to_yaml(config))
+        self.summarise(status="running", exit_code=None, **facts, **environment(self))
+        if self.config.wandb != "disabled":
+            import wandb
+
+            name_file = self.dir / "wandb_id"
+            if not name_file.exists():
+                write_text(name_file, secrets.token_hex(4))
+            self._wandb = wandb.init(
+                project="sami",
+                name=self.dir.name,
+                id=name_file.read_text().strip(),
+                resume="allow",
+                dir=str(self.dir),
+                mode=self.config.wandb,
+                config=to_dict(config),
+            )
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if error is not None and not isinstance(error, SystemExit):
+            mendable = user_error(error) is not None
+            if self.config.debug and mendable:
+                traceback.print_exception(error)
+            if self._may_write and self.is_main:
+                sentence = str(user_error(error) or f"{type(error).__name__}: {error}")
+                code = USER_ERROR if mendable else 1
+                try:
+                    self.summarise(status="failed", exit_code=code, error=sentence)
+                except OSError:
+                    pass  # the disk is full: the sentence on stderr has to do
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error is None else 1, quiet=True)
+        if self._lock is not None:
+            self._lock.close()
+        if error is None and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+    def summarise(self, **facts: Any) -> None:
+        """Update ``summary.json``, atomically. Only rank 0 writes."""
+        if self.is_main:
+            self._summary.update(facts)
+            write_text(self.dir / "summary.json", json.dumps(self._summary, indent=1) + "\n")
+
+    def wait_for_all(self) -> None:
+        """A barrier."""
+        self.accelerator.wait_for_everyone()
+
+    # -- what it says -------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """A line on the screen and in ``log.txt``; rank 0 only."""
+        if self.is_main:
+            (self._progress.console if self._progress else self._console).print(text)
+            with (self.dir / "log.txt").open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def record(self, step: int, steps: int, values: dict[str, Any]) -> None:
+        """One line of ``metrics.jsonl``, the same on the screen and in wandb."""
+        if not self.is_main:
+            return
+        self.metrics.append(values)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+        words = f"loss {_short(values['loss'])} · lr {values['lr']:.2e} · {values['images_per_second']:.1f} images/s"
+        words += f" · data wait {values['data_wait']:.0%}"
+        held_out = [
+            f"{name.removeprefix('val_')} {_short(values[name])}"
+            for name in values
+            if name.startswith("val_")
+        ]
+        if held_out:
+            self.say(f"step {step}/{steps} · held out: " + " · ".join(held_out))
+        if self._progress is None and not sys.stdout.isatty():
+            left = (steps - step) * values["seconds_per_step"]
+            self.say(
+                f"step {step}/{steps} · {words} · {time.strftime('%H:%M:%S', time.gmtime(left))} left"
+            )
+        else:
+            self.advance(step, steps, words)
+
+    def advance(self, step: int, steps: int, words: str | None = None) -> None:
+        """Move the progress bar, where there is a terminal."""
+        if not self.is_main or not sys.stdout.isatty():
+            return
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[words]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(
+                self.dir.name, total=steps, words="", completed=step
+            )
+        self._progress.update(
+            self._task, completed=step, **({} if words is None else {"words": words})
+        )
+
+    def picture(self, path: Path, step: int) -> None:
+        """Hand a picture that was written to wandb."""
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({path.stem.split("-")[0]: wandb.Image(str(path))}, step=step)
+
+    # -- when it stops ------------------------------------------------------------------------
+
+    def stop_and_save(self) -> tuple[bool, bool]:
+        """Whether all ranks now stop, and whether a checkpoint is due by the clock.
+
+        To be called once per step by every rank. With several processes the answer is what they
+        said one call earlier: the exchange runs on the CPU meanwhile and nobody waits for it.
+        """
+        save = self.is_main and time.monotonic() - self._last_save > 60 * self.config.save_minutes
+        mine = (self._wants_to_stop(), save)
+        if self._cpu_group is None:
+            return mine
+        before, flags = self._exchange, torch.tensor(mine, dtype=torch.int32)
+        work = distributed.all_reduce(
+            flags, distributed.ReduceOp.MAX, self._cpu_group, async_op=True
+        )
+        self._exchange = (flags, work)
+        if before is None:
+            return False, False
+        before[1].wait()
+        stop, save = before[0].tolist()
+        return bool(stop), bool(save)
+
+    def saved(self) -> None:
+        """Restart the clock of ``save_minutes``."""
+        self._last_save = time.monotonic()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Plain data of every rank, on every rank, over the CPU."""
+        if self._cpu_group is None:
+            return [value]
+        values: list[Any] = [None] * self.processes
+        distributed.all_gather_object(values, value, self._cpu_group)
+        return values
+
+    def leave_asked(self, step: int) -> int:
+        """Note that the run stopped as asked; returns the exit code."""
+        (self.dir / "stop").unlink(missing_ok=True)
+        self.summarise(status="interrupted", exit_code=ASKED_TO_STOP, steps=step)
+        self.say(
+            f"asked to stop: checkpointed at step {step}; the same command again goes on from there"
+        )
+        return ASKED_TO_STOP
+
+    def _wants_to_stop(self) -> bool:
+        if self._parent is not None and os.getppid() != self._parent:
+            self._asked = True  # the launcher died: nobody would stop this rank
+        now = time.monotonic()
+        if not self._asked and now - self._stop_seen > 1.0:  # a look at the folder, once a second
+            self._stop_seen = now
+            self._asked = (self.dir / "stop").exists()
+        return self._asked
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def _take_folder(self) -> None:
+        try:
+            (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._lock = (self.dir / "lock").open("a+")
+        except OSError as error:
+            raise UserError(
+                f"run.dir {self.dir} cannot be written ({error.strerror}); choose another folder with --run.dir"
+            ) from error
+        try:  # the kernel drops this lock with the process, however it dies
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                self.say(
+                    f"this file system cannot lock {self.dir}; see to it that only one job uses the folder"
+                )
+            else:
+                self._lock.seek(0)
+                holder = self._lock.read().strip() or "another process"
+                raise UserError(
+                    f"run.dir {self.dir} is in use by {holder}; wait for it or choose another folder with --run.dir"
+                ) from error
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(f"host {socket.gethostname()}, pid {os.getpid()}")
+        self._lock.flush()
+        # A folder with checkpoints is someone's work: until begin() nothing in it is written.
+        self._may_write = not list_checkpoints(self.dir / "checkpoints")
+
+
+def run_entry(main: Callable[[], int]) -> int:
+    """Run an entry and turn what the user can mend into one sentence and exit code 2."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        sentence = user_error(error)
+        if sentence is None:
+            raise
+        rank = int(os.environ.get("RANK", "0"))
+        sys.stdout.flush()
+        print(
+            f"{'' if rank == 0 else f'rank {rank}: '}error: {sentence}", file=sys.stderr, flush=True
+        )
+        return USER_ERROR
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The sentence for an error that the user can mend; None for a bug."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            "the GPU's memory is full; lower train.micro_batch_size (the result stays the same)"
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error):
+        return UserError(
+            "the disk is full; make room and run the same command again, it goes on from the last checkpoint"
+        )
+    return None
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """Versions, commit and hardware, for the summary."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in VERSIONS},
+        },
+        "commit": commit and commit + (" with changes" if changed else ""),
+        "hardware": {
+            "host": socket.gethostname(),
+            "gpu": gpu,
+            "processes": run.processes,
+            "threads": torch.get_num_threads(),
+            "cpus": os.cpu_count(),
+            "precision": "bf16" if run.bf16 else "fp32",
+        },
+    }
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

@@ -1,0 +1,142 @@
+"""The held-out measure: does the student know more of the target than its mean?"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from sami.core.config import require
+from sami.core.run import Run
+from sami.core.shards import Shard
+from sami.data import Batch, HeldOut, Views, deal, make_loader
+from sami.model import MaskedReconstruction, token_errors
+
+
+@dataclass
+class EvalConfig:
+    """The held-out measure on ``data.val_shards``.
+
+    Attributes:
+        every: steps between measurements; 0 for the end of the run alone.
+        samples: at most so many pictures, the first of val_shards.
+    """
+
+    every: int = 2000
+    samples: int = 2000
+
+    def check(self) -> None:
+        require(self.every >= 0, f"eval.every {self.every} must be 0 (only at the end) or more")
+        require(self.samples > 0, f"eval.samples {self.samples} must be positive, such as 2000")
+
+
+class Sums:
+    """What the measure needs of the pictures, so that batches and ranks can be added up.
+
+    Group 0 is the visible, group 1 the masked tokens; all in fp64.
+    """
+
+    def __init__(self, tokens: int, channels: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.loss, self.error, self.square = zeros(2), zeros(2), zeros(2)
+        self.target, self.count = zeros(2, tokens, channels), zeros(2, tokens)
+        self.cosine, self.pictures = zeros(), zeros()
+
+    def add(
+        self, prediction: torch.Tensor, target: torch.Tensor, masked: torch.Tensor, kind: str
+    ) -> None:
+        """A batch: prediction and target [B, N, C], masked patch numbers [B, M]."""
+        prediction, target = prediction.double(), target.double()
+        hidden = torch.zeros(target.shape[:2], dtype=torch.bool, device=target.device).scatter_(
+            1, masked, True
+        )
+        loss = token_errors(prediction, target, kind).double()
+        error = (prediction - target).square().mean(-1)
+        for group, mask in enumerate((~hidden, hidden)):
+            weight = mask.double()
+            self.loss[group] += (loss * weight).sum()
+            self.error[group] += (error * weight).sum()
+            self.square[group] += (target.square().mean(-1) * weight).sum()
+            self.target[group] += (target * weight.unsqueeze(-1)).sum(0)
+            self.count[group] += weight.sum(0)
+        self.cosine += F.cosine_similarity(prediction, target, dim=-1).mean(-1).sum()
+        self.pictures += len(target)
+
+    def measures(self, tokens: str = "all") -> dict[str, float]:
+        """The measures by name.
+
+        ``loss`` is in the kind that is trained, over the tokens that are trained (``tokens``);
+        ``r2`` is 1 - squared error / squared error of the best constant map: the target's mean
+        over these pictures at each position. ``r2_masked`` is the same over masked tokens only.
+        """
+        count = self.count.sum(1)
+        mean = self.target.sum(0) / self.count.sum(0).clamp(min=1).unsqueeze(-1)  # [N, C]
+        channels = mean.shape[-1]
+        # sum of (t - m)^2 over a group = sum t^2 - 2 m . sum t + count m^2, mean over channels
+        constant = self.square - 2 * (self.target * mean).sum((1, 2)) / channels
+        constant += (self.count * mean.square().mean(-1)).sum(1)
+        result = {
+            "loss": (self.loss.sum() / count.sum()) if tokens == "all" else self.loss[1] / count[1],
+            "cosine": self.cosine / self.pictures,
+            "r2": 1 - self.error.sum() / constant.sum(),
+        }
+        for group, name in enumerate(("visible", "masked")):
+            if count[group] > 0:
+                result[f"loss_{name}"] = self.loss[group] / count[group]
+        if count[1] > 0:
+            result["r2_masked"] = 1 - self.error[1] / constant[1]
+        return {name: float(value) for name, value in result.items()}
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [
+            self.loss,
+            self.error,
+            self.square,
+            self.target,
+            self.count,
+            self.cosine,
+            self.pictures,
+        ]
+
+
+@torch.no_grad()
+def measure(
+    run: Run,
+    model: MaskedReconstruction,
+    targets: Callable[[Batch], torch.Tensor],
+    shards: list[Shard],
+    views: Views,
+    samples: int,
+    batch_size: int,
+    workers: int,
+) -> tuple[dict[str, float], Counter]:
+    """Measures over the first ``samples`` held-out pictures, the same on all ranks.
+
+    Args:
+        model: unwrapped.
+        targets: a batch on the device to its targets [B, N, C].
+
+    Returns:
+        The measures by name, and this rank's unusable samples by reason.
+    """
+    positions = deal(
+        range(min(samples, sum(shard.count for shard in shards))), run.rank, run.processes
+    )
+    dataset = HeldOut(shards, views, positions, batch_size)
+    sums = Sums(model.encoder.grid**2, model.head.out_features, run.device)
+    bad: Counter = Counter()
+    model.eval()
+    for batch in make_loader(dataset, workers, run.device):
+        bad.update(reason for reason, _ in batch.bad)
+        batch = batch.to(run.device)
+        target = targets(batch)
+        with run.accelerator.autocast():
+            prediction = model.predict(batch.student, batch.visible, batch.masked)
+        sums.add(prediction, target, batch.masked, model.loss_config.kind)
+    model.train()
+    for tensor in sums.tensors():
+        tensor.copy_(run.accelerator.reduce(tensor, "sum"))
+    return sums.measures(model.loss_config.tokens), bad

@@ -1,0 +1,288 @@
+"""SAM-leveraged masked image pretraining: decoder, projection and loss (EfficientSAM, section 3.2).
+
+The encoder g_e sees the visible patches. The cross-attention decoder g_d makes the masked ones:
+its queries are the masked tokens, its keys and values the visible tokens' features together with
+the masked ones. Both outputs are put back in image order (phi) and one linear head h_theta maps
+them to the teacher's channels. With a joint decoder and pixels as the target the same class is MAE.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.nn import functional as F
+
+from sami.core.config import require
+from sami.core.images import Normalise, patchify
+from sami.encoder import Encoder, initialise, sincos_positions, take
+
+
+@dataclass
+class DecoderConfig:
+    """What turns visible features into masked ones; thrown away after stage 1.
+
+    Attributes:
+        kind: cross, SAMI's, through which only masked tokens pass; self, MAE's joint decoder.
+        memory: keys and values of the cross decoder. visible_and_masked is the paper's text,
+            visible is the other reading (CrossMAE).
+        width: of the decoder's tokens.
+        depth: number of blocks.
+        heads: attention heads per block.
+    """
+
+    kind: Literal["cross", "self"] = "cross"
+    memory: Literal["visible_and_masked", "visible"] = "visible_and_masked"
+    width: int = 512
+    depth: int = 8
+    heads: int = 16
+
+    def check(self) -> None:
+        require(
+            min(self.width, self.depth, self.heads) > 0,
+            "decoder.width, depth and heads must be positive",
+        )
+        require(
+            self.width % self.heads == 0,
+            f"decoder.width {self.width} is not divisible by decoder.heads {self.heads}",
+        )
+        require(
+            self.width % 4 == 0,
+            f"decoder.width {self.width} must be divisible by 4 for its positions",
+        )
+
+
+@dataclass
+class TargetConfig:
+    """What is reconstructed.
+
+    Attributes:
+        kind: teacher, the features of ``teacher``; pixels, MAE's per-patch normalised pixels.
+    """
+
+    kind: Literal["teacher", "pixels"] = "teacher"
+
+
+@dataclass
+class LossConfig:
+    """How the reconstruction is scored.
+
+    Attributes:
+        kind: mse, the paper's; cosine, 1 - cos per token (its Table 6).
+        tokens: all, equation 1; masked, MAE's.
+    """
+
+    kind: Literal["mse", "cosine"] = "mse"
+    tokens: Literal["all", "masked"] = "all"
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention with queries and keys from different tokens."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, queries: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """[B, M, D] attends to [B, K, D]: [B, M, D]."""
+        q = rearrange(self.q(queries), "b m (h d) -> b h m d", h=self.heads)
+        k, v = rearrange(self.kv(memory), "b k (two h d) -> two b h k d", two=2, h=self.heads)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h m d -> b m (h d)"))
+
+
+class CrossBlock(nn.Module):
+    """MAE's pre-norm block with the masked tokens as its only queries."""
+
+    def __init__(self, width: int, heads: int, masked_memory: bool) -> None:
+        super().__init__()
+        self.masked_memory = masked_memory
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm_memory = nn.LayerNorm(width, eps=1e-6)
+        self.attn = CrossAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width)
+
+    def forward(self, tokens: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """Masked tokens [B, M, D], visible memory [B, V, D]: masked tokens [B, M, D]."""
+        queries, keys = self.norm1(tokens), self.norm_memory(memory)
+        if self.masked_memory:
+            keys = torch.cat([keys, queries], dim=1)
+        tokens = tokens + self.attn(queries, keys)
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class CrossDecoder(nn.Module):
+    """SAMI's decoder: the visible features are anchors and pass by it unchanged."""
+
+    def __init__(self, config: DecoderConfig, encoder_width: int, grid: int) -> None:
+        super().__init__()
+        width = config.width
+        self.embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        self.blocks = nn.ModuleList(
+            [
+                CrossBlock(width, config.heads, config.memory == "visible_and_masked")
+                for _ in range(config.depth)
+            ]
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(initialise)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, encoded: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
+    ) -> torch.Tensor:
+        """Encoder output [B, 1 + V, D] (class token first, left out here) to [B, N, width].
+
+        The result is in image order. One norm closes both streams, so that the head, which serves
+        both, sees them on one scale.
+        """
+        anchors = self.embed(encoded[:, 1:])
+        positions = self.positions.expand(len(encoded), -1, -1)
+        tokens = self.mask_token + take(positions, masked)
+        memory = anchors + take(positions, visible)
+        for block in self.blocks:
+            tokens = block(tokens, memory)
+        return self.norm(restore_order(anchors, tokens, visible, masked))
+
+
+class JointDecoder(nn.Module):
+    """MAE's decoder: all tokens, the class token too, attend to each other."""
+
+    def __init__(self, config: DecoderConfig, encoder_width: int, grid: int) -> None:
+        super().__init__()
+        width = config.width
+        self.embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        self.blocks = nn.ModuleList(
+            [
+                Block(
+                    width,
+                    config.heads,
+                    qkv_bias=True,
+                    norm_layer=lambda d, **k: nn.LayerNorm(d, eps=1e-6, **k),
+                )
+                for _ in range(config.depth)
+            ]
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(initialise)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, encoded: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
+    ) -> torch.Tensor:
+        """Encoder output [B, 1 + V, D] to [B, N, width] in image order."""
+        tokens = self.embed(encoded)
+        mask_tokens = self.mask_token.expand(*masked.shape, -1).to(tokens.dtype)
+        patches = restore_order(tokens[:, 1:], mask_tokens, visible, masked) + self.positions
+        tokens = torch.cat([tokens[:, :1], patches.to(tokens.dtype)], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens[:, 1:])
+
+
+class MaskedReconstruction(nn.Module):
+    """Student, decoder and head: everything that stage 1 trains."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: DecoderConfig,
+        loss: LossConfig,
+        channels: int,
+        mask_ratio: float,
+    ) -> None:
+        """``channels``: of the target. Without a mask (ratio 0) no decoder is built."""
+        super().__init__()
+        self.loss_config = loss
+        self.normalise = Normalise()
+        self.encoder = encoder
+        width = encoder.shape.width
+        self.decoder: nn.Module | None = None
+        if mask_ratio > 0:
+            kind = CrossDecoder if decoder.kind == "cross" else JointDecoder
+            self.decoder, width = kind(decoder, width, encoder.grid), decoder.width
+        self.head = nn.Linear(width, channels)
+        initialise(self.head)
+
+    def predict(
+        self, images: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
+    ) -> torch.Tensor:
+        """Reconstruction of all tokens, in image order.
+
+        Args:
+            images: [B, 3, H, H], uint8 or 0..1.
+            visible: [B, V], masked: [B, M]: patch numbers, together each once.
+
+        Returns:
+            [B, N, C].
+        """
+        images = self.normalise(images)
+        if self.decoder is None:
+            return self.head(self.encoder(images)[:, 1:])
+        return self.head(self.decoder(self.encoder(images, visible), visible, masked))
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        visible: torch.Tensor,
+        masked: torch.Tensor,
+        target: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Losses of a micro-batch: ``loss`` to train on, and its parts for the log, detached.
+
+        Args:
+            target: [B, N, C] in image order.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            target = target.float()
+        error = token_errors(self.predict(images, visible, masked), target, self.loss_config.kind)
+        parts = {"loss_visible": error.gather(1, visible).mean()} if visible.shape[1] else {}
+        if masked.shape[1]:
+            parts["loss_masked"] = error.gather(1, masked).mean()
+        loss = error.mean() if self.loss_config.tokens == "all" else parts["loss_masked"]
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+
+
+def restore_order(
+    seen: torch.Tensor, made: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
+) -> torch.Tensor:
+    """Put tokens [B, V, D] and [B, M, D] back in image order (phi): [B, N, D]."""
+    order = torch.cat([visible, masked], dim=1).argsort(dim=1)
+    return take(torch.cat([seen, made.to(seen.dtype)], dim=1), order)
+
+
+def token_errors(prediction: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:
+    """Error per token in fp32: [B, N, C] twice to [B, N].
+
+    mse is the mean over channels of the squared difference: equation 1 divided by C, which
+    AdamW's step does not notice. cosine is 1 - cos.
+    """
+    with torch.autocast(prediction.device.type, enabled=False):
+        prediction, target = prediction.float(), target.float()
+        if kind == "cosine":
+            return 1 - F.cosine_similarity(prediction, target, dim=-1)
+        return (prediction - target).square().mean(dim=-1)
+
+
+def pixel_target(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """MAE's target: each patch's pixels at zero mean and unit variance.
+
+    Args:
+        images: normalised [B, 3, H, H].
+
+    Returns:
+        [B, N, 3 * p * p].
+    """
+    patches = patchify(images, patch_size)
+    mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()

@@ -1,0 +1,112 @@
+"""Pictures for a person: masked input, target and reconstruction side by side."""
+
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+
+from sami.core.images import MEAN, STD, patchify, unpatchify
+
+
+def pca_basis(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three principal directions of features, as a colour space.
+
+    Args:
+        features: [T, C], the teacher's tokens.
+
+    Returns:
+        mean [C], directions [C, 3], and the range [2, 3] that maps to 0..1 (2nd to 98th percentile).
+    """
+    features = features.double()
+    mean = features.mean(0)
+    _, vectors = torch.linalg.eigh((features - mean).T @ (features - mean))
+    directions = vectors[:, -3:].flip(1)
+    if directions.shape[1] < 3:
+        directions = F.pad(directions, (0, 3 - directions.shape[1]))
+    directions = directions * directions.sum(0).sign().where(directions.sum(0) != 0, 1.0)
+    spread = torch.quantile(
+        (features - mean) @ directions, torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0
+    )
+    return mean, directions, spread
+
+
+def pca_colours(
+    features: torch.Tensor, basis: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Features [B, N, C] in the colours of a basis: [B, h, w, 3] in 0..1."""
+    mean, directions, (low, high) = basis
+    projected = ((features.double() - mean) @ directions - low) / (high - low).clamp(min=1e-12)
+    return rearrange(
+        projected.clamp(0, 1).float(), "b (h w) c -> b h w c", h=round(features.shape[1] ** 0.5)
+    )
+
+
+def hide(images: torch.Tensor, masked: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Pictures [B, 3, H, H] in 0..1 with the masked patches [B, M] in grey."""
+    patches = patchify(images, patch_size).clone()
+    patches.scatter_(1, masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1]), 0.5)
+    return unpatchify(patches, patch_size)
+
+
+def pixels_back(patches: torch.Tensor, images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Per-patch normalised pixels [B, N, C] as pictures in 0..1, with each true patch's mean and spread."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    true = patchify((images - mean) / std, patch_size)
+    restored = patches * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
+    return (unpatchify(restored, patch_size) * std + mean).clamp(0, 1)
+
+
+def draw_reconstruction(
+    path: Path,
+    images: torch.Tensor,
+    masked: torch.Tensor,
+    target: torch.Tensor,
+    prediction: torch.Tensor,
+    patch_size: int,
+    target_kind: str,
+    title: str,
+) -> None:
+    """Write a PNG: a row per picture with input, masked input, target and reconstruction.
+
+    Features are shown as PCA colours in one basis, fitted on the teacher's; pixels as pixels.
+
+    Args:
+        images: uint8 [B, 3, H, H].
+        masked: [B, M].
+        target, prediction: [B, N, C].
+    """
+    images, masked = images.cpu().float() / 255, masked.cpu()
+    target, prediction = target.cpu().float(), prediction.cpu().float()
+    if target_kind == "pixels":
+        names = ("target", "reconstruction")
+        maps = [
+            rearrange(pixels_back(tokens, images, patch_size), "b c h w -> b h w c")
+            for tokens in (target, prediction)
+        ]
+    else:
+        names = ("teacher (PCA)", "reconstruction (same PCA)")
+        basis = pca_basis(target.flatten(0, 1))
+        maps = [pca_colours(tokens, basis) for tokens in (target, prediction)]
+    columns = [
+        ("picture", rearrange(images, "b c h w -> b h w c")),
+        (
+            "what the student sees",
+            rearrange(hide(images, masked, patch_size), "b c h w -> b h w c"),
+        ),
+        *zip(names, maps, strict=True),
+    ]
+    figure = Figure(figsize=(2.4 * len(columns), 2.4 * len(images) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(images), len(columns), squeeze=False)
+    for column, (name, pictures) in enumerate(columns):
+        axes[0][column].set_title(name, fontsize=9)
+        for row, picture in enumerate(pictures):
+            axes[row][column].imshow(picture.numpy(), interpolation="nearest")
+            axes[row][column].set_axis_off()
+    figure.suptitle(title, fontsize=9)
+    temporary = path.with_name(f".{path.name}.writing")
+    figure.savefig(temporary, dpi=100, format="png")
+    temporary.replace(path)
