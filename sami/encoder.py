@@ -5,7 +5,7 @@ into timm's ``vit_tiny_patch16_224`` (``num_classes=0``) and its relatives.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ class EncoderConfig:
         depth: number of blocks.
         heads: attention heads per block.
         patch_size: side of a patch in pixels.
-        checkpoint: encoder.safetensors (or a run folder that holds one) to start from; null for none.
+        checkpoint: encoder.safetensors, or a run folder with one, to start from; null for none.
     """
 
     name: str = "vit_ti"
@@ -188,15 +188,16 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
         start = load_encoder(config.checkpoint)
         require(
             start.shape == encoder.shape,
-            f"encoder.checkpoint {config.checkpoint} holds {start.shape}, the configuration asks for {encoder.shape}",
+            f"encoder.checkpoint {config.checkpoint} holds {start.shape}, the configuration asks "
+            f"for {encoder.shape}",
         )
         encoder.load_state_dict(start.state_dict())
     return encoder
 
 
-def export_header(encoder: Encoder, **more: str) -> dict[str, str]:
-    """Metadata of ``encoder.safetensors``: the shape as JSON, and what else a reader should know."""
-    return {"encoder": json.dumps(asdict(encoder.shape)), **more}
+def export_header(encoder: Encoder, **more: object) -> dict[str, str]:
+    """Metadata of ``encoder.safetensors``: JSON with the shape and what else there is to know."""
+    return {"encoder": json.dumps({**asdict(encoder.shape), **more})}
 
 
 def load_encoder(path: str | Path) -> Encoder:
@@ -209,15 +210,19 @@ def load_encoder(path: str | Path) -> Encoder:
     file = path / "encoder.safetensors" if path.is_dir() else path
     if not file.exists():
         raise UserError(
-            f"{file} does not exist; a stage 1 run writes it when it finishes (python sami/pretrain.py)"
+            f"{file} does not exist; a stage 1 run writes it when it finishes (python "
+            "sami/pretrain.py)"
         )
     try:
         with safe_open(file, framework="pt") as stored:
             header = (stored.metadata() or {}).get("encoder")
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        encoder = Encoder(EncoderShape(**json.loads(header or "null")))
+        header = json.loads(header or "null")
+        encoder = Encoder(
+            EncoderShape(**{item.name: header[item.name] for item in fields(EncoderShape)})
+        )
         encoder.load_state_dict(tensors)
-    except (SafetensorError, TypeError, json.JSONDecodeError, RuntimeError) as error:
+    except (SafetensorError, TypeError, KeyError, ValueError, RuntimeError) as error:
         what = " ".join(str(error).split())[:200]
         raise UserError(
             f"{file} is not an encoder of stage 1 ({what}); give the encoder.safetensors of a run"

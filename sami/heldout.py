@@ -1,6 +1,5 @@
 """The held-out measure: does the student know more of the target than its mean?"""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +11,8 @@ from sami.core.run import Run
 from sami.core.shards import Shard
 from sami.data import Batch, HeldOut, Views, deal, make_loader
 from sami.model import MaskedReconstruction, token_errors
+
+BATCH = 32  # pictures per forward
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Sums:
         result = {
             "loss": (self.loss.sum() / count.sum()) if tokens == "all" else self.loss[1] / count[1],
             "cosine": self.cosine / self.pictures,
+            "pictures": self.pictures,
             "r2": 1 - self.error.sum() / constant.sum(),
         }
         for group, name in enumerate(("visible", "masked")):
@@ -110,27 +112,21 @@ def measure(
     shards: list[Shard],
     views: Views,
     samples: int,
-    batch_size: int,
     workers: int,
-) -> tuple[dict[str, float], Counter]:
+) -> dict[str, float]:
     """Measures over the first ``samples`` held-out pictures, the same on all ranks.
+
+    Collective. Unusable pictures are left out; ``pictures`` tells how many were measured.
 
     Args:
         model: unwrapped.
         targets: a batch on the device to its targets [B, N, C].
-
-    Returns:
-        The measures by name, and this rank's unusable samples by reason.
     """
-    positions = deal(
-        range(min(samples, sum(shard.count for shard in shards))), run.rank, run.processes
-    )
-    dataset = HeldOut(shards, views, positions, batch_size)
+    positions = range(min(samples, sum(shard.count for shard in shards)))
+    dataset = HeldOut(shards, views, deal(positions, run.rank, run.processes), BATCH)
     sums = Sums(model.encoder.grid**2, model.head.out_features, run.device)
-    bad: Counter = Counter()
     model.eval()
     for batch in make_loader(dataset, workers, run.device):
-        bad.update(reason for reason, _ in batch.bad)
         batch = batch.to(run.device)
         target = targets(batch)
         with run.accelerator.autocast():
@@ -139,4 +135,4 @@ def measure(
     model.train()
     for tensor in sums.tensors():
         tensor.copy_(run.accelerator.reduce(tensor, "sum"))
-    return sums.measures(model.loss_config.tokens), bad
+    return sums.measures(model.loss_config.tokens)

@@ -18,7 +18,7 @@ def pca_basis(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
         features: [T, C], the teacher's tokens.
 
     Returns:
-        mean [C], directions [C, 3], and the range [2, 3] that maps to 0..1 (2nd to 98th percentile).
+        mean [C], directions [C, 3], and the range [2, 3] that maps to 0..1 (percentiles 2 to 98).
     """
     features = features.double()
     mean = features.mean(0)
@@ -52,7 +52,7 @@ def hide(images: torch.Tensor, masked: torch.Tensor, patch_size: int) -> torch.T
 
 
 def pixels_back(patches: torch.Tensor, images: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Per-patch normalised pixels [B, N, C] as pictures in 0..1, with each true patch's mean and spread."""
+    """Normalised pixels [B, N, C] as pictures in 0..1, with each true patch's mean and spread."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     true = patchify((images - mean) / std, patch_size)
     restored = patches * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)

@@ -4,39 +4,20 @@ accelerate launch sami/pretrain.py --config configs/pretrain/sami_ti.yaml [--gro
 """
 
 import contextlib
-import json
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
-from sami.core.checkpoint import (
-    Damaged,
-    list_checkpoints,
-    read_meta,
-    read_state,
-    save_checkpoint,
-    write_weights,
-)
-from sami.core.config import differences, load_config, require, to_dict
+from sami.core.checkpoint import write_weights
+from sami.core.config import load_config, require, to_dict
 from sami.core.errors import UserError
-from sami.core.metrics import Clock, Window
-from sami.core.optim import (
-    Ema,
-    Guard,
-    OptimConfig,
-    TrainConfig,
-    build_optimizer,
-    guarded_step,
-    learning_rate,
-    poison,
-)
+from sami.core.optim import OptimConfig, TrainConfig, poison
 from sami.core.run import FINISHED, Run, RunConfig, is_due, run_entry
 from sami.core.shards import Layout, Shard, describe, expand, fingerprint, index_shards
+from sami.core.state import State
 from sami.data import (
     Batch,
     DataConfig,
@@ -49,7 +30,13 @@ from sami.data import (
 )
 from sami.encoder import Encoder, EncoderConfig, build_encoder, export_header
 from sami.heldout import EvalConfig, measure
-from sami.model import DecoderConfig, LossConfig, MaskedReconstruction, TargetConfig, pixel_target
+from sami.model import (
+    DecoderConfig,
+    LossConfig,
+    MaskedReconstruction,
+    TargetConfig,
+    pixel_target,
+)
 from sami.pictures import draw_reconstruction
 from sami.teacher import Teacher, TeacherConfig, describe_teacher, load_teacher, to_grid
 
@@ -63,6 +50,7 @@ FREE = {f"run.{item.name}" for item in fields(RunConfig) if item.name != "seed"}
     "data.val_shards",
     "data.max_bad_fraction",
     "teacher.checkpoint",
+    "facts.teacher.checkpoint",
     "encoder.checkpoint",
     "train.micro_batch_size",
     "train.compile",
@@ -93,7 +81,8 @@ class PretrainConfig:
         visible = visible_count(tokens, self.mask.ratio)
         require(
             visible >= 1 and (self.mask.ratio == 0 or visible < tokens),
-            f"mask.ratio {self.mask.ratio} leaves {visible} of {tokens} patches visible; at least one has to be "
+            f"mask.ratio {self.mask.ratio} leaves {visible} of {tokens} patches visible; at "
+            "least one has to be "
             "visible and, unless the ratio is 0, one masked",
         )
         require(
@@ -115,69 +104,59 @@ def main(argv: list[str] | None = None) -> int:
 def train(cfg: PretrainConfig, run: Run) -> int:
     # ---- What it is trained on
     shards, val_shards = open_shards(cfg, run)
-    micro = cfg.train.micro_batch(run.processes)
-    samples = sum(shard.count for shard in shards)
-    samples = min(samples, cfg.data.epoch_samples or samples)
-    layout = Layout(samples, cfg.train.batch_size, micro, run.processes, max(1, cfg.data.workers))
+    pictures = sum(shard.count for shard in shards)
+    layout = Layout(
+        samples=min(pictures, cfg.data.epoch_samples or pictures),
+        batch_size=cfg.train.batch_size,
+        micro_batch_size=cfg.train.micro_batch(run.processes),
+        processes=run.processes,
+        workers=max(1, cfg.data.workers),
+    )
     require(
         layout.steps_per_epoch > 0,
-        f"data.shards hold {samples} pictures, less than one train.batch_size of {cfg.train.batch_size}; "
-        "lower it or give more shards",
+        f"data.shards hold {layout.samples} pictures, less than one train.batch_size of "
+        f"{cfg.train.batch_size}; lower it or give more shards",
     )
     steps = cfg.train.total_steps(layout.steps_per_epoch)
 
     # ---- What is trained
     encoder = build_encoder(cfg.encoder, cfg.data.image_size)
-    teacher = load_teacher(cfg.teacher).to(run.device) if cfg.target.kind == "teacher" else None
+    teacher = None
+    if cfg.target.kind == "teacher":
+        teacher = load_teacher(cfg.teacher)
     channels = 3 * cfg.encoder.patch_size**2 if teacher is None else cfg.teacher.channels
-    model = MaskedReconstruction(encoder, cfg.decoder, cfg.loss, channels, cfg.mask.ratio).to(
-        run.device
-    )
-    optimizer = build_optimizer(model, cfg.optim)
-    ema = Ema(model, cfg.optim.ema) if cfg.optim.ema else None
-    targets = make_targets(cfg, run, model, teacher)
-    views = Views(
-        seed=cfg.run.seed,
-        student_size=cfg.data.image_size,
-        teacher_size=None if teacher is None else cfg.teacher.image_size,
-        grid=encoder.grid,
-        mask_ratio=cfg.mask.ratio,
-        crop_scale=cfg.data.crop_scale,
-        hflip=cfg.data.hflip,
-    )
+    model = MaskedReconstruction(encoder, cfg.decoder, cfg.loss, channels, cfg.mask.ratio)
+    state = State(model.to(run.device), cfg.optim, cfg.train, run)
+    facts = {
+        "teacher": describe_teacher(cfg.teacher, teacher) if teacher and run.is_main else None,
+        "data": {"pictures": layout.samples, "fingerprint": fingerprint(shards)},
+    }
+    targets = make_targets(cfg, run, model, teacher and teacher.to(run.device))
+    views = make_views(cfg, encoder)
 
     # ---- Where training stands
-    window, guard, bad = Window(run.device), Guard(run.device), Counter()
-    facts = {
-        "teacher": describe_teacher(cfg.teacher, teacher)
-        if teacher is not None and run.is_main
-        else None,
-        "data": {"pictures": samples, "fingerprint": fingerprint(shards)},
-    }
-    step = resume(cfg, run, layout, facts, model, optimizer, ema, window, guard, bad)
-    if step == steps and is_finished(run):
-        run.say(f"{run.dir} is finished; start another run with --run.dir, or delete the folder")
+    identity = {"config": to_dict(cfg), "layout": describe(layout), "facts": facts}
+    step = state.resume(identity, FREE)
+    if step == steps and run.is_finished():
+        run.say(f"{run.dir} is finished; start another with --run.dir, or delete the folder")
         return FINISHED
-    run.begin(cfg, facts)
-    run.metrics.cut_back(step) if run.is_main else None
-    run.wait_for_all()
+    run.begin(cfg, step, facts)
     announce(cfg, run, layout, steps, step, model, facts)
     shown = load_shown(run, val_shards or shards, views)
     if cfg.train.compile:
         model.predict = torch.compile(model.predict)
     wrapped = run.accelerator.prepare(model)
-    loader = stream(cfg, run, layout, shards, views, step) if step < steps else iter(())
-    clock, steps_timed, named = Clock(), 0, set()
+    batches = stream(cfg, run, layout, shards, views, step) if step < steps else iter(())
 
     while step < steps:
         # ---- One optimizer step
-        clock.start()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg.optim, step, steps, cfg.train.batch_size)
-        optimizer.zero_grad(set_to_none=True)
+        state.begin_step(step, steps)
         for part in range(layout.micro_batches_per_step):
-            batch = next_batch(loader, clock)
-            note_bad(run, batch, bad, named)
+            with state.clock.wait():
+                batch = next(batches)
+            if isinstance(batch, UserError):
+                raise batch
+            state.note_bad(batch.bad)
             batch = batch.to(run.device)
             target = targets(batch)
             last_part = part == layout.micro_batches_per_step - 1
@@ -185,56 +164,50 @@ def train(cfg: PretrainConfig, run: Run) -> int:
                 losses = wrapped(batch.student, batch.visible, batch.masked, target)
                 run.accelerator.backward(poison(losses["loss"]) / layout.micro_batches_per_step)
             for name, value in losses.items():
-                window.add(name, value)
-        norm, skipped = guarded_step(optimizer, cfg.optim.clip)
-        window.add("grad_norm", norm)
-        guard.count(skipped)
-        if ema is not None:
-            ema.update(skipped)
+                state.window.add(name, value)
+        state.update()
         step += 1
-        steps_timed += 1
 
         # ---- What is due after it
         last = step == steps
         evaluate = bool(val_shards) and is_due(step, cfg.eval.every or steps, last)
         if is_due(step, cfg.run.log_every, last) or evaluate:
-            record = read_metrics(cfg, run, step, optimizer, window, guard, clock, steps_timed)
-            steps_timed = 0
+            record = state.read_metrics(step)
             if evaluate:
-                with averaged(ema):
-                    values, unusable = measure(
-                        run,
-                        model,
-                        targets,
-                        val_shards,
-                        views,
-                        cfg.eval.samples,
-                        micro,
-                        cfg.data.workers,
+                with state.averaged():
+                    measures = measure(
+                        run, model, targets, val_shards, views, cfg.eval.samples, cfg.data.workers
                     )
-                bad.update(
-                    {f"held out: {reason}": count for reason, count in unusable.items()}
-                    if last
-                    else {}
-                )
-                record.update({f"val_{name}": value for name, value in values.items()})
+                record.update({f"val_{name}": value for name, value in measures.items()})
             run.record(step, steps, record)
-            stop_if_hopeless(cfg, run, step, guard, bad)
+            state.stop_if_hopeless(step, cfg.data.max_bad_fraction)
         run.advance(step, steps)
-        clock.pause()
-        if is_due(step, cfg.run.picture_every, last) and run.is_main:
-            with averaged(ema):
+        state.clock.pause()
+        if is_due(step, cfg.run.picture_every, last) and shown is not None:
+            with state.averaged():
                 draw(cfg, run, model, targets, shown, step)
         stop, by_clock = run.stop_and_save()
         if is_due(step, cfg.run.save_every, last) or by_clock or stop:
-            save(cfg, run, layout, facts, step, model, optimizer, ema, window, guard, bad)
+            state.save(step, identity)
             if stop and not last:
-                run.leave_asked(step)
-                return 75
+                return run.leave_asked(step)
 
     # ---- What is left behind
-    finish(cfg, run, steps, encoder, ema, facts, bad)
+    finish(cfg, run, steps, encoder, state, facts)
     return FINISHED
+
+
+def make_views(cfg: PretrainConfig, encoder: Encoder) -> Views:
+    """How samples are made under a configuration."""
+    return Views(
+        seed=cfg.run.seed,
+        student_size=cfg.data.image_size,
+        teacher_size=cfg.teacher.image_size if cfg.target.kind == "teacher" else None,
+        grid=encoder.grid,
+        mask_ratio=cfg.mask.ratio,
+        crop_scale=cfg.data.crop_scale,
+        hflip=cfg.data.hflip,
+    )
 
 
 def open_shards(cfg: PretrainConfig, run: Run) -> tuple[list[Shard], list[Shard]]:
@@ -279,90 +252,6 @@ def stream(
     return iter(make_loader(dataset, cfg.data.workers, run.device))
 
 
-def next_batch(loader: Any, clock: Clock) -> Batch:
-    """The next micro-batch; the time until it is there counts as waiting."""
-    asked = time.perf_counter()
-    batch = next(loader)
-    clock.waiting += time.perf_counter() - asked
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
-
-
-def note_bad(run: Run, batch: Batch, bad: Counter, named: set[str]) -> None:
-    """Count unusable samples by reason, and name each once in the log (the first hundred)."""
-    for reason, key in batch.bad:
-        bad[reason] += 1
-        if key not in named and len(named) < 100:
-            named.add(key)
-            run.say(f"bad sample {key}: {reason}; the next good one takes its place")
-
-
-def read_metrics(
-    cfg: PretrainConfig,
-    run: Run,
-    step: int,
-    optimizer: torch.optim.Optimizer,
-    window: Window,
-    guard: Guard,
-    clock: Clock,
-    steps: int,
-) -> dict[str, Any]:
-    """The line of ``metrics.jsonl``; the only place where the loop waits for the device."""
-    means = window.read(run.accelerator)
-    seconds, waiting = clock.read()
-    record = {
-        "step": step,
-        "samples": step * cfg.train.batch_size,
-        "loss": means.pop("loss"),
-        "lr": optimizer.param_groups[0]["lr"],
-        "images_per_second": steps * cfg.train.batch_size / seconds,
-        "data_wait": waiting,
-        "seconds_per_step": seconds / steps,
-        **means,
-        "skipped_updates": int(guard.state()[0]),
-    }
-    if run.device.type == "cuda":
-        record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return record
-
-
-def stop_if_hopeless(cfg: PretrainConfig, run: Run, step: int, guard: Guard, bad: Counter) -> None:
-    """Stop where going on would train on nothing: updates that are not finite, or bad data.
-
-    Raises:
-        UserError: says which, and what to try.
-    """
-    saved = list_checkpoints(run.dir / "checkpoints")
-    last_good = (
-        f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
-    )
-    if guard.state()[2] >= cfg.train.max_bad_steps:
-        raise UserError(
-            f"loss or gradient was not finite in {int(guard.state()[2])} updates in a row before step {step}; "
-            f"lower optim.lr, set optim.clip 1.0 or train.precision fp32; {last_good}"
-        )
-    seen = step * cfg.train.batch_size
-    count = sum(sum(part.values()) for part in run.gather(bad))
-    if seen >= 1000 and count > cfg.data.max_bad_fraction * seen:
-        raise UserError(
-            f"{count} of {seen} samples were bad ({dict(bad)}), more than data.max_bad_fraction "
-            f"{cfg.data.max_bad_fraction}; mend the shards or raise it; {last_good}"
-        )
-
-
-@contextlib.contextmanager
-def averaged(ema: Ema | None) -> Any:
-    """Inside, the model holds the averaged weights, where there are any."""
-    if ema is not None:
-        ema.swap()
-    try:
-        yield
-    finally:
-        if ema is not None:
-            ema.swap()
-
-
 def load_shown(run: Run, shards: list[Shard], views: Views) -> Batch | None:
     """The few pictures that are drawn: the first usable ones; rank 0 only."""
     if not run.is_main:
@@ -398,117 +287,6 @@ def draw(
     run.picture(path, step)
 
 
-def save(
-    cfg: PretrainConfig,
-    run: Run,
-    layout: Layout,
-    facts: dict[str, Any],
-    step: int,
-    model: MaskedReconstruction,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-    window: Window,
-    guard: Guard,
-    bad: Counter,
-) -> None:
-    """A checkpoint: what is trained and what was counted. Neither teacher nor data position."""
-    ranks = run.gather({"window": window.state(), "bad": dict(bad)})
-    if run.is_main:
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "ema": None if ema is None else ema.average,
-            "guard": guard.state(),
-            "ranks": ranks,
-        }
-        meta = {
-            "config": to_dict(cfg),
-            "layout": describe(layout),
-            "facts": facts,
-            "machine": machine(),
-        }
-        save_checkpoint(run.dir / "checkpoints", step, state, meta, cfg.run.keep)
-    run.saved()
-
-
-def resume(
-    cfg: PretrainConfig,
-    run: Run,
-    layout: Layout,
-    facts: dict[str, Any],
-    model: MaskedReconstruction,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-    window: Window,
-    guard: Guard,
-    bad: Counter,
-) -> int:
-    """Load the newest whole checkpoint of the run folder; returns its step, or 0.
-
-    Raises:
-        UserError: the folder belongs to another configuration, or no checkpoint in it is whole.
-    """
-    checkpoints = list_checkpoints(run.dir / "checkpoints")
-    for checkpoint in reversed(checkpoints):
-        try:
-            meta = read_meta(checkpoint)
-            state = read_state(checkpoint, run.device)
-        except Damaged as error:
-            run.say(f"{error}; looking for an earlier one")
-            continue
-        changed = differences(meta["config"], to_dict(cfg), FREE)
-        if run.is_main:  # only rank 0 hashed the teacher
-            changed += differences(
-                {"facts": meta["facts"]}, {"facts": facts}, {"facts.teacher.checkpoint"}
-            )
-        if changed:
-            raise UserError(
-                f"{run.dir} holds a run of another configuration: {'; '.join(changed[:3])}; "
-                "give the old values, or another --run.dir"
-            )
-        if meta["layout"] != describe(layout):
-            run.say(
-                "the number of processes or workers or the micro-batch changed: samples of this epoch may repeat"
-            )
-        if meta["machine"] != machine():
-            run.say(
-                f"resumed under {machine()}, saved under {meta['machine']}: losses will not be bit-equal"
-            )
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if ema is not None:
-            ema.average = state["ema"]
-        guard.load(state["guard"])
-        if len(state["ranks"]) == run.processes:
-            mine = state["ranks"][run.rank]
-            window.load(mine["window"])
-            bad.update(mine["bad"])
-        elif run.is_main:
-            for rank in state["ranks"]:
-                bad.update(rank["bad"])
-        run.say(f"resuming from {checkpoint}")
-        return meta["step"]
-    if checkpoints:
-        raise UserError(
-            f"none of the {len(checkpoints)} checkpoints in {run.dir}/checkpoints can be read; "
-            "move the folder away to start over, or give another --run.dir"
-        )
-    return 0
-
-
-def machine() -> dict[str, Any]:
-    """What bit-equality on a CPU depends on."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
-def is_finished(run: Run) -> bool:
-    """Whether the folder's run had come to its end."""
-    try:
-        return json.loads((run.dir / "summary.json").read_text())["status"] == "finished"
-    except (OSError, ValueError, KeyError):
-        return False
-
-
 def announce(
     cfg: PretrainConfig,
     run: Run,
@@ -522,22 +300,28 @@ def announce(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     student = sum(p.numel() for p in model.encoder.parameters())
     run.say(
-        f"{run.dir}: {cfg.encoder.name} ({student / 1e6:.2f} M parameters, {trained / 1e6:.2f} M with the decoder) "
-        f"on {layout.samples} pictures, {layout.steps_per_epoch} steps an epoch, {steps} steps, now at {step}"
+        f"{run.dir}: {cfg.encoder.name} ({student / 1e6:.2f} M parameters, {trained / 1e6:.2f} M "
+        "with the decoder) "
+        f"on {layout.samples} pictures, {layout.steps_per_epoch} steps an epoch, {steps} steps, "
+        f"now at {step}"
     )
     run.say(
-        f"{run.processes} process(es) on {run.device.type}, {'bf16' if run.bf16 else 'fp32'}, batch "
-        f"{cfg.train.batch_size} = {run.processes} x {layout.micro_batch_size} x {layout.micro_batches_per_step}, "
+        f"{run.processes} process(es) on {run.device.type}, {'bf16' if run.bf16 else 'fp32'}, "
+        "batch "
+        f"{cfg.train.batch_size} = {run.processes} x {layout.micro_batch_size} x "
+        f"{layout.micro_batches_per_step}, "
         f"{torch.get_num_threads()} thread(s) each"
     )
     teacher = facts["teacher"]
     if teacher is not None:
         run.say(
-            f"teacher {teacher['name']} at {teacher['image_size']} px, {teacher['layer']}, sha256 {teacher['sha256'][:12]}"
+            f"teacher {teacher['name']} at {teacher['image_size']} px, {teacher['layer']}, "
+            f"sha256 {teacher['sha256'][:12]}"
         )
         if teacher["random"]:
             run.say(
-                "*** THE TEACHER IS RANDOM (teacher.checkpoint=random): what is learnt here is not SAM ***"
+                "*** THE TEACHER IS RANDOM (teacher.checkpoint=random): what is learnt here is "
+                "not SAM ***"
             )
 
 
@@ -546,47 +330,34 @@ def finish(
     run: Run,
     steps: int,
     encoder: Encoder,
-    ema: Ema | None,
+    state: State,
     facts: dict[str, Any],
-    bad: Counter,
 ) -> None:
     """Export the encoder and close the summary."""
-    counts: Counter = Counter()
-    for part in run.gather(bad):
-        counts.update(part)
+    bad = dict(state.all_bad())
     if not run.is_main:
         return
-    with averaged(ema):
-        training = {
-            "stage": "pretrain",
-            "steps": steps,
-            "target": cfg.target.kind,
-            "teacher": facts["teacher"],
-        }
-        header = export_header(
-            encoder, weights="last" if ema is None else "ema", training=json.dumps(training)
-        )
+    weights = "last" if state.ema is None else "ema"
+    training = {"steps": steps, "target": cfg.target.kind, "teacher": facts["teacher"]}
+    with state.averaged():
+        header = export_header(encoder, weights=weights, training=training)
         write_weights(run.dir / "encoder.safetensors", encoder.state_dict(), header)
     final = next((line for line in reversed(run.metrics.read()) if line["step"] == steps), {})
+    held_out = {k.removeprefix("val_"): v for k, v in final.items() if k.startswith("val_")}
     run.summarise(
         status="finished",
         exit_code=FINISHED,
         steps=steps,
         loss=final.get("loss"),
-        weights="last" if ema is None else "ema",
-        bad_samples=dict(counts),
-        evaluation={
-            name.removeprefix("val_"): final[name] for name in final if name.startswith("val_")
-        }
-        or None,
+        weights=weights,
+        bad_samples=bad,
+        evaluation=held_out or None,
     )
-    if counts:
-        run.say(f"bad samples: {dict(counts)}")
+    if bad:
+        run.say(f"bad samples: {bad}")
     if facts["teacher"] is not None and facts["teacher"]["random"]:
         run.say("*** this encoder was trained by a random teacher ***")
-    run.say(
-        f"finished: {run.dir}/encoder.safetensors, {run.dir}/metrics.jsonl, {run.dir}/pictures/"
-    )
+    run.say(f"finished: {run.dir}/encoder.safetensors, metrics.jsonl and pictures/ beside it")
 
 
 if __name__ == "__main__":

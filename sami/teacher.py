@@ -72,12 +72,14 @@ class TeacherConfig:
             return
         require(
             self.image_size > 0 and self.image_size % PATCH_SIZE == 0,
-            f"teacher.image_size {self.image_size} must be a positive multiple of {PATCH_SIZE}, such as 224 or 1024",
+            f"teacher.image_size {self.image_size} must be a positive multiple of {PATCH_SIZE}, "
+            "such as 224 or 1024",
         )
         given = [name for name in ("width", "depth", "heads") if getattr(self, name) is not None]
         require(
             self.name == "custom" or not given,
-            f"teacher.{given[0] if given else ''} goes with teacher.name custom; leave it out for {self.name}",
+            f"teacher.{given[0] if given else ''} goes with teacher.name custom; leave it out "
+            f"for {self.name}",
         )
         width, depth, heads = self.shape
         require(min(width, depth, heads) > 0, "teacher.width, depth and heads must be positive")
@@ -102,7 +104,7 @@ class TeacherConfig:
 
 
 class Teacher(nn.Module):
-    """From pictures to features. Frozen, in eval mode whatever ``train()`` says, without gradients."""
+    """From pictures to features: frozen, without gradients, in eval mode whatever happens."""
 
     def __init__(
         self, encoder: ImageEncoderViT, layer: str = "neck", image_size: int = NATIVE_SIZE
@@ -133,7 +135,8 @@ class Teacher(nn.Module):
         height, width = images.shape[2:]
         if max(height, width) > self.image_size:
             raise ValueError(
-                f"pictures of {height}x{width} pixels are larger than teacher.image_size {self.image_size}"
+                f"pictures of {height}x{width} pixels are larger than teacher.image_size "
+                f"{self.image_size}"
             )
         images = F.pad(
             self.normalise(images), (0, self.image_size - width, 0, self.image_size - height)
@@ -161,7 +164,7 @@ class Teacher(nn.Module):
         return self._positions[key]
 
     def _relative_positions(self, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Per block the tables [q, k, d] of rows and columns, as ``get_rel_pos`` interpolates them."""
+        """Per block the tables [q, k, d] of rows and columns, interpolated by ``get_rel_pos``."""
         key = (*x.shape[1:3], x.device)
         if key not in self._tables:
             tables = []
@@ -268,7 +271,8 @@ def describe_teacher(config: TeacherConfig, teacher: Teacher) -> dict[str, objec
 def _checkpoint_path(config: TeacherConfig) -> Path:
     file = SIZES[config.name][4] if config.name in SIZES else "a checkpoint of that shape"
     remedy = (
-        f"fetch {DOWNLOADS}{file}, put it at checkpoints/{file} and set teacher.checkpoint to that path"
+        f"fetch {DOWNLOADS}{file}, put it at checkpoints/{file} and set teacher.checkpoint to "
+        "that path"
         if config.name in SIZES
         else "give the .pth of a SAM of that shape"
     )

@@ -11,7 +11,6 @@ import re
 import sys
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
@@ -173,8 +172,7 @@ def _sentence(message: str, config_class: type) -> str:
         return f"{key} must be {_type_words(types[key])}{got}"
     if "does not exist" in message and "config" in message:
         path = re.search(r"'([^']+)'", message)
-        shown = Path(path.group(1)).name if path else "the file"
-        return f"--config {shown} does not exist (looked for {path.group(1) if path else ''}); see configs/"
+        return f"--config {path.group(1) if path else ''} does not exist; see configs/"
     return " ".join(message.split())
 
 

@@ -1,8 +1,10 @@
 """Numbers of a run: summed on the device, read when due, written as JSON lines."""
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,10 @@ class Window:
 
 
 class Clock:
-    """Seconds spent training and, of these, waiting for data, since the last reading."""
+    """Steps, seconds spent on them and, of these, waiting for data, since the last reading."""
 
     def __init__(self) -> None:
+        self.steps = 0
         self.training = self.waiting = 0.0
         self.started: float | None = None
 
@@ -65,12 +68,19 @@ class Clock:
             self.training += time.perf_counter() - self.started
             self.started = None
 
-    def read(self) -> tuple[float, float]:
-        """Training seconds and the share of them spent waiting; a new start."""
+    @contextlib.contextmanager
+    def wait(self) -> Iterator[None]:
+        """What happens inside counts as waiting for data."""
+        asked = time.perf_counter()
+        yield
+        self.waiting += time.perf_counter() - asked
+
+    def read(self) -> tuple[int, float, float]:
+        """Steps, seconds, and the share of them spent waiting; a new start."""
         self.pause()
-        seconds, share = self.training, self.waiting / self.training if self.training else 0.0
-        self.training = self.waiting = 0.0
-        return seconds, share
+        result = self.steps, self.training, self.waiting / self.training if self.training else 0.0
+        self.steps, self.training, self.waiting = 0, 0.0, 0.0
+        return result
 
 
 class MetricsFile:

@@ -104,7 +104,8 @@ class TrainConfig:
         lower, upper = self.batch_size // whole * whole, -(-self.batch_size // whole) * whole
         require(
             rest == 0 and self.batch_size % whole == 0,
-            f"train.batch_size {self.batch_size} is not divisible by {processes} processes x micro_batch_size {micro} "
+            f"train.batch_size {self.batch_size} is not divisible by {processes} processes x "
+            f"micro_batch_size {micro} "
             f"= {whole}; try train.batch_size {f'{lower} or ' if lower else ''}{upper}",
         )
         return micro
@@ -124,7 +125,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int, batch_size: int) -
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: matrices and kernels decay; norms, biases and tokens do not."""
+    """Trainable parameters in two groups: matrices decay; norms, biases and tokens do not."""
     decay, rest = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

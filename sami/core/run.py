@@ -144,16 +144,18 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def begin(self, config: Any, facts: dict[str, Any]) -> None:
+    def begin(self, config: Any, step: int, facts: dict[str, Any]) -> None:
         """Write ``config.yaml`` and the first ``summary.json``; start wandb.
 
         Args:
             config: the whole configuration.
+            step: where the run stands; metrics behind it are cut off.
             facts: what else the summary shall hold from the start.
         """
         self._may_write = True
         if not self.is_main:
             return
+        self.metrics.cut_back(step)
         (self.dir / "pictures").mkdir(exist_ok=True)
         (self.dir / "stop").unlink(missing_ok=True)
         write_text(self.dir / "config.yaml", to_yaml(config))
@@ -191,7 +193,7 @@ class Run:
                 except OSError:
                     pass  # the disk is full: the sentence on stderr has to do
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1, quiet=True)
+            self._wandb.finish(exit_code=0 if error is None else 1)
         if self._lock is not None:
             self._lock.close()
         if error is None and distributed.is_initialized():
@@ -202,6 +204,14 @@ class Run:
         if self.is_main:
             self._summary.update(facts)
             write_text(self.dir / "summary.json", json.dumps(self._summary, indent=1) + "\n")
+
+    def is_finished(self) -> bool:
+        """Whether the run in this folder had come to its end."""
+        try:
+            summary = json.loads((self.dir / "summary.json").read_text())
+        except (OSError, ValueError):
+            return False
+        return summary.get("status") == "finished" and summary.get("exit_code") == FINISHED
 
     def wait_for_all(self) -> None:
         """A barrier."""
@@ -223,7 +233,8 @@ class Run:
         self.metrics.append(values)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
-        words = f"loss {_short(values['loss'])} · lr {values['lr']:.2e} · {values['images_per_second']:.1f} images/s"
+        words = f"loss {_short(values['loss'])} · lr {values['lr']:.2e}"
+        words += f" · {values['images_per_second']:.1f} images/s"
         words += f" · data wait {values['data_wait']:.0%}"
         held_out = [
             f"{name.removeprefix('val_')} {_short(values[name])}"
@@ -235,7 +246,8 @@ class Run:
         if self._progress is None and not sys.stdout.isatty():
             left = (steps - step) * values["seconds_per_step"]
             self.say(
-                f"step {step}/{steps} · {words} · {time.strftime('%H:%M:%S', time.gmtime(left))} left"
+                f"step {step}/{steps} · {words} · {time.strftime('%H:%M:%S', time.gmtime(left))} "
+                "left"
             )
         else:
             self.advance(step, steps, words)
@@ -332,20 +344,23 @@ class Run:
             self._lock = (self.dir / "lock").open("a+")
         except OSError as error:
             raise UserError(
-                f"run.dir {self.dir} cannot be written ({error.strerror}); choose another folder with --run.dir"
+                f"run.dir {self.dir} cannot be written ({error.strerror}); choose another folder "
+                "with --run.dir"
             ) from error
         try:  # the kernel drops this lock with the process, however it dies
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 self.say(
-                    f"this file system cannot lock {self.dir}; see to it that only one job uses the folder"
+                    f"this file system cannot lock {self.dir}; see to it that only one job uses "
+                    "the folder"
                 )
             else:
                 self._lock.seek(0)
                 holder = self._lock.read().strip() or "another process"
                 raise UserError(
-                    f"run.dir {self.dir} is in use by {holder}; wait for it or choose another folder with --run.dir"
+                    f"run.dir {self.dir} is in use by {holder}; wait for it or choose another "
+                    "folder with --run.dir"
                 ) from error
         self._lock.seek(0)
         self._lock.truncate()
@@ -383,7 +398,8 @@ def user_error(error: BaseException) -> UserError | None:
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error):
         return UserError(
-            "the disk is full; make room and run the same command again, it goes on from the last checkpoint"
+            "the disk is full; make room and run the same command again, it goes on from the "
+            "last checkpoint"
         )
     return None
 

@@ -121,7 +121,8 @@ def expand(patterns: str | list[str], key: str) -> list[str]:
         missing = [path for path, files in matches if not files]
         if len(missing) == len(expanded):
             raise UserError(
-                f"{key}: '{pattern}' matches no file; make shards with tools/make_shards.py or correct the pattern"
+                f"{key}: '{pattern}' matches no file; make shards with tools/make_shards.py or "
+                "correct the pattern"
             )
         if missing:
             raise UserError(

@@ -1,0 +1,225 @@
+"""What training changes, how it is updated, counted, saved and found again.
+
+Weights, moments, averages and counts are state; learning rate, position in the data and what is
+random about a sample are functions of the step, and the step is in the checkpoint's name.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from sami.core.checkpoint import (
+    Damaged,
+    list_checkpoints,
+    read_meta,
+    read_state,
+    save_checkpoint,
+)
+from sami.core.config import differences
+from sami.core.errors import UserError
+from sami.core.metrics import Clock, Window
+from sami.core.optim import (
+    Ema,
+    Guard,
+    OptimConfig,
+    TrainConfig,
+    build_optimizer,
+    guarded_step,
+    learning_rate,
+)
+from sami.core.run import Run
+
+
+class State:
+    """Model, optimizer, moving average, and what was counted."""
+
+    def __init__(self, model: nn.Module, optim: OptimConfig, train: TrainConfig, run: Run) -> None:
+        """``model``: on its device, not yet wrapped."""
+        self.optim, self.train, self.run, self.model = optim, train, run, model
+        self.optimizer = build_optimizer(model, optim)
+        self.ema = Ema(model, optim.ema) if optim.ema else None
+        self.window, self.guard, self.clock = Window(run.device), Guard(run.device), Clock()
+        self.bad: Counter[str] = Counter()  # this rank's unusable samples by reason
+        self._named: set[str] = set()
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Learning rate of the step, no gradients."""
+        self.clock.start()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.optim, step, steps, self.train.batch_size)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def update(self) -> None:
+        """Clip and step, unless a gradient is not finite; nothing here waits for the device."""
+        norm, skipped = guarded_step(self.optimizer, self.optim.clip)
+        self.window.add("grad_norm", norm)
+        self.guard.count(skipped)
+        if self.ema is not None:
+            self.ema.update(skipped)
+        self.clock.steps += 1
+
+    def note_bad(self, bad: list[tuple[str, str]]) -> None:
+        """Count unusable samples, given as (reason, key); name the first hundred in the log."""
+        for reason, key in bad:
+            self.bad[reason] += 1
+            if key not in self._named and len(self._named) < 100:
+                self._named.add(key)
+                self.run.say(f"bad sample {key}: {reason}; the next good one takes its place")
+
+    # -- when it is due -----------------------------------------------------------------------
+
+    def read_metrics(self, step: int) -> dict[str, Any]:
+        """The common part of a line of ``metrics.jsonl``; the only place that waits for the device.
+
+        Collective: every rank calls it.
+        """
+        means = self.window.read(self.run.accelerator)
+        steps, seconds, waiting = self.clock.read()
+        record = {
+            "step": step,
+            "samples": step * self.train.batch_size,
+            "loss": means.pop("loss"),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": steps * self.train.batch_size / seconds,
+            "data_wait": waiting,
+            "seconds_per_step": seconds / steps,
+            **means,
+            "skipped_updates": int(self.guard.state()[0]),
+        }
+        if self.run.device.type == "cuda":
+            record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return record
+
+    def stop_if_hopeless(self, step: int, max_bad_fraction: float) -> None:
+        """Stop where going on would train on nothing. Collective: every rank calls it.
+
+        Raises:
+            UserError: too many updates in a row were not finite, or too many samples were bad.
+        """
+        saved = list_checkpoints(self.run.dir / "checkpoints")
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        _, _, worst_row = self.guard.state()
+        if worst_row >= self.train.max_bad_steps:
+            raise UserError(
+                f"loss or gradient was not finite in {int(worst_row)} updates in a row before "
+                f"step {step}; lower optim.lr, set optim.clip 1.0 or train.precision fp32; {last}"
+            )
+        bad, seen = self.all_bad(), step * self.train.batch_size
+        if seen >= 1000 and bad.total() > max_bad_fraction * seen:
+            raise UserError(
+                f"{bad.total()} of {seen} samples were bad ({dict(bad)}), more than "
+                f"data.max_bad_fraction {max_bad_fraction}; mend the shards or raise it; {last}"
+            )
+
+    def all_bad(self) -> Counter[str]:
+        """Unusable samples of all ranks, by reason. Collective."""
+        return sum((Counter(part) for part in self.run.gather(dict(self.bad))), Counter())
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model holds the averaged weights, where an average is kept."""
+        if self.ema is not None:
+            self.ema.swap()
+        try:
+            yield
+        finally:
+            if self.ema is not None:
+                self.ema.swap()
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def save(self, step: int, identity: dict[str, Any]) -> None:
+        """Write ``checkpoints/step-<step>``. Collective; rank 0 writes.
+
+        Args:
+            identity: ``config``, ``layout`` and ``facts`` of the run; see :meth:`resume`.
+        """
+        ranks = self.run.gather({"window": self.window.state(), "bad": dict(self.bad)})
+        if self.run.is_main:
+            tensors = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": None if self.ema is None else self.ema.average,
+                "guard": self.guard.state(),
+                "ranks": ranks,
+            }
+            folder = self.run.dir / "checkpoints"
+            meta = {**identity, "machine": _machine()}
+            save_checkpoint(folder, step, tensors, meta, self.run.config.keep)
+        self.run.saved()
+
+    def resume(self, identity: dict[str, Any], free: set[str]) -> int:
+        """Load the newest whole checkpoint of the run folder; returns its step, or 0.
+
+        Args:
+            identity: what the checkpoint must agree with.
+            free: dotted keys of ``config`` and ``facts`` that may differ.
+
+        Raises:
+            UserError: the folder belongs to another configuration, or no checkpoint is whole.
+        """
+        run = self.run
+        checkpoints = list_checkpoints(run.dir / "checkpoints")
+        for checkpoint in reversed(checkpoints):
+            try:
+                meta = read_meta(checkpoint)
+                stored = read_state(checkpoint, run.device)
+            except Damaged as error:
+                run.say(f"{error}; looking for an earlier one")
+                continue
+            self._refuse_another(meta, identity, free)
+            self._load(stored)
+            run.say(f"resuming from {checkpoint}")
+            return meta["step"]
+        if checkpoints:
+            raise UserError(
+                f"none of the {len(checkpoints)} checkpoints in {run.dir}/checkpoints can be "
+                "read; move the folder away to start over, or give another --run.dir"
+            )
+        return 0
+
+    def _refuse_another(self, meta: dict, identity: dict, free: set[str]) -> None:
+        run = self.run
+        changed = differences(meta["config"], identity["config"], free)
+        if run.is_main:  # only rank 0 hashed the teacher
+            changed += differences({"facts": meta["facts"]}, {"facts": identity["facts"]}, free)
+        if changed:
+            raise UserError(
+                f"{run.dir} holds a run of another configuration: {'; '.join(changed[:3])}; "
+                "give the old values, or another --run.dir"
+            )
+        if meta["layout"] != identity["layout"]:
+            run.say(
+                "the number of processes or workers or the micro-batch changed: "
+                "samples of this epoch may repeat"
+            )
+        if meta["machine"] != _machine():
+            run.say(
+                f"saved under {meta['machine']}, resumed under {_machine()}: "
+                "losses will not be bit-equal to an uninterrupted run's"
+            )
+
+    def _load(self, stored: dict[str, Any]) -> None:
+        self.model.load_state_dict(stored["model"])
+        self.optimizer.load_state_dict(stored["optimizer"])
+        if self.ema is not None:
+            self.ema.average = stored["ema"]
+        self.guard.load(stored["guard"])
+        if len(stored["ranks"]) == self.run.processes:
+            mine = stored["ranks"][self.run.rank]
+            self.window.load(mine["window"])
+            self.bad.update(mine["bad"])
+        elif self.run.is_main:
+            for rank in stored["ranks"]:
+                self.bad.update(rank["bad"])
+
+
+def _machine() -> dict[str, Any]:
+    """What bit-equality on a CPU depends on."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}

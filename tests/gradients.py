@@ -1,0 +1,50 @@
+"""Gradients of one batch, split over however many processes there are; started by a launcher.
+
+gradients.py OUT SHARDS: writes {"processes", "gradients"} for the same list of sample keys.
+"""
+
+import sys
+
+import torch
+from accelerate import Accelerator
+
+from sami.core.shards import expand, index_shards, read_range
+from sami.data import Views, collate, draw, make_sample
+from sami.encoder import EncoderConfig, build_encoder
+from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
+from sami.teacher import TeacherConfig, load_teacher, to_grid
+
+
+def main() -> None:
+    out, pattern = sys.argv[1:]
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(accelerator.process_index)  # the wrapper has to make the weights equal
+    encoder = build_encoder(EncoderConfig("custom"), 64)
+    model = MaskedReconstruction(
+        encoder, DecoderConfig(width=32, depth=2, heads=2), LossConfig(), 256, 0.75
+    )
+    if accelerator.process_index == 0:
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+    teacher = load_teacher(TeacherConfig("custom", "random", 64))
+    views = Views(0, 64, 64, 4, 0.75, (0.2, 1.0), True)
+
+    share = 8 // accelerator.num_processes
+    mine = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    items = []
+    for sample in read_range(index_shards(expand(pattern, "shards")), mine):
+        made = make_sample(views, sample, lambda size, key=sample.key: draw(views, 0, key, size))
+        items.append((sample.key, *made))
+    batch = collate(items, [])
+    wrapped = accelerator.prepare(model)
+    target = to_grid(teacher(batch.teacher_view), 4, "area")
+    accelerator.backward(wrapped(batch.student, batch.visible, batch.masked, target)["loss"])
+    if accelerator.process_index == 0:
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        torch.save({"processes": accelerator.num_processes, "gradients": gradients}, out)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Starting real runs from tests: small shards, small arguments, processes in their own group."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+# What may differ between two runs of the same numbers.
+TIMING = {"images_per_second", "data_wait", "seconds_per_step"}
+
+
+def write_shards(
+    folder: Path,
+    counts: tuple[int, ...] = (13, 9, 17),
+    seed: int = 0,
+    corrupt: int = 0,
+    detail: int = 5,
+) -> str:
+    """Shards of smooth random pictures, the first ``corrupt`` cut short; returns their pattern."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for number, count in enumerate(counts):
+        with wds.TarWriter(str(folder / f"s-{number:03d}.tar")) as writer:
+            for item in range(count):
+                coarse = rng.integers(0, 256, (detail, detail, 3), dtype=np.uint8)
+                picture = Image.fromarray(coarse).resize((90, 75), Image.Resampling.BICUBIC)
+                buffer = io.BytesIO()
+                picture.save(buffer, "JPEG")
+                data = buffer.getvalue()
+                if number == 0 and item < corrupt:
+                    data = data[: len(data) // 2]
+                writer.write({"__key__": f"p{item:04d}", "jpg": data})
+    return f"{folder}/s-{{000..{len(counts) - 1:03d}}}.tar"
+
+
+def arguments(folder: Path, shards: str, **more: object) -> list[str]:
+    """Options of a run that takes about 20 ms a step."""
+    options: dict[str, object] = {
+        "run.dir": folder,
+        "run.log_every": 1,
+        "run.save_every": 4,
+        "run.picture_every": 0,
+        "data.shards": shards,
+        "data.workers": 0,
+        "data.image_size": 64,
+        "encoder.name": "custom",
+        "encoder.width": 32,
+        "teacher.name": "custom",
+        "teacher.width": 32,
+        "teacher.depth": 1,
+        "teacher.checkpoint": "random",
+        "teacher.image_size": 64,
+        "decoder.width": 32,
+        "decoder.depth": 1,
+        "decoder.heads": 2,
+        "train.steps": 12,
+        "train.batch_size": 8,
+        **more,
+    }
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+def command(arguments: list[str]) -> list[str]:
+    return [sys.executable, str(ROOT / "sami" / "pretrain.py"), *arguments]
+
+
+def run(words: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """Run to the end and return what it said."""
+    return subprocess.run(
+        words, capture_output=True, text=True, cwd=ROOT, timeout=240, env=os.environ | environment
+    )
+
+
+def start(words: list[str]) -> subprocess.Popen:
+    """Start as the leader of a process group of its own."""
+    return subprocess.Popen(
+        words,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the whole process group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def numbers(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())

@@ -1,0 +1,127 @@
+"""A run that is killed or asked to stop goes on as if nothing had happened, bit for bit."""
+
+import random
+import signal
+import time
+
+import pytest
+
+from tests.runs import arguments, command, kill, numbers, run, start, summary, write_shards
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    shards = write_shards(folder / "shards", corrupt=2)
+    options = {"train.steps": STEPS, "run.save_every": 1, "run.log_every": 3, "optim.ema": 0.9}
+    done = run(command(arguments(folder / "run", shards, **options)))
+    assert done.returncode == 0, done.stderr
+    return folder, shards, options
+
+
+def wait_for(condition, process, seconds=60):
+    """Poll as fast as possible until something holds or the process ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if condition():
+            return True
+    return False
+
+
+def check_equal(folder, other):
+    assert numbers(folder) == numbers(other)  # every float to its last bit
+    name = "encoder.safetensors"
+    assert (folder / name).read_bytes() == (other / name).read_bytes()
+    keys = ("status", "exit_code", "steps", "loss", "bad_samples")
+    assert {k: summary(folder)[k] for k in keys} == {k: summary(other)[k] for k in keys}
+
+
+@pytest.mark.timeout(400)
+def test_kill_at_random_times_and_during_a_save(uninterrupted, tmp_path):
+    folder, shards, options = uninterrupted
+    words = command(arguments(tmp_path / "run", shards, **options))
+    metrics, checkpoints = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoints"
+    rng = random.Random(0)
+    killed = torn = 0
+    for turn in range(4):
+        process = start(words)
+        seen = metrics.read_text().count("\n") if metrics.exists() else 0
+        assert wait_for(
+            lambda s=seen: metrics.exists() and metrics.read_text().count("\n") > s, process
+        )
+        if turn % 2:  # in the middle of writing a checkpoint
+            wait_for(
+                lambda: any(p.name.startswith(".writing") for p in checkpoints.iterdir()), process
+            )
+        else:
+            time.sleep(rng.uniform(0, 0.15))
+        alive = process.poll() is None
+        kill(process)
+        killed += alive
+        torn += any(path.name.startswith(".writing") for path in checkpoints.iterdir())
+    assert killed >= 2 and torn >= 1
+    assert summary(tmp_path / "run")["status"] == "running"
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    check_equal(tmp_path / "run", folder / "run")
+    assert summary(tmp_path / "run")["bad_samples"]["damaged picture"] > 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1, "stop file"])
+def test_asked_to_stop(uninterrupted, tmp_path, how):
+    folder, shards, options = uninterrupted
+    words = command(arguments(tmp_path / "run", shards, **options))
+    process = start(words)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert wait_for(metrics.exists, process)
+    if how == "stop file":
+        (tmp_path / "run" / "stop").touch()
+    else:
+        process.send_signal(how)
+    code = process.wait(60)
+    if code == 0 and how == "stop file":
+        pytest.skip("the run was over before it looked for the stop file")
+    assert code == 75
+    assert summary(tmp_path / "run")["status"] == "interrupted"
+    assert summary(tmp_path / "run")["exit_code"] == 75
+    assert not (tmp_path / "run" / "stop").exists()
+    assert run(words).returncode == 0
+    check_equal(tmp_path / "run", folder / "run")
+
+
+def test_workers_resume_with_prefetched_batches_in_flight(tmp_path):
+    shards = write_shards(tmp_path / "shards")
+    options = {"data.workers": 2, "train.steps": 30, "run.save_every": 7}
+    whole = run(command(arguments(tmp_path / "whole", shards, **options)))
+    assert whole.returncode == 0, whole.stderr
+    words = command(arguments(tmp_path / "cut", shards, **options))
+    process = start(words)
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    assert wait_for(lambda: checkpoints.exists() and any(checkpoints.glob("step-*")), process)
+    kill(process)
+    assert run(words).returncode == 0
+    check_equal(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
+    shards = write_shards(tmp_path / "shards")
+    words = command(arguments(tmp_path / "run", shards))
+    assert run(words).returncode == 0
+    before, encoder = numbers(tmp_path / "run"), (tmp_path / "run" / "encoder.safetensors")
+    bytes_before = encoder.read_bytes()
+    (tmp_path / "run" / "summary.json").unlink()
+    state = tmp_path / "run" / "checkpoints" / "step-12" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    assert "step-12 is damaged" in done.stdout and "step-8" in done.stdout
+    assert numbers(tmp_path / "run") == before and encoder.read_bytes() == bytes_before
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        (checkpoint / "meta.json").write_text("{")
+    (tmp_path / "run" / "summary.json").unlink()
+    done = run(words)
+    assert done.returncode == 2
+    assert "none of the 2 checkpoints" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,29 @@
+# Sourced by the other scripts: makes .venv in the project, once, installs the project into it and
+# puts it first on the PATH. Set PYTHON to choose the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ "$(sha256sum < pyproject.toml)" != "$(cat .venv/installed 2>/dev/null)" ]; then
+  python=
+  for candidate in ${PYTHON:-} python3.12 python3.13 python3.11 python3 python; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      python=$candidate
+      break
+    fi
+  done
+  if [ -z "$python" ]; then
+    echo "error: no Python 3.11 or newer found; install one, or name it with PYTHON=/path/to/python" >&2
+    exit 2
+  fi
+  if ! "$python" -m venv .venv; then
+    echo "error: $python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2
+    exit 2
+  fi
+  echo "Installing into .venv (torch and its libraries: some GB, once)"
+  if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'; then
+    echo "error: the installation failed, see above; with the cause removed, run the same command again" >&2
+    exit 2
+  fi
+  sha256sum < pyproject.toml > .venv/installed
+fi
+export PATH="$PWD/.venv/bin:$PATH"
