@@ -4,6 +4,8 @@ accelerate launch sami/pretrain.py --config configs/pretrain/sami_ti.yaml [--gro
 """
 
 import contextlib
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -144,6 +146,12 @@ def train(cfg: PretrainConfig, run: Run) -> int:
     announce(cfg, run, layout, steps, step, model, facts)
     shown = load_shown(run, val_shards or shards, views)
     if cfg.train.compile:
+        compiler = os.environ.get("CXX", "g++")
+        require(
+            run.device.type != "cpu" or shutil.which(compiler) is not None,
+            f"train.compile on a CPU needs a C++ compiler and {compiler} is not there; install one "
+            "or set train.compile false",
+        )
         model.predict = torch.compile(model.predict)
     wrapped = run.accelerator.prepare(model)
     batches = stream(cfg, run, layout, shards, views, step) if step < steps else iter(())
@@ -222,9 +230,9 @@ def open_shards(cfg: PretrainConfig, run: Run) -> tuple[list[Shard], list[Shard]
             continue
         urls, cache = expand(patterns, key), run.dir / f"index-{key.split('.')[1]}.json"
         if run.is_main:
-            index_shards(urls, cache)
+            index_shards(urls, cache, run.say)
         run.wait_for_all()
-        opened.append(index_shards(urls, cache))
+        opened.append(index_shards(urls, cache, lambda text: None))
     return opened[0], opened[1]
 
 
@@ -312,6 +320,8 @@ def announce(
         f"{layout.micro_batches_per_step}, "
         f"{torch.get_num_threads()} thread(s) each"
     )
+    if not cfg.data.val_shards:
+        run.say("no data.val_shards: nothing will tell whether more than the mean was learnt")
     teacher = facts["teacher"]
     if teacher is not None:
         run.say(

@@ -13,12 +13,14 @@ A micro-batch of a rank belongs to the worker ``number % workers``, the order in
 DataLoader asks them.
 """
 
+import contextlib
 import glob
 import hashlib
 import itertools
 import json
 import os
 import tarfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +30,7 @@ from typing import TypeVar
 import numpy as np
 import webdataset as wds
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext, tar_file_iterator
+from webdataset.tariterators import tar_file_iterator
 
 from sami.core.errors import UserError
 from sami.core.images import IMAGE_EXTENSIONS, BadImage
@@ -41,11 +43,14 @@ MAX_BAD_IN_A_ROW = 1000
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar. ``name`` is its file name without ``.tar``; ``sizes`` the bytes of each picture."""
+    """One tar. ``name`` is its file name without ``.tar``; ``sizes`` [n] the pictures' bytes.
+
+    An array, because a list of integers would be copied into every worker, page by page.
+    """
 
     url: str
     name: str
-    sizes: tuple[int, ...]
+    sizes: np.ndarray
 
     @property
     def count(self) -> int:
@@ -134,38 +139,37 @@ def expand(patterns: str | list[str], key: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def index_shards(urls: list[str], cache: Path | None = None) -> list[Shard]:
+def index_shards(
+    urls: list[str], cache: Path | None = None, say: Callable[[str], None] = print
+) -> list[Shard]:
     """The samples of each shard, from the headers of its members; kept in ``cache`` (JSON).
 
     A sample is a member with a picture's extension; nothing is decoded. A shard whose size or
     time differs from what the cache has is read again.
+
+    Args:
+        say: told what is worth telling, such as a shard that is cut short.
 
     Raises:
         UserError: a shard is not a readable tar, or none holds a picture.
     """
     known: dict[str, dict] = {}
     if cache is not None and cache.exists():
-        try:
+        with contextlib.suppress(ValueError):
             known = json.loads(cache.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            known = {}
-    index, entries = [], {}
-    for url in urls:
-        stamp = "" if _is_url(url) else f"{os.stat(url).st_size}-{os.stat(url).st_mtime_ns}"
-        entry = known.get(url)
-        if entry is None or entry["stamp"] != stamp:
-            entry = {"stamp": stamp, "sizes": _picture_sizes(url)}
-        entries[url] = entry
-        name = Path(url.split("?")[0].rstrip("/ ")).name
-        index.append(
-            Shard(url, name.removesuffix(".gz").removesuffix(".tar"), tuple(entry["sizes"]))
-        )
+    stamps = {url: _stamp(url) for url in urls}
+    stale = [url for url in urls if url not in known or known[url]["stamp"] != stamps[url]]
+    if len(stale) > 100:
+        say(f"reading the headers of {len(stale)} shards, once")
+    entries = {url: known[url] for url in urls if url not in stale}
+    entries |= {url: {"stamp": stamps[url], "sizes": _picture_sizes(url, say)} for url in stale}
+    index = [Shard(url, _name(url), np.array(entries[url]["sizes"], np.int64)) for url in urls]
     if not any(shard.count for shard in index):
         raise UserError(
-            f"{urls[0]} and the other {len(urls) - 1} shards hold no picture "
-            f"({', '.join(IMAGE_EXTENSIONS)}); make shards with tools/make_shards.py"
+            f"{urls[0]} {f'and the other {len(urls) - 1} shards hold' if urls[1:] else 'holds'} no "
+            f"picture ({', '.join(IMAGE_EXTENSIONS)}); make shards with tools/make_shards.py"
         )
-    if cache is not None and entries != known:
+    if cache is not None and stale:
         temporary = cache.with_suffix(f".tmp{os.getpid()}")
         temporary.write_text(json.dumps(entries))
         temporary.replace(cache)
@@ -174,8 +178,10 @@ def index_shards(urls: list[str], cache: Path | None = None) -> list[Shard]:
 
 def fingerprint(shards: list[Shard]) -> str:
     """Names the samples of a list of shards wherever it lies: a hash over names and sizes."""
-    text = json.dumps([[shard.name, shard.sizes] for shard in shards])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{shard.name} {shard.count} ".encode() + shard.sizes.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
@@ -213,7 +219,7 @@ def read_epoch(
     starts = np.concatenate([[0], np.cumsum(counts)])
     which = np.searchsorted(starts, positions, side="right") - 1
     local = positions - starts[which]
-    sizes = np.concatenate([np.array(shard.sizes, dtype=np.int64) for shard in permuted])[positions]
+    sizes = np.concatenate([shard.sizes for shard in permuted])[positions]
 
     sequence = shuffled(sizes, buffer_bytes, sample_rng(seed, epoch, f"shuffle/{rank}/{worker}"))
     waiting: dict[int, RawSample] = {}
@@ -268,12 +274,14 @@ def read_shard(shard: Shard, first: int, last: int) -> Iterator[RawSample]:
     given = 0
     try:
         with wds.gopen(shard.url) as stream:
-            for member in tar_file_iterator(stream, select_files=select):
-                yield RawSample(f"{shard.name}/{base_plus_ext(member['fname'])[0]}", member["data"])
+            for member in tar_file_iterator(stream, skip_meta=None, select_files=select):
+                yield RawSample(
+                    f"{shard.name}/{member['fname'].rpartition('.')[0]}", member["data"]
+                )
                 given += 1
                 if given == expected:
                     return
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         reason = "shard cannot be read"
         yield from (
             RawSample(f"{shard.name}#{first + i} ({error})", None, reason)
@@ -340,10 +348,9 @@ def fill_slots(
 
 
 def is_picture(name: str) -> bool:
-    """Whether a member of a tar is a sample's picture."""
-    return (
-        name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS and base_plus_ext(name)[0] is not None
-    )
+    """Whether a member of a tar is a sample's picture; hidden files are not."""
+    base, _, extension = name.rpartition("/")[2].rpartition(".")
+    return extension.lower() in IMAGE_EXTENSIONS and base != "" and not base.startswith(".")
 
 
 def describe(layout: Layout) -> dict[str, int]:
@@ -375,21 +382,37 @@ def _is_url(path: str) -> bool:
     return "://" in path or path.startswith("pipe:") or path == "-"
 
 
-def _picture_sizes(url: str) -> list[int]:
+def _stamp(url: str) -> str:
+    """Changes when a local shard does; a URL's content is taken to be fixed."""
+    if _is_url(url):
+        return ""
+    status = os.stat(url)
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _name(url: str) -> str:
+    last = Path(url.split("?")[0].rstrip("/ ")).name
+    return last.removesuffix(".gz").removesuffix(".tar")
+
+
+def _picture_sizes(url: str, say: Callable[[str], None]) -> list[int]:
     sizes: list[int] = []
     try:
         with wds.gopen(url) as stream:
-            local = not _is_url(url)
-            with tarfile.open(fileobj=stream, mode="r:*" if local else "r|*") as tar:
+            mode = "r|*" if _is_url(url) else "r:*"  # a file's members are sought over unread
+            with tarfile.open(fileobj=stream, mode=mode) as tar:
                 for member in tar:
                     if member.isreg() and is_picture(member.name):
                         sizes.append(member.size)
-                    tar.members = []
-    except tarfile.ReadError as error:
+                    tar.members = []  # tarfile would keep them all
+    except (tarfile.TarError, EOFError, zlib.error) as error:
         if not sizes:
             raise UserError(
                 f"{url} is not a readable tar ({error}); fetch it again or leave it out"
             ) from error
+        say(
+            f"{url} is cut short ({error}): its first {len(sizes)} pictures are used; fetch it again"
+        )
     except OSError as error:
         raise UserError(
             f"{url} cannot be read ({error.strerror or error}); mend it or leave it out"
