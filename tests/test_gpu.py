@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.runs import arguments, command, numbers, run, summary, write_shards
 
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
 from sami.encoder import EncoderConfig, build_encoder
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
 from sami.teacher import TeacherConfig, load_teacher, to_grid
+from tests.runs import arguments, command, numbers, run, summary, write_shards
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

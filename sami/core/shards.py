@@ -410,9 +410,7 @@ def _picture_sizes(url: str, say: Callable[[str], None]) -> list[int]:
             raise UserError(
                 f"{url} is not a readable tar ({error}); fetch it again or leave it out"
             ) from error
-        say(
-            f"{url} is cut short ({error}): its first {len(sizes)} pictures are used; fetch it again"
-        )
+        say(f"{url} is cut short ({error}): {len(sizes)} pictures stand in it; fetch it again")
     except OSError as error:
         raise UserError(
             f"{url} cannot be read ({error.strerror or error}); mend it or leave it out"
