@@ -162,7 +162,10 @@ def take(tokens: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 def sincos_positions(grid: int, width: int) -> torch.Tensor:
     """MAE's fixed 2-D positions [1, grid * grid, width]: half the channels for x, half for y."""
-    return build_sincos2d_pos_embed([grid, grid], width, reverse_coord=True).unsqueeze(0)
+    table = build_sincos2d_pos_embed([grid, grid], width)
+    # timm lays the channels out as (sine or cosine, y or x, frequency), MAE as (x or y, ...)
+    table = rearrange(table, "n (s c f) -> 1 n c s f", s=2, c=2)
+    return table.flip(2).flatten(2)
 
 
 def initialise(module: nn.Module) -> None:

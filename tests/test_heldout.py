@@ -1,0 +1,109 @@
+"""The held-out measure against plain arrays."""
+
+import numpy as np
+import pytest
+import torch
+
+from sami.core.images import MEAN, STD
+from sami.heldout import Sums
+from sami.model import pixel_target
+from sami.pictures import draw_reconstruction, hide, pca_basis, pca_colours, pixels_back
+from tests import reference
+
+CPU = torch.device("cpu")
+B, N, C = 7, 9, 5
+
+
+def example(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(B, N, C, generator=generator) + torch.randn(N, C, generator=generator)
+    prediction = target + 0.3 * torch.randn(B, N, C, generator=generator)
+    masked = torch.rand(B, N, generator=generator).argsort(1)[:, :6]
+    return prediction, target, masked
+
+
+def sums(prediction, target, masked, kind="mse", pieces=1):
+    result = Sums(N, C, CPU)
+    for part in zip(*(x.tensor_split(pieces) for x in (prediction, target, masked)), strict=True):
+        result.add(*part, kind)
+    return result
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_against_arrays(kind):
+    prediction, target, masked = example()
+    p, t = prediction.double().numpy(), target.double().numpy()
+    hidden = np.zeros((B, N), bool)
+    for b in range(B):
+        hidden[b, masked[b]] = True
+    loss = np.array(
+        [[reference.token_error(p[b, n], t[b, n], kind) for n in range(N)] for b in range(B)]
+    )
+    square = ((p - t) ** 2).mean(-1)
+    constant = ((t - t.mean(0)) ** 2).mean(-1)  # the best map that is the same for all pictures
+    for pieces in (1, 3):
+        found = sums(prediction, target, masked, kind, pieces)
+        for tokens, expected in (("all", loss.mean()), ("masked", loss[hidden].mean())):
+            assert found.measures(tokens)["loss"] == pytest.approx(expected, rel=1e-5)
+        measures = found.measures()
+        assert measures["loss_masked"] == pytest.approx(loss[hidden].mean(), rel=1e-5)
+        assert measures["loss_visible"] == pytest.approx(loss[~hidden].mean(), rel=1e-5)
+        assert measures["r2"] == pytest.approx(1 - square.sum() / constant.sum())
+        r2_masked = 1 - square[hidden].sum() / constant[hidden].sum()
+        assert measures["r2_masked"] == pytest.approx(r2_masked)
+        cosine = [
+            [1 - reference.token_error(p[b, n], t[b, n], "cosine") for n in range(N)]
+            for b in range(B)
+        ]
+        assert measures["cosine"] == pytest.approx(np.mean(cosine))
+        assert measures["pictures"] == B
+
+
+def test_the_mean_scores_zero_and_the_truth_one():
+    _, target, masked = example()
+    mean = target.mean(0, keepdim=True).expand(B, -1, -1)
+    assert sums(mean, target, masked).measures()["r2"] == pytest.approx(0, abs=1e-6)
+    assert sums(target, target, masked).measures()["r2"] == 1
+    overall = target.mean((0, 1)).expand(B, N, -1)  # a coarser constant is worse than the best
+    assert sums(overall, target, masked).measures()["r2"] < -0.1
+
+
+def test_without_a_mask():
+    prediction, target, _ = example()
+    measures = sums(prediction, target, torch.empty(B, 0, dtype=torch.int64)).measures()
+    assert "loss_masked" not in measures and "r2_masked" not in measures
+
+
+def test_pca_colours_have_one_basis_fitted_on_the_teacher():
+    """Along the known axes of a distribution, the colours are its coordinates, rescaled."""
+    generator = torch.Generator().manual_seed(0)
+    coordinates = torch.randn(400, 3, generator=generator).double() * torch.tensor([9.0, 4.0, 2.0])
+    axes = torch.linalg.qr(torch.randn(8, 8, generator=generator).double())[0][:, :3]
+    features = coordinates @ axes.T + torch.randn(8, generator=generator)
+    basis = pca_basis(features)
+    colours = pca_colours(features.view(4, 100, 8), basis).reshape(400, 3)
+    for channel in range(3):
+        inner = (colours[:, channel] > 0) & (colours[:, channel] < 1)
+        assert inner.float().mean() > 0.9
+        both = torch.stack([colours[inner, channel].double(), coordinates[inner, channel]])
+        assert torch.corrcoef(both)[0, 1].abs() > 0.98
+    moved = pca_colours((features + 3 * axes[:, 0]).view(4, 100, 8), basis)
+    assert (moved.reshape(400, 3) - colours).abs().max() > 0.05  # a shift shows: no refitting
+
+
+def test_pictures(tmp_path):
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    masked = torch.tensor([[0, 5], [1, 2]])
+    hidden = hide(images.float() / 255, masked, 16)
+    assert (hidden[0, :, 16:32, 16:32] == 0.5).all()
+    assert torch.equal(hidden[0, :, :16, 16:], images[0, :, :16, 16:] / 255)
+    scaled = (images / 255 - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(
+        1, 3, 1, 1
+    )
+    back = pixels_back(pixel_target(scaled, 16), images / 255, 16)
+    torch.testing.assert_close(back, images / 255, rtol=1e-3, atol=1e-3)
+    for kind, channels in (("teacher", 256), ("pixels", 768), ("teacher", 2)):
+        target = torch.randn(2, 16, channels)
+        path = tmp_path / f"{kind}.png"
+        draw_reconstruction(path, images, masked, target, target, 16, kind, "title")
+        assert path.read_bytes().startswith(b"\x89PNG")
