@@ -1,5 +1,6 @@
 """The held-out measure: does the student know more of the target than its mean?"""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,12 +67,13 @@ class Sums:
         self.cosine += F.cosine_similarity(prediction, target, dim=-1).mean(-1).sum()
         self.pictures += len(target)
 
-    def measures(self, tokens: str = "all") -> dict[str, float]:
+    def measures(self, tokens: str = "all") -> dict[str, float | None]:
         """The measures by name.
 
         ``loss`` is in the kind that is trained, over the tokens that are trained (``tokens``);
         ``r2`` is 1 - squared error / squared error of the best constant map: the target's mean
         over these pictures at each position. ``r2_masked`` is the same over masked tokens only.
+        None stands for what is not a number, such as r2 of a single picture.
         """
         count = self.count.sum(1)
         mean = self.target.sum(0) / self.count.sum(0).clamp(min=1).unsqueeze(-1)  # [N, C]
@@ -90,7 +92,8 @@ class Sums:
                 result[f"loss_{name}"] = self.loss[group] / count[group]
         if count[1] > 0:
             result["r2_masked"] = 1 - self.error[1] / constant[1]
-        return {name: float(value) for name, value in result.items()}
+        values = {name: float(value) for name, value in result.items()}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
     def tensors(self) -> list[torch.Tensor]:
         return [
@@ -113,7 +116,7 @@ def measure(
     views: Views,
     samples: int,
     workers: int,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Measures over the first ``samples`` held-out pictures, the same on all ranks.
 
     Collective. Unusable pictures are left out; ``pictures`` tells how many were measured.

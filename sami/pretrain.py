@@ -83,9 +83,8 @@ class PretrainConfig:
         visible = visible_count(tokens, self.mask.ratio)
         require(
             visible >= 1 and (self.mask.ratio == 0 or visible < tokens),
-            f"mask.ratio {self.mask.ratio} leaves {visible} of {tokens} patches visible; at "
-            "least one has to be "
-            "visible and, unless the ratio is 0, one masked",
+            f"mask.ratio {self.mask.ratio} leaves {visible} of {tokens} patches visible; at least "
+            "one has to be visible and, unless the ratio is 0, one masked",
         )
         require(
             self.mask.ratio > 0 or self.loss.tokens == "all",
@@ -309,16 +308,13 @@ def announce(
     student = sum(p.numel() for p in model.encoder.parameters())
     run.say(
         f"{run.dir}: {cfg.encoder.name} ({student / 1e6:.2f} M parameters, {trained / 1e6:.2f} M "
-        "with the decoder) "
-        f"on {layout.samples} pictures, {layout.steps_per_epoch} steps an epoch, {steps} steps, "
-        f"now at {step}"
+        f"with the decoder) on {layout.samples} pictures, {layout.steps_per_epoch} steps an epoch, "
+        f"{steps} steps, now at {step}"
     )
     run.say(
         f"{run.processes} process(es) on {run.device.type}, {'bf16' if run.bf16 else 'fp32'}, "
-        "batch "
-        f"{cfg.train.batch_size} = {run.processes} x {layout.micro_batch_size} x "
-        f"{layout.micro_batches_per_step}, "
-        f"{torch.get_num_threads()} thread(s) each"
+        f"batch {cfg.train.batch_size} = {run.processes} x {layout.micro_batch_size} x "
+        f"{layout.micro_batches_per_step}, {torch.get_num_threads()} thread(s) each"
     )
     if not cfg.data.val_shards:
         run.say("no data.val_shards: nothing will tell whether more than the mean was learnt")

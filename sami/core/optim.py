@@ -105,8 +105,8 @@ class TrainConfig:
         require(
             rest == 0 and self.batch_size % whole == 0,
             f"train.batch_size {self.batch_size} is not divisible by {processes} processes x "
-            f"micro_batch_size {micro} "
-            f"= {whole}; try train.batch_size {f'{lower} or ' if lower else ''}{upper}",
+            f"micro_batch_size {micro} = {whole}; try train.batch_size "
+            f"{f'{lower} or ' if lower else ''}{upper}",
         )
         return micro
 

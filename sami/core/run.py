@@ -166,15 +166,21 @@ class Run:
             name_file = self.dir / "wandb_id"
             if not name_file.exists():
                 write_text(name_file, secrets.token_hex(4))
-            self._wandb = wandb.init(
-                project="sami",
-                name=self.dir.name,
-                id=name_file.read_text().strip(),
-                resume="allow",
-                dir=str(self.dir),
-                mode=self.config.wandb,
-                config=to_dict(config),
-            )
+            try:
+                self._wandb = wandb.init(
+                    project="sami",
+                    name=self.dir.name,
+                    id=name_file.read_text().strip(),
+                    resume="allow",
+                    dir=str(self.dir),
+                    mode=self.config.wandb,
+                    config=to_dict(config),
+                )
+            except wandb.Error as error:
+                raise UserError(
+                    f"wandb does not start ({' '.join(str(error).split())}); run 'wandb login', or "
+                    "set run.wandb offline or disabled"
+                ) from error
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
