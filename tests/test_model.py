@@ -228,3 +228,18 @@ def test_the_papers_decoder():
     assert matrices == 8 * 12 * 512**2
     net = MaskedReconstruction(encoder, DecoderConfig(), LossConfig(), 256, 0.75)
     assert net.head.weight.shape == (256, 512)
+
+
+@pytest.mark.parametrize("masked_memory", [True, False])
+def test_a_table_of_tokens_equals_its_rows(masked_memory):
+    block = randomise(CrossBlock(W, 2, masked_memory))
+    memory, rows = torch.randn(3, V, W), torch.randint(0, N, (3, 7))
+    results = []
+    for tabled in (True, False):
+        table = torch.randn(N, W, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        out = block(table, memory, rows) if tabled else block(table[rows], memory)
+        block.zero_grad()
+        out.square().sum().backward()
+        results.append([out, table.grad, *(p.grad.clone() for p in block.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,6 @@
 """Speed of the parts of a stage, interleaved in one run so that their ratios can be trusted.
 
-python tools/bench.py stage1 [--batch 32] [--rounds 7] [--device cpu] [--teacher sam_vit_b] ...
+python tools/bench.py stage1 [--batch 16] [--rounds 11] [--device cpu] [--teacher sam_vit_b] ...
 """
 
 import argparse
@@ -221,8 +221,8 @@ def main() -> int:
     )
     parser.add_argument("stage", choices=["stage1"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=32, help="pictures of a training step")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--batch", type=int, default=16, help="pictures of a training step")
     parser.add_argument("--encoder", default="vit_ti", help="vit_ti, vit_s or vit_b")
     parser.add_argument("--teacher", default="sam_vit_b", choices=list(SIZES))
     parser.add_argument("--teacher-batch", type=int, default=1)
