@@ -156,7 +156,8 @@ class Teacher(nn.Module):
 
     def _absolute_positions(self, x: torch.Tensor) -> torch.Tensor:
         """SAM's positions [1, 64, 64, D] resized (bicubic) to the grid of ``x`` [B, h, w, D]."""
-        key = (*x.shape[1:3], x.device, x.dtype)
+        stored = self.encoder.pos_embed
+        key = (*x.shape[1:3], x.device, x.dtype, stored.data_ptr(), stored._version)
         if key not in self._positions:
             self._positions = {
                 key: resize_positions(self.encoder.pos_embed, *x.shape[1:3]).to(x.dtype)
@@ -165,7 +166,8 @@ class Teacher(nn.Module):
 
     def _relative_positions(self, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per block the tables [q, k, d] of rows and columns, interpolated by ``get_rel_pos``."""
-        key = (*x.shape[1:3], x.device)
+        stored = [b.attn.rel_pos_h for b in self.encoder.blocks]
+        key = (*x.shape[1:3], x.device, tuple((t.data_ptr(), t._version) for t in stored))
         if key not in self._tables:
             tables = []
             for block in self.encoder.blocks:

@@ -4,6 +4,7 @@
 configuration, sha256 of the state). It is written under another name, synced and renamed.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -35,7 +36,7 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        torch.save(state, temporary / STATE)
+        _write_state(state, temporary / STATE)
         digest = _sha256(temporary / STATE)
         (temporary / META).write_text(
             json.dumps({**meta, "step": step, "sha256": digest}, indent=1)
@@ -46,10 +47,8 @@ def save_checkpoint(
             shutil.rmtree(final)
         temporary.rename(final)
         _sync(folder)
-    except (OSError, RuntimeError) as error:
+    except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, RuntimeError):  # what torch's zip writer makes of a full disk
-            raise OSError(f"checkpoint {final} could not be written: {error}") from error
         raise
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -110,6 +109,28 @@ def write_text(path: Path, text: str) -> None:
     temporary.write_text(text)
     _sync(temporary)
     temporary.replace(path)
+
+
+def _write_state(state: dict[str, Any], path: Path) -> None:
+    """torch.save, with the file system's refusals as OSError."""
+    failure = None
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # torch's zip writer says so of a write that came out short
+        failure = str(error)
+    if (
+        failure is not None
+    ):  # out of the handler: the writer keeps its file open as long as it lives
+        short = shutil.disk_usage(path.parent).free < _bytes(state)
+        raise OSError(errno.ENOSPC if short else errno.EIO, failure, str(path))
+
+
+def _bytes(state: Any) -> int:
+    """Bytes of the tensors in plain data."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    values = state.values() if isinstance(state, dict) else state
+    return sum(map(_bytes, values)) if isinstance(state, (dict, list, tuple)) else 0
 
 
 def _sha256(path: Path) -> str:

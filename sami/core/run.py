@@ -402,7 +402,8 @@ def user_error(error: BaseException) -> UserError | None:
         return UserError(
             "the GPU's memory is full; lower train.micro_batch_size (the result stays the same)"
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error):
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in full or "No space left" in str(error):
         return UserError(
             "the disk is full; make room and run the same command again, it goes on from the "
             "last checkpoint"
