@@ -6,6 +6,7 @@ into timm's ``vit_tiny_patch16_224`` (``num_classes=0``) and its relatives.
 
 import json
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,17 +103,7 @@ class Encoder(nn.Module):
         self.patch_embed = PatchEmbed(shape.image_size, shape.patch_size, embed_dim=width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width), requires_grad=False)
-        self.blocks = nn.Sequential(
-            *[
-                Block(
-                    width,
-                    shape.heads,
-                    qkv_bias=True,
-                    norm_layer=lambda d, **k: nn.LayerNorm(d, eps=1e-6, **k),
-                )
-                for _ in range(shape.depth)
-            ]
-        )
+        self.blocks = nn.Sequential(*[vit_block(width, shape.heads) for _ in range(shape.depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(initialise)
         nn.init.xavier_uniform_(
@@ -166,6 +157,11 @@ def sincos_positions(grid: int, width: int) -> torch.Tensor:
     # timm lays the channels out as (sine or cosine, y or x, frequency), MAE as (x or y, ...)
     table = rearrange(table, "n (s c f) -> 1 n c s f", s=2, c=2)
     return table.flip(2).flatten(2)
+
+
+def vit_block(width: int, heads: int) -> Block:
+    """timm's pre-norm transformer block as ViT and MAE have it: biases, MLP x 4, eps 1e-6."""
+    return Block(width, heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
 
 def initialise(module: nn.Module) -> None:

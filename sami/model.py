@@ -12,13 +12,12 @@ from typing import Literal
 import torch
 from einops import rearrange
 from timm.layers import Mlp
-from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
 from sami.core.config import require
 from sami.core.images import Normalise, patchify
-from sami.encoder import Encoder, initialise, sincos_positions, take
+from sami.encoder import Encoder, initialise, sincos_positions, take, vit_block
 
 
 @dataclass
@@ -134,24 +133,32 @@ class CrossBlock(nn.Module):
         return tokens + self.mlp(self.norm2(tokens))
 
 
-class CrossDecoder(nn.Module):
+class Decoder(nn.Module):
+    """What both decoders are made of: the blocks make the difference."""
+
+    def __init__(
+        self, config: DecoderConfig, encoder_width: int, grid: int, blocks: list[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(encoder_width, config.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        positions = sincos_positions(grid, config.width)
+        self.register_buffer("positions", positions, persistent=False)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.apply(initialise)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+
+class CrossDecoder(Decoder):
     """SAMI's decoder: the visible features are anchors and pass by it unchanged."""
 
     def __init__(self, config: DecoderConfig, encoder_width: int, grid: int) -> None:
-        super().__init__()
-        width = config.width
-        self.embed = nn.Linear(encoder_width, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
-        self.blocks = nn.ModuleList(
-            [
-                CrossBlock(width, config.heads, config.memory == "visible_and_masked")
-                for _ in range(config.depth)
-            ]
-        )
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.apply(initialise)
-        nn.init.normal_(self.mask_token, std=0.02)
+        masked_memory = config.memory == "visible_and_masked"
+        blocks = [
+            CrossBlock(config.width, config.heads, masked_memory) for _ in range(config.depth)
+        ]
+        super().__init__(config, encoder_width, grid, blocks)
 
     def forward(
         self, encoded: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
@@ -169,29 +176,12 @@ class CrossDecoder(nn.Module):
         return self.norm(restore_order(anchors, tokens, visible, masked))
 
 
-class JointDecoder(nn.Module):
+class JointDecoder(Decoder):
     """MAE's decoder: all tokens, the class token too, attend to each other."""
 
     def __init__(self, config: DecoderConfig, encoder_width: int, grid: int) -> None:
-        super().__init__()
-        width = config.width
-        self.embed = nn.Linear(encoder_width, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
-        self.blocks = nn.ModuleList(
-            [
-                Block(
-                    width,
-                    config.heads,
-                    qkv_bias=True,
-                    norm_layer=lambda d, **k: nn.LayerNorm(d, eps=1e-6, **k),
-                )
-                for _ in range(config.depth)
-            ]
-        )
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.apply(initialise)
-        nn.init.normal_(self.mask_token, std=0.02)
+        blocks = [vit_block(config.width, config.heads) for _ in range(config.depth)]
+        super().__init__(config, encoder_width, grid, blocks)
 
     def forward(
         self, encoded: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor

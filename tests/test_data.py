@@ -183,3 +183,14 @@ def test_held_out_samples_in_order(index, workers):
         for batch in make_loader(HeldOut(index, VIEWS, part, 4), workers, CPU):
             keys += batch.keys
     assert keys == [f"{s.name}/p{n:04d}" for s in index for n in range(s.count)][:20]
+
+
+def test_real_photographs(photos):
+    index = index_shards(expand(photos, "k"))
+    assert [shard.count for shard in index] == [125] * 8
+    views = Views(0, 224, 448, 14, 0.75, (0.2, 1.0), True)
+    found = list(HeldOut(index, views, range(120, 150), 10))
+    assert sum(len(batch.keys) for batch in found) == 30 and not any(b.bad for b in found)
+    for batch in found:  # both views are of one picture: shrunk, the large one is the small one
+        small = torch.nn.functional.interpolate(batch.teacher_view.float(), (224, 224), mode="area")
+        assert (small - batch.student.float()).abs().mean() < 6
