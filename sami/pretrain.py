@@ -197,7 +197,7 @@ def train(cfg: PretrainConfig, run: Run) -> int:
         if is_due(step, cfg.run.save_every, last) or by_clock or stop:
             state.save(step, identity)
             if stop and not last:
-                return run.leave_asked(step)
+                return run.leave_asked(step, bad_samples=dict(state.all_bad()))
 
     # ---- What is left behind
     finish(cfg, run, steps, encoder, state, facts)

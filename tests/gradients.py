@@ -1,6 +1,8 @@
 """Gradients of one batch, split over however many processes there are; started by a launcher.
 
 gradients.py OUT SHARDS: writes {"processes", "gradients"} for the same list of sample keys.
+gradients.py OUT SHARDS spoilt: the last rank's loss is infinite; writes whether each rank left the
+update out, and whether its weights stayed as they were.
 """
 
 import sys
@@ -8,6 +10,7 @@ import sys
 import torch
 from accelerate import Accelerator
 
+from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
 from sami.core.shards import expand, index_shards, read_range
 from sami.data import Views, collate, draw, make_sample
 from sami.encoder import EncoderConfig, build_encoder
@@ -16,7 +19,7 @@ from sami.teacher import TeacherConfig, load_teacher, to_grid
 
 
 def main() -> None:
-    out, pattern = sys.argv[1:]
+    out, pattern, *spoilt = sys.argv[1:]
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(accelerator.process_index)  # the wrapper has to make the weights equal
     encoder = build_encoder(EncoderConfig("custom"), 64)
@@ -39,7 +42,19 @@ def main() -> None:
     batch = collate(items, [])
     wrapped = accelerator.prepare(model)
     target = to_grid(teacher(batch.teacher_view), 4, "area")
-    accelerator.backward(wrapped(batch.student, batch.visible, batch.masked, target)["loss"])
+    loss = wrapped(batch.student, batch.visible, batch.masked, target)["loss"]
+    if spoilt:
+        last = accelerator.process_index == accelerator.num_processes - 1
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        accelerator.backward(poison(loss + (torch.inf if last else 0.0)))
+        _, skipped = guarded_step(build_optimizer(model, OptimConfig()), 0.0)
+        kept = all(map(torch.equal, before, model.parameters()))
+        told = accelerator.gather(torch.tensor([[skipped.item(), float(kept)]]))
+        if accelerator.process_index == 0:
+            torch.save(told, out)
+        accelerator.end_training()
+        return
+    accelerator.backward(loss)
     if accelerator.process_index == 0:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         torch.save({"processes": accelerator.num_processes, "gradients": gradients}, out)

@@ -48,6 +48,14 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     assert (flat[0] - flat[1]).norm() / flat[0].norm() <= 1e-6
 
 
+def test_one_ranks_bad_loss_leaves_the_update_out_on_both(tmp_path):
+    pattern = write_shards(tmp_path / "shards", (8,))
+    words = launch("cpu_2.yaml", "tests/gradients.py", str(tmp_path / "out"), pattern, "spoilt")
+    done = run(words, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert torch.load(tmp_path / "out").tolist() == [[1.0, 1.0], [1.0, 1.0]]  # skipped, kept
+
+
 @pytest.mark.timeout(400)
 def test_two_processes_train_stop_and_resume(tmp_path):
     """A stop file stops both ranks at one step; resumed, the run equals an uninterrupted one."""

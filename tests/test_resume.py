@@ -87,6 +87,7 @@ def test_asked_to_stop(uninterrupted, tmp_path, how):
     assert code == 75
     assert summary(tmp_path / "run")["status"] == "interrupted"
     assert summary(tmp_path / "run")["exit_code"] == 75
+    assert "bad_samples" in summary(tmp_path / "run")
     assert not (tmp_path / "run" / "stop").exists()
     assert run(words).returncode == 0
     check_equal(tmp_path / "run", folder / "run")

@@ -321,10 +321,10 @@ class Run:
         distributed.all_gather_object(values, value, self._cpu_group)
         return values
 
-    def leave_asked(self, step: int) -> int:
-        """Note that the run stopped as asked; returns the exit code."""
+    def leave_asked(self, step: int, **facts: Any) -> int:
+        """Note that the run stopped as asked, and ``facts``; returns the exit code."""
         (self.dir / "stop").unlink(missing_ok=True)
-        self.summarise(status="interrupted", exit_code=ASKED_TO_STOP, steps=step)
+        self.summarise(status="interrupted", exit_code=ASKED_TO_STOP, steps=step, **facts)
         self.say(
             f"asked to stop: checkpointed at step {step}; the same command again goes on from there"
         )
