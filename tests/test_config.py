@@ -80,6 +80,8 @@ def test_bad_files(tmp_path, text, says):
         (["--optim.warmup=1"], "optim.warmup 1.0 is a share of the steps"),
         (["--optim.betas=[0.9, 1.0]"], "optim.betas"),
         (["--optim.lr=0"], "optim.lr 0.0 must be positive"),
+        (["--optim.lr=.inf"], "optim.lr must be a finite number, got"),
+        (["--run.seed=-1"], "run.seed -1"),
         (["--data.crop_scale=[0.5, 0.2]"], "data.crop_scale"),
         (["--mask.ratio=-0.1"], "mask.ratio -0.1"),
         (["--mask.ratio=0", "--loss.tokens=masked"], "loss.tokens masked needs masked tokens"),

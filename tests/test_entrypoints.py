@@ -250,7 +250,7 @@ def test_bad_input(case, shards, tmp_path, call):
 def test_shards_without_pictures_or_not_tars(tmp_path, call):
     (tmp_path / "text.tar").write_text("this is no tar")
     code, error = call(arguments(tmp_path / "a", str(tmp_path / "text.tar")))
-    assert code == 2 and "text.tar is not a readable tar" in error
+    assert code == 2 and "text.tar is not a readable tar" in error and error.count("\n") == 1
     pattern = write_shards(tmp_path / "empty", (0,))
     code, error = call(arguments(tmp_path / "b", pattern))
     assert code == 2 and "no picture" in error

@@ -42,6 +42,8 @@ def test_patterns(tmp_path):
         expand([f"{folder}/a-*.tar", "none-*.tar"], "k")
     with pytest.raises(UserError, match="2 of the 4 shards .* the first is .*a-002.tar"):
         expand(f"{folder}/a-{{000..003}}.tar", "k")
+    with pytest.raises(UserError, match=r"is a folder; name the shards in it: .*/\*.tar"):
+        expand(folder, "k")
     with pytest.raises(UserError, match="k is empty"):
         expand([], "k")
 

@@ -7,6 +7,7 @@ dataclass may refuse values that its types allow (a method ``check``).
 
 import dataclasses
 import difflib
+import math
 import re
 import sys
 import typing
@@ -53,6 +54,10 @@ def load_config(config_class: type[Config], argv: Sequence[str] | None = None) -
         field.name: getattr(namespace, field.name) for field in dataclasses.fields(config_class)
     }
     config = config_class(**groups)
+    for key, value in _flatten(to_dict(config)).items():
+        for number in value if isinstance(value, list) else [value]:
+            finite = not isinstance(number, float) or math.isfinite(number)
+            require(finite, f"{key} must be a finite number, got {number}")
     for group in (*groups.values(), config):
         if hasattr(group, "check"):
             group.check()

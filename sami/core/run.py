@@ -74,6 +74,7 @@ class RunConfig:
 
     def check(self) -> None:
         require(bool(self.dir), "run.dir is empty; name a folder such as runs/sami_ti")
+        require(0 <= self.seed < 2**32, f"run.seed {self.seed} must be within 0..2^32 - 1")
         for name in ("log_every", "save_every", "keep"):
             require(getattr(self, name) > 0, f"run.{name} {getattr(self, name)} must be positive")
         require(
@@ -386,11 +387,10 @@ def run_entry(main: Callable[[], int]) -> int:
         sentence = user_error(error)
         if sentence is None:
             raise
-        rank = int(os.environ.get("RANK", "0"))
+        rank = os.environ.get("RANK", "0")
+        words = ("" if rank == "0" else f"rank {rank}: ") + "error: " + str(sentence)
         sys.stdout.flush()
-        print(
-            f"{'' if rank == 0 else f'rank {rank}: '}error: {sentence}", file=sys.stderr, flush=True
-        )
+        print(" ".join(words.split()), file=sys.stderr, flush=True)
         return USER_ERROR
 
 

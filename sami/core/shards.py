@@ -124,6 +124,9 @@ def expand(patterns: str | list[str], key: str) -> list[str]:
             for path in local
         ]
         missing = [path for path, files in matches if not files]
+        folder = next((path for path, _ in matches if os.path.isdir(path)), None)
+        if folder is not None:
+            raise UserError(f"{key}: {folder} is a folder; name the shards in it: {folder}/*.tar")
         if len(missing) == len(expanded):
             raise UserError(
                 f"{key}: '{pattern}' matches no file; make shards with tools/make_shards.py or "
@@ -408,7 +411,8 @@ def _picture_sizes(url: str, say: Callable[[str], None]) -> list[int]:
     except (tarfile.TarError, EOFError, zlib.error) as error:
         if not sizes:
             raise UserError(
-                f"{url} is not a readable tar ({error}); fetch it again or leave it out"
+                f"{url} is not a readable tar ({str(error).splitlines()[0].rstrip(':')}); "
+                "fetch it again or leave it out"
             ) from error
         say(f"{url} is cut short ({error}): {len(sizes)} pictures stand in it; fetch it again")
     except OSError as error:
