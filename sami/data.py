@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sami.core.config import require
-from sami.core.errors import UserError
-from sami.core.images import BadImage, Box, cut, open_image, to_tensor, upright_size
+from sami.core.errors import BadSample, UserError
+from sami.core.images import Box, cut, open_image, to_tensor, upright_size
 from sami.core.shards import (
     Layout,
     RawSample,
@@ -225,10 +225,10 @@ def make_sample(
     """Student's view uint8 [3, H, H], teacher's view uint8 [3, S, S] or None, and the draw.
 
     Raises:
-        BadImage: the picture cannot be used.
+        BadSample: the picture cannot be used.
     """
     if sample.data is None:
-        raise BadImage(sample.reason)
+        raise BadSample(sample.reason)
     image = open_image(sample.data)
     drawn = choose(upright_size(image))
     sizes = [views.student_size]
@@ -311,7 +311,7 @@ class HeldOut(IterableDataset):
         for sample in read_range(self.shards, deal(self.positions, number, of)):
             try:
                 items.append((sample.key, *make_sample(self.views, sample, self._choose(sample))))
-            except BadImage as error:
+            except BadSample as error:
                 bad.append((str(error), sample.key))
             if len(items) == self.batch_size:
                 yield collate(items, bad)

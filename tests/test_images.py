@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from segment_anything import sam_model_registry
 
+from sami.core.errors import BadSample
 from sami.core.images import (
-    BadImage,
     Normalise,
     cut,
     open_image,
@@ -117,14 +117,14 @@ def test_one_pixel():
 
 def test_bad_pictures_are_told_apart(monkeypatch):
     whole = encode(coordinates(200, 200), "JPEG")
-    with pytest.raises(BadImage, match="not a picture"):
+    with pytest.raises(BadSample, match="not a picture"):
         open_image(b"a text file")
-    with pytest.raises(BadImage, match="empty file"):
+    with pytest.raises(BadSample, match="empty file"):
         open_image(b"")
-    with pytest.raises(BadImage, match="damaged picture"):
+    with pytest.raises(BadSample, match="damaged picture"):
         cut(open_image(whole[: len(whole) // 2]), (0, 0, 200, 200), [32], False)
     monkeypatch.setattr("sami.core.images.MAX_PIXELS", 39_999)
-    with pytest.raises(BadImage, match="too many pixels"):
+    with pytest.raises(BadSample, match="too many pixels"):
         open_image(whole)
 
 

@@ -28,8 +28,8 @@ from rich.progress import track
 
 from sami.core.checkpoint import write_text
 from sami.core.config import require
-from sami.core.errors import UserError
-from sami.core.images import IMAGE_EXTENSIONS, BadImage, open_image
+from sami.core.errors import BadSample, UserError
+from sami.core.images import IMAGE_EXTENSIONS, open_image
 from sami.core.run import run_entry
 
 Picture = tuple[str, int]  # path below the source, label (-1 without labels)
@@ -80,7 +80,7 @@ def write_shard(
                     data = (source / name).read_bytes()
                     open_image(data)
                     Image.open(io.BytesIO(data)).verify()
-                except BadImage as error:
+                except BadSample as error:
                     bad.append((name, str(error)))
                     continue
                 except (OSError, SyntaxError, ValueError) as error:

@@ -9,6 +9,8 @@ from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
+from sami.core.errors import BadSample
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # The picture above which a sample counts as bad: 100 million pixels decode to 300 MB.
 MAX_PIXELS = 100_000_000
@@ -18,26 +20,22 @@ STD = (0.229, 0.224, 0.225)
 Box = tuple[float, float, float, float]
 
 
-class BadImage(Exception):
-    """A picture that cannot be used; the message is the reason that the summary counts it under."""
-
-
 def open_image(data: bytes) -> Image.Image:
     """A picture with its header read and its pixels not yet decoded.
 
     Raises:
-        BadImage: not a picture, or larger than MAX_PIXELS.
+        BadSample: not a picture, or larger than MAX_PIXELS.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
-        raise BadImage("too many pixels") from error
+        raise BadSample("too many pixels") from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise BadImage("empty file" if not data else "not a picture") from error
+        raise BadSample("empty file" if not data else "not a picture") from error
     if image.width * image.height > MAX_PIXELS:
-        raise BadImage("too many pixels")
+        raise BadSample("too many pixels")
     return image
 
 
@@ -63,7 +61,7 @@ def cut(image: Image.Image, box: Box, sizes: list[int], flip: bool) -> list[np.n
         One uint8 array [size, size, 3] per size.
 
     Raises:
-        BadImage: the picture is damaged.
+        BadSample: the picture is damaged.
     """
     left, top, right, bottom = box
     width, height = upright_size(image)
@@ -81,7 +79,7 @@ def cut(image: Image.Image, box: Box, sizes: list[int], flip: bool) -> list[np.n
             for size in set(sizes)
         }
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise BadImage("damaged picture") from error
+        raise BadSample("damaged picture") from error
     return [views[size][:, ::-1] if flip else views[size] for size in sizes]
 
 

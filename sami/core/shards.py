@@ -32,8 +32,8 @@ import webdataset as wds
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tar_file_iterator
 
-from sami.core.errors import UserError
-from sami.core.images import IMAGE_EXTENSIONS, BadImage
+from sami.core.errors import BadSample, UserError
+from sami.core.images import IMAGE_EXTENSIONS
 
 Decoded = TypeVar("Decoded")
 
@@ -320,7 +320,7 @@ def fill_slots(
 
     Args:
         samples: endless.
-        decode: (sample, is it a stand-in) to anything; raises BadImage.
+        decode: (sample, is it a stand-in) to anything; raises BadSample.
         report: called with (reason, key) for each bad sample, in its own slot.
 
     Raises:
@@ -332,7 +332,7 @@ def fill_slots(
         decoded = None
         try:
             decoded = decode(sample, False)
-        except BadImage as error:
+        except BadSample as error:
             report(str(error), sample.key)
         distance = 0
         while decoded is None:
@@ -345,7 +345,7 @@ def fill_slots(
                 ahead.append(next(samples))
             try:
                 decoded = decode(ahead[distance], True)
-            except BadImage:
+            except BadSample:
                 distance += 1
         yield decoded
 
