@@ -3,27 +3,21 @@
 Region, flip and mask are drawn from (seed, epoch, sample key) and from nothing else.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from sami.core.config import require
-from sami.core.errors import BadSample, UserError
-from sami.core.images import Box, cut, open_image, to_tensor, upright_size
-from sami.core.shards import (
-    Layout,
-    RawSample,
-    Shard,
-    fill_slots,
-    read_epoch,
-    read_range,
-    sample_rng,
-)
+from sami.core.errors import BadSample
+from sami.core.images import Box, cut, open_image, upright_size
+from sami.core.order import deal, sample_rng
+from sami.core.shards import PICTURE, RawSample, Shard, read_range
 
 
 @dataclass
@@ -31,18 +25,20 @@ class DataConfig:
     """Pictures of stage 1.
 
     Attributes:
-        shards: one pattern of tar shards or several; braces and globs.
-        val_shards: the same for the held-out measure; empty for none.
+        shards: one pattern of tar shards, several, or several with the share of the samples that
+            comes from each ({"a/*.tar": 3, "b/*.tar": 1}); braces, globs, URLs.
+        val_shards: one pattern or several for the held-out measure; empty for none.
         workers: processes per rank that decode; 0 decodes in the training process.
         epoch_samples: samples of one epoch if it shall be shorter than the shards; null for all.
-        max_bad_fraction: stop once more than this share of the samples (of at least 1,000) was bad.
+        max_bad_fraction: stop once more than this share of the samples was bad, counted from the
+            first epoch's end or 1,000 samples on, whichever comes first.
         shuffle_mb: bound of each reader's shuffle buffer of encoded pictures, in MB.
         image_size: side of the student's picture in pixels.
         crop_scale: smallest and largest area of the random region, as a share of the picture.
         hflip: mirror one picture in two.
     """
 
-    shards: str | list[str] = ""
+    shards: str | list[str] | dict[str, float] = ""
     val_shards: str | list[str] = ""
     workers: int = 8
     epoch_samples: int | None = None
@@ -105,26 +101,13 @@ class Draw:
     masked: np.ndarray
 
 
-@dataclass(frozen=True)
-class Views:
-    """How samples are made: everything of the configuration that a sample depends on."""
-
-    seed: int
-    student_size: int
-    teacher_size: int | None
-    grid: int
-    mask_ratio: float
-    crop_scale: tuple[float, float]
-    hflip: bool
-
-
 @dataclass
 class Batch:
     """A micro-batch as it leaves the loader.
 
     ``student`` uint8 [B, 3, H, H]; ``teacher`` uint8 [B, 3, S, S], or None where the student's
     picture serves (the same size) or there is no teacher; ``visible`` [B, V] and ``masked``
-    [B, M] patch numbers; ``bad`` the (reason, key) of samples that had to be replaced.
+    [B, M] patch numbers; ``keys`` of the samples, with the names of their shards.
     """
 
     student: torch.Tensor
@@ -132,7 +115,6 @@ class Batch:
     visible: torch.Tensor
     masked: torch.Tensor
     keys: list[str] = field(default_factory=list)
-    bad: list[tuple[str, str]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
         """The tensors on a device, without waiting for the copy."""
@@ -150,7 +132,7 @@ class Batch:
         )
 
     def pin_memory(self) -> "Batch":
-        """Called by the DataLoader; page-locked memory lets the copy to the device overlap."""
+        """In page-locked memory, which lets the copy to the device overlap."""
         teacher = None if self.teacher is None else self.teacher.pin_memory()
         return replace(
             self,
@@ -164,6 +146,33 @@ class Batch:
     def teacher_view(self) -> torch.Tensor:
         """What the teacher sees."""
         return self.student if self.teacher is None else self.teacher
+
+
+@dataclass(frozen=True)
+class Views:
+    """How samples are made: everything of the configuration that a sample depends on."""
+
+    seed: int
+    student_size: int
+    teacher_size: int | None
+    grid: int
+    mask_ratio: float
+    crop_scale: tuple[float, float]
+    hflip: bool
+
+    fields: ClassVar[tuple[str, ...]] = (PICTURE,)
+
+    def decode(self, sample: RawSample, epoch: int, stand_in: bool) -> tuple:
+        """What :func:`collate` takes, of one training sample."""
+        key = f"{sample.key}/stand-in" if stand_in else sample.key
+        return make_sample(self, sample, lambda size: draw(self, epoch, key, size))
+
+    def decode_held_out(self, sample: RawSample) -> tuple:
+        """The same of a held-out sample."""
+        return make_sample(self, sample, lambda size: draw_held_out(self, sample.key, size))
+
+    def collate(self, items: list[tuple]) -> Batch:
+        return collate(items)
 
 
 def visible_count(tokens: int, ratio: float) -> int:
@@ -221,134 +230,59 @@ def draw_held_out(views: Views, key: str, size: tuple[int, int]) -> Draw:
 
 def make_sample(
     views: Views, sample: RawSample, choose: Callable[[tuple[int, int]], Draw]
-) -> tuple[torch.Tensor, torch.Tensor | None, Draw]:
-    """Student's view uint8 [3, H, H], teacher's view uint8 [3, S, S] or None, and the draw.
+) -> tuple[str, np.ndarray, np.ndarray | None, Draw]:
+    """Key, student's view uint8 [H, H, 3], teacher's view uint8 [S, S, 3] or None, and the draw.
 
     Raises:
         BadSample: the picture cannot be used.
     """
-    if sample.data is None:
-        raise BadSample(sample.reason)
-    image = open_image(sample.data)
+    image = open_image(sample.part(PICTURE))
     drawn = choose(upright_size(image))
     sizes = [views.student_size]
     if views.teacher_size not in (None, views.student_size):
         sizes.append(views.teacher_size)
-    cuts = [to_tensor(view) for view in cut(image, drawn.box, sizes, drawn.flip)]
-    return cuts[0], cuts[1] if len(cuts) > 1 else None, drawn
-
-
-class TrainStream(IterableDataset):
-    """Micro-batches from a given number on, without end; iterated by the DataLoader's workers.
-
-    What a worker hands out is a function of (layout, seed, rank, worker, number) alone. An error
-    that the user can mend comes as a value: a worker's exception would lose its sentence.
-    """
-
-    def __init__(
-        self, shards: list[Shard], views: Views, layout: Layout, rank: int, first: int, buffer: int
-    ) -> None:
-        """``first``: the rank's number of the first micro-batch; ``buffer``: bytes."""
-        self.shards, self.views, self.layout = shards, views, layout
-        self.rank, self.first, self.buffer = rank, first, buffer
-
-    def __iter__(self) -> Iterator[Batch | UserError]:
-        info = get_worker_info()
-        worker = (self.first + (0 if info is None else info.id)) % self.layout.workers
-        bad: list[tuple[str, str]] = []
-        stream = fill_slots(self._samples(worker), self._decode, lambda *what: bad.append(what))
-        try:
-            while True:
-                items = [next(stream) for _ in range(self.layout.micro_batch_size)]
-                yield collate(items, bad)
-                bad.clear()
-        except UserError as error:
-            yield error
-
-    def _samples(self, worker: int) -> Iterator[RawSample]:
-        epoch = self.first // self.layout.micro_batches_per_epoch
-        done = sum(1 for number in self.layout.numbers(epoch, worker) if number < self.first)
-        while True:
-            yield from read_epoch(
-                self.shards,
-                self.layout,
-                seed=self.views.seed,
-                epoch=epoch,
-                rank=self.rank,
-                worker=worker,
-                skip=done * self.layout.micro_batch_size,
-                buffer_bytes=self.buffer,
-            )
-            epoch, done = epoch + 1, 0
-
-    def _decode(self, sample: RawSample, stand_in: bool) -> tuple:
-        key = f"{sample.key}/stand-in" if stand_in else sample.key
-        return (
-            sample.key,
-            *make_sample(
-                self.views, sample, lambda size: draw(self.views, sample.epoch, key, size)
-            ),
-        )
+    cuts = cut(image, drawn.box, sizes, drawn.flip)
+    return sample.key, cuts[0], cuts[1] if len(cuts) > 1 else None, drawn
 
 
 class HeldOut(IterableDataset):
-    """The held-out samples of one rank in fixed order; bad ones are reported and left out."""
+    """The held-out samples of one rank in fixed order; bad ones are left out."""
 
     def __init__(
         self, shards: list[Shard], views: Views, positions: range, batch_size: int
     ) -> None:
-        self.shards, self.views, self.positions, self.batch_size = (
-            shards,
-            views,
-            positions,
-            batch_size,
-        )
+        self.shards, self.views, self.positions = shards, views, positions
+        self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         number, of = (0, 1) if info is None else (info.id, info.num_workers)
-        items, bad = [], []
-        for sample in read_range(self.shards, deal(self.positions, number, of)):
-            try:
-                items.append((sample.key, *make_sample(self.views, sample, self._choose(sample))))
-            except BadSample as error:
-                bad.append((str(error), sample.key))
+        positions, items = deal(self.positions, number, of), []
+        for sample in read_range(self.shards, positions, self.views.fields):
+            with contextlib.suppress(BadSample):
+                items.append(self.views.decode_held_out(sample))
             if len(items) == self.batch_size:
-                yield collate(items, bad)
-                items, bad = [], []
+                yield collate(items)
+                items = []
         if items:
-            yield collate(items, bad)
-
-    def _choose(self, sample: RawSample) -> Callable[[tuple[int, int]], Draw]:
-        return lambda size: draw_held_out(self.views, sample.key, size)
+            yield collate(items)
 
 
-def deal(positions: range, number: int, of: int) -> range:
-    """The ``number``-th of ``of`` contiguous parts, equal up to one."""
-    return positions[len(positions) * number // of : len(positions) * (number + 1) // of]
-
-
-def collate(items: list[tuple], bad: list[tuple[str, str]]) -> Batch:
-    """A batch of what :func:`make_sample` made, each preceded by its key."""
+def collate(items: list[tuple]) -> Batch:
+    """A batch of what :func:`make_sample` made."""
     keys, student, teacher, drawn = zip(*items, strict=True)
     return Batch(
-        student=torch.stack(student),
-        teacher=None if teacher[0] is None else torch.stack(teacher),
+        student=_stack(student),
+        teacher=None if teacher[0] is None else _stack(teacher),
         visible=torch.from_numpy(np.stack([one.visible for one in drawn])),
         masked=torch.from_numpy(np.stack([one.masked for one in drawn])),
         keys=list(keys),
-        bad=list(bad),
     )
 
 
-def make_loader(dataset: IterableDataset, workers: int, device: torch.device) -> DataLoader:
-    """A loader over ready micro-batches. Never prepare it: Accelerate would read all on rank 0."""
-    options: dict[str, Any] = {
-        "batch_size": None,
-        "num_workers": workers,
-        "pin_memory": device.type == "cuda",
-    }
-    return DataLoader(dataset, **options)
+def _stack(views: Sequence[np.ndarray]) -> torch.Tensor:
+    """uint8 [H, W, 3] each, to uint8 [B, 3, H, W]."""
+    return torch.from_numpy(np.stack([view.transpose(2, 0, 1) for view in views]))
 
 
 def _mask(views: Views, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -8,9 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from sami.core.config import require
+from sami.core.order import deal
 from sami.core.run import Run
 from sami.core.shards import Shard
-from sami.data import Batch, HeldOut, Views, deal, make_loader
+from sami.core.stream import make_loader
+from sami.data import Batch, HeldOut, Views
 from sami.model import MaskedReconstruction, token_errors
 
 BATCH = 32  # pictures per forward

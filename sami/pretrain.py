@@ -15,21 +15,13 @@ import torch
 
 from sami.core.checkpoint import write_weights
 from sami.core.config import load_config, require, to_dict
-from sami.core.errors import UserError
 from sami.core.optim import OptimConfig, TrainConfig, poison
+from sami.core.order import Layout, Leg, Order
 from sami.core.run import FINISHED, Run, RunConfig, is_due, run_entry
-from sami.core.shards import Layout, Shard, describe, expand, fingerprint, index_shards
+from sami.core.shards import Shard, Source, expand, fingerprint, open_sources
 from sami.core.state import State
-from sami.data import (
-    Batch,
-    DataConfig,
-    HeldOut,
-    MaskConfig,
-    TrainStream,
-    Views,
-    make_loader,
-    visible_count,
-)
+from sami.core.stream import Batches
+from sami.data import Batch, DataConfig, HeldOut, MaskConfig, Views, visible_count
 from sami.encoder import Encoder, EncoderConfig, build_encoder, export_header
 from sami.heldout import EvalConfig, measure
 from sami.model import (
@@ -104,21 +96,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(cfg: PretrainConfig, run: Run) -> int:
     # ---- What it is trained on
-    shards, val_shards = open_shards(cfg, run)
-    pictures = sum(shard.count for shard in shards)
+    sources, held_out = open_data(cfg, run)
+    order = Order(
+        sources,
+        fields=Views.fields,
+        batch_size=cfg.train.batch_size,
+        seed=cfg.run.seed,
+        buffer_bytes=cfg.data.shuffle_mb * 1_000_000,
+        epoch_samples=cfg.data.epoch_samples,
+    )
+    require(
+        order.steps_per_epoch > 0,
+        f"data.shards hold {order.samples} pictures, less than one train.batch_size of "
+        f"{cfg.train.batch_size}; lower it or give more shards",
+    )
     layout = Layout(
-        samples=min(pictures, cfg.data.epoch_samples or pictures),
         batch_size=cfg.train.batch_size,
         micro_batch_size=cfg.train.micro_batch(run.processes),
         processes=run.processes,
         workers=max(1, cfg.data.workers),
     )
-    require(
-        layout.steps_per_epoch > 0,
-        f"data.shards hold {layout.samples} pictures, less than one train.batch_size of "
-        f"{cfg.train.batch_size}; lower it or give more shards",
-    )
-    steps = cfg.train.total_steps(layout.steps_per_epoch)
+    steps = cfg.train.total_steps(order.steps_per_epoch)
 
     # ---- What is trained
     encoder = build_encoder(cfg.encoder, cfg.data.image_size)
@@ -130,20 +128,25 @@ def train(cfg: PretrainConfig, run: Run) -> int:
     state = State(model.to(run.device), cfg.optim, cfg.train, run)
     facts = {
         "teacher": describe_teacher(cfg.teacher, teacher) if teacher and run.is_main else None,
-        "data": {"pictures": layout.samples, "fingerprint": fingerprint(shards)},
+        "data": {
+            "pictures": order.samples,
+            "fingerprint": fingerprint(sources),
+            "weights": [source.weight for source in sources],
+        },
     }
     targets = make_targets(cfg, run, model, teacher and teacher.to(run.device))
     views = make_views(cfg, encoder)
 
     # ---- Where training stands
-    identity = {"config": to_dict(cfg), "layout": describe(layout), "facts": facts}
-    step = state.resume(identity, FREE)
+    identity = {"config": to_dict(cfg), "facts": facts}
+    step, legs = state.resume(identity, FREE)
     if step == steps and run.is_finished():
         run.say(f"{run.dir} is finished; start another with --run.dir, or delete the folder")
         return FINISHED
     run.begin(cfg, step, facts)
-    announce(cfg, run, layout, steps, step, model, facts)
-    shown = load_shown(run, val_shards or shards, views)
+    legs = announce_data(run, order, layout, step, legs)
+    announce(cfg, run, order, layout, steps, step, model, facts)
+    shown = load_shown(run, held_out or order.shards, views)
     if cfg.train.compile:
         compiler = os.environ.get("CXX", "g++")
         require(
@@ -153,17 +156,17 @@ def train(cfg: PretrainConfig, run: Run) -> int:
         )
         model.predict = torch.compile(model.predict)
     wrapped = run.accelerator.prepare(model)
-    batches = stream(cfg, run, layout, shards, views, step) if step < steps else iter(())
+    batches = Batches(
+        order, views, legs, rank=run.rank, step=step, workers=cfg.data.workers, device=run.device
+    )
 
     while step < steps:
         # ---- One optimizer step
         state.begin_step(step, steps)
         for part in range(layout.micro_batches_per_step):
             with state.clock.wait():
-                batch = next(batches)
-            if isinstance(batch, UserError):
-                raise batch
-            state.note_bad(batch.bad)
+                batch, bad = next(batches)
+            state.note_bad(bad)
             batch = batch.to(run.device)
             target = targets(batch)
             last_part = part == layout.micro_batches_per_step - 1
@@ -177,17 +180,18 @@ def train(cfg: PretrainConfig, run: Run) -> int:
 
         # ---- What is due after it
         last = step == steps
-        evaluate = bool(val_shards) and is_due(step, cfg.eval.every or steps, last)
+        evaluate = bool(held_out) and is_due(step, cfg.eval.every or steps, last)
         if is_due(step, cfg.run.log_every, last) or evaluate:
             record = state.read_metrics(step)
             if evaluate:
                 with state.averaged():
                     measures = measure(
-                        run, model, targets, val_shards, views, cfg.eval.samples, cfg.data.workers
+                        run, model, targets, held_out, views, cfg.eval.samples, cfg.data.workers
                     )
                 record.update({f"val_{name}": value for name, value in measures.items()})
             run.record(step, steps, record)
-            state.stop_if_hopeless(step, cfg.data.max_bad_fraction)
+            enough = min(1000, order.epoch_places, steps * cfg.train.batch_size)
+            state.stop_if_hopeless(step, cfg.data.max_bad_fraction, enough)
         run.advance(step, steps)
         state.clock.pause()
         if is_due(step, cfg.run.picture_every, last) and shown is not None:
@@ -195,7 +199,7 @@ def train(cfg: PretrainConfig, run: Run) -> int:
                 draw(cfg, run, model, targets, shown, step)
         stop, by_clock = run.stop_and_save()
         if is_due(step, cfg.run.save_every, last) or by_clock or stop:
-            state.save(step, identity)
+            state.save(step, identity, batches.position(step))
             if stop and not last:
                 return run.leave_asked(step, bad_samples=dict(state.all_bad()))
 
@@ -217,22 +221,21 @@ def make_views(cfg: PretrainConfig, encoder: Encoder) -> Views:
     )
 
 
-def open_shards(cfg: PretrainConfig, run: Run) -> tuple[list[Shard], list[Shard]]:
-    """Training and held-out shards with their samples; rank 0 reads what the cache lacks."""
-    opened: list[list[Shard]] = []
-    for key, patterns in (
-        ("data.shards", cfg.data.shards),
-        ("data.val_shards", cfg.data.val_shards),
-    ):
-        if not patterns and key == "data.val_shards":
+def open_data(cfg: PretrainConfig, run: Run) -> tuple[list[Source], list[Shard]]:
+    """What is trained on and what is held out; the ranks share the indexing."""
+    folder, part = run.dir / "index", (run.rank, run.processes)
+    opened: list[list[Source]] = []
+    for key in ("shards", "val_shards"):
+        patterns = getattr(cfg.data, key)
+        if not patterns and key == "val_shards":
             opened.append([])
             continue
-        urls, cache = expand(patterns, key), run.dir / f"index-{key.split('.')[1]}.json"
-        if run.is_main:
-            index_shards(urls, cache, run.say)
-        run.wait_for_all()
-        opened.append(index_shards(urls, cache, lambda text: None))
-    return opened[0], opened[1]
+        groups = expand(patterns, f"data.{key}")
+        if run.processes > 1:
+            open_sources(groups, folder, run.say, part)
+            run.wait_for_all()
+        opened.append(open_sources(groups, folder, run.say))
+    return opened[0], [shard for source in opened[1] for shard in source.shards]
 
 
 def make_targets(
@@ -248,15 +251,6 @@ def make_targets(
         return to_grid(maps, model.encoder.grid, cfg.teacher.pool)
 
     return features
-
-
-def stream(
-    cfg: PretrainConfig, run: Run, layout: Layout, shards: list[Shard], views: Views, step: int
-) -> Any:
-    """An iterator over this rank's micro-batches, from the first one of ``step`` on."""
-    first = step * layout.micro_batches_per_step
-    dataset = TrainStream(shards, views, layout, run.rank, first, cfg.data.shuffle_mb * 1_000_000)
-    return iter(make_loader(dataset, cfg.data.workers, run.device))
 
 
 def load_shown(run: Run, shards: list[Shard], views: Views) -> Batch | None:
@@ -294,9 +288,32 @@ def draw(
     run.picture(path, step)
 
 
+def announce_data(
+    run: Run, order: Order, layout: Layout, step: int, before: list[Leg]
+) -> list[Leg]:
+    """The legs of the epoch with the present layout; says what is unusual about it."""
+    legs = order.legs(step, before, layout)
+    if len(legs) > 1 and legs[-1].first_step == step:
+        old = legs[-2].layout
+        run.say(
+            f"{old.processes} process(es) x {old.workers} worker(s) x {old.micro_batch_size} "
+            f"became {layout.processes} x {layout.workers} x {layout.micro_batch_size}: what is "
+            "left of this epoch is dealt out anew, in another order; no sample comes twice"
+        )
+    readers = layout.processes * layout.workers
+    if len(order.shards) < readers:
+        run.say(
+            f"{len(order.shards)} shard(s) for {readers} readers: several read in one shard, each "
+            "its own part (one that is compressed or behind a URL is read from its start by each), "
+            "and shuffle within that part; more and smaller shards mix better"
+        )
+    return legs
+
+
 def announce(
     cfg: PretrainConfig,
     run: Run,
+    order: Order,
     layout: Layout,
     steps: int,
     step: int,
@@ -308,7 +325,7 @@ def announce(
     student = sum(p.numel() for p in model.encoder.parameters())
     run.say(
         f"{run.dir}: {cfg.encoder.name} ({student / 1e6:.2f} M parameters, {trained / 1e6:.2f} M "
-        f"with the decoder) on {layout.samples} pictures, {layout.steps_per_epoch} steps an epoch, "
+        f"with the decoder) on {order.samples} pictures, {order.steps_per_epoch} steps an epoch, "
         f"{steps} steps, now at {step}"
     )
     run.say(

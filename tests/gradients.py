@@ -6,13 +6,14 @@ update out, and whether its weights stayed as they were.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
-from sami.core.shards import expand, index_shards, read_range
-from sami.data import Views, collate, draw, make_sample
+from sami.core.shards import expand, open_sources, read_range
+from sami.data import Views
 from sami.encoder import EncoderConfig, build_encoder
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
 from sami.teacher import TeacherConfig, load_teacher, to_grid
@@ -35,11 +36,9 @@ def main() -> None:
 
     share = 8 // accelerator.num_processes
     mine = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    items = []
-    for sample in read_range(index_shards(expand(pattern, "shards")), mine):
-        made = make_sample(views, sample, lambda size, key=sample.key: draw(views, 0, key, size))
-        items.append((sample.key, *made))
-    batch = collate(items, [])
+    (source,) = open_sources(expand(pattern, "shards"), Path(f"{out}-{accelerator.process_index}"))
+    samples = read_range(source.shards, mine, views.fields)
+    batch = views.collate([views.decode(sample, 0, False) for sample in samples])
     wrapped = accelerator.prepare(model)
     target = to_grid(teacher(batch.teacher_view), 4, "area")
     loss = wrapped(batch.student, batch.visible, batch.masked, target)["loss"]

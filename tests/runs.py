@@ -12,6 +12,8 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
+from sami.core.shards import Source, expand, open_sources
+
 ROOT = Path(__file__).parents[1]
 # What may differ between two runs of the same numbers.
 TIMING = {"images_per_second", "data_wait", "seconds_per_step"}
@@ -39,6 +41,11 @@ def write_shards(
                     data = data[: len(data) // 2]
                 writer.write({"__key__": f"p{item:04d}", "jpg": data})
     return f"{folder}/s-{{000..{len(counts) - 1:03d}}}.tar"
+
+
+def opened(pattern: str | list[str] | dict[str, float], folder: Path) -> list[Source]:
+    """The sources of a pattern, indexed in a folder."""
+    return open_sources(expand(pattern, "k"), folder / "index", lambda text: None)
 
 
 def arguments(folder: Path, shards: str, **more: object) -> list[str]:

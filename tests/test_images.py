@@ -14,11 +14,10 @@ from sami.core.images import (
     cut,
     open_image,
     patchify,
-    to_tensor,
     unpatchify,
     upright_size,
 )
-from sami.core.shards import sample_rng
+from sami.core.order import sample_rng
 from sami.data import random_region
 
 
@@ -146,8 +145,3 @@ def test_normalisation_is_sams_own():
     expected = (images.float() - sam.pixel_mean) / sam.pixel_std
     torch.testing.assert_close(Normalise()(images), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(Normalise()(images / 255), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_views_become_tensors():
-    view = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)[:, ::-1]
-    assert torch.equal(to_tensor(view), torch.tensor(view.copy()).permute(2, 0, 1))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sami.core.shards import expand, index_shards
+from sami.core.shards import expand, open_sources
 from tests.runs import ROOT, run
 from tools.make_toy_shards import MIN_AREA, draw_scene, to_sa1b
 
@@ -71,9 +71,9 @@ def test_shards(tmp_path):
     assert draw(tmp_path / "b", "--shards", "3", "--workers", "2").returncode == 0
     assert draw(tmp_path / "c", "--shards", "3", "--seed", "1").returncode == 0
     pattern = done.stdout.split(": ")[-1].strip()
-    index = index_shards(expand(pattern, "k"))
-    assert [shard.count for shard in index] == [3, 3, 4]
-    for shard in index:
+    (source,) = open_sources(expand(pattern, "k"), tmp_path / "index")
+    assert [shard.count for shard in source.shards] == [3, 3, 4]
+    for shard in source.shards:
         name = f"{shard.name}.tar"
         same, other = (tmp_path / folder / name for folder in "bc")
         data = (tmp_path / "a" / name).read_bytes()

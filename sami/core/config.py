@@ -84,12 +84,13 @@ def differences(old: dict[str, Any], new: dict[str, Any], ignore: set[str]) -> l
     """Dotted keys whose values differ, as "optim.lr was 0.1 and is now 0.2".
 
     Args:
-        ignore: dotted keys, or whole groups, that may differ.
+        ignore: dotted keys, or what they begin with (whole groups), that may differ.
     """
     flat_old, flat_new = _flatten(old), _flatten(new)
     changed = []
     for key in sorted(flat_old.keys() | flat_new.keys()):
-        if key in ignore or key.split(".")[0] in ignore:
+        parts = key.split(".")
+        if any(".".join(parts[:depth]) in ignore for depth in range(1, len(parts) + 1)):
             continue
         before, after = flat_old.get(key), flat_new.get(key)
         if before != after:
@@ -149,6 +150,8 @@ def _type_words(kind: Any) -> str:
         return f"a list of {len(inner)} numbers"
     if origin is list:
         return "a list of strings"
+    if origin is dict:
+        return "a map from strings to numbers"
     words = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
     return "null" if kind is type(None) else words.get(kind, "a group of keys")
 

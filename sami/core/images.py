@@ -83,11 +83,6 @@ def cut(image: Image.Image, box: Box, sizes: list[int], flip: bool) -> list[np.n
     return [views[size][:, ::-1] if flip else views[size] for size in sizes]
 
 
-def to_tensor(view: np.ndarray) -> torch.Tensor:
-    """uint8 [H, W, 3] to uint8 [3, H, W], contiguous."""
-    return torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1)))
-
-
 class Normalise(nn.Module):
     """Pictures to zero mean and unit variance by ImageNet's (and SAM's) statistics."""
 

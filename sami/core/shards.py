@@ -1,31 +1,23 @@
-"""Which sample comes when, and reading it from tar shards.
+"""Tar shards: which samples stand in them, and reading these.
 
-The order is a pure function of (seed, epoch, number of processes and workers), so the position in
-the data is a function of the step and nothing of it needs to be saved:
-
-1. the shards of an epoch are permuted, their samples laid end to end and rotated;
-2. the first ``steps_per_epoch * batch_size`` are dealt out in contiguous ranges to the *readers*,
-   one per rank and worker (what is left out, less than one batch, is another part each epoch);
-3. each reader shuffles its range through a buffer of raw, still encoded samples. The buffer is
-   simulated on integers first, so resuming seeks: it re-reads only what had not been handed out.
-
-A micro-batch of a rank belongs to the worker ``number % workers``, the order in which PyTorch's
-DataLoader asks them.
+A *sample* is a picture (``<key>.jpg``, jpeg, png, webp) and what lies beside it under the same key:
+``.json``, ``.cls``, ``.teacher.npz``. The headers of every shard are read once, into an index that
+says where each member lies: so samples are counted before training, and one is read by seeking to
+it. What cannot be sought in (a URL, a compressed tar) is read from its start.
 """
 
 import contextlib
 import glob
 import hashlib
-import itertools
-import json
 import os
+import re
 import tarfile
 import zlib
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import webdataset as wds
@@ -35,388 +27,452 @@ from webdataset.tariterators import tar_file_iterator
 from sami.core.errors import BadSample, UserError
 from sami.core.images import IMAGE_EXTENSIONS
 
-Decoded = TypeVar("Decoded")
-
-# A reader that meets so many unusable samples in a row gives up: nothing behind them is usable.
-MAX_BAD_IN_A_ROW = 1000
+PICTURE = "picture"
+FIELDS = (PICTURE, "json", "cls", "teacher.npz")  # the columns of an index
+EXTENSIONS = dict.fromkeys(IMAGE_EXTENSIONS, PICTURE) | {name: name for name in FIELDS[1:]}
+BLOCK = tarfile.BLOCKSIZE  # a member's header, just before its data
+UNREADABLE = (tarfile.TarError, OSError, EOFError, zlib.error)
+SHOWN_NOTES = 10
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar. ``name`` is its file name without ``.tar``; ``sizes`` [n] the pictures' bytes.
-
-    An array, because a list of integers would be copied into every worker, page by page.
-    """
+    """One tar. ``name`` begins the keys of its samples: its file name without ``.tar``."""
 
     url: str
     name: str
+    index: Path
+    count: int
+    digest: str
+
+    def members(self) -> "Members":
+        """Where its samples lie."""
+        return Members.load(self.index)
+
+
+@dataclass
+class Members:
+    """Where the samples of a shard lie, in the order of their pictures.
+
+    ``keys`` [n] bytes; ``starts`` [n, F] where the data of each of FIELDS begins, in bytes from
+    the shard's start, -1 where there is none; ``sizes`` [n, F] its bytes, 0 where there is none.
+    ``seekable`` tells whether these positions can be read directly; ``notes`` what is odd.
+    """
+
+    keys: np.ndarray
+    starts: np.ndarray
     sizes: np.ndarray
+    seekable: bool
+    stamp: str
+    notes: list[str]
+
+    def bytes(self, fields: tuple[str, ...]) -> np.ndarray:
+        """[n] bytes of a sample's ``fields`` together."""
+        return self.sizes[:, [FIELDS.index(name) for name in fields]].sum(1)
+
+    def digest(self) -> str:
+        """Names the samples, wherever the shard lies."""
+        return hashlib.sha256(b"\n".join(self.keys) + self.sizes.tobytes()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """As npz, atomically."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with temporary.open("wb") as file:
+            np.savez(file, **vars(self))
+        temporary.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> "Members":
+        with np.load(path) as file:
+            return Members(
+                file["keys"],
+                file["starts"],
+                file["sizes"],
+                bool(file["seekable"]),
+                str(file["stamp"]),
+                file["notes"].tolist(),
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards among which an epoch makes no difference; ``weight`` is its share of the samples.
+
+    ``weight`` None: the only source, all of it.
+    """
+
+    shards: list[Shard]
+    weight: float | None = None
 
     @property
     def count(self) -> int:
-        return len(self.sizes)
+        return sum(shard.count for shard in self.shards)
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """A picture as it stands in its shard, in one epoch; ``data`` is None if it cannot be read."""
+    """A sample as it stands in its shard, still encoded; without parts if it cannot be read."""
 
     key: str
-    data: bytes | None
+    parts: dict[str, bytes] = field(default_factory=dict)
     reason: str = ""
-    epoch: int = 0
+
+    def part(self, name: str) -> bytes:
+        """The bytes of one of FIELDS.
+
+        Raises:
+            BadSample: it is not there.
+        """
+        if name not in self.parts:
+            raise BadSample(self.reason or f"no {name}" + " member" * (name != PICTURE))
+        return self.parts[name]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How an epoch is dealt out. Two runs of one layout see the same batches."""
-
-    samples: int
-    batch_size: int
-    micro_batch_size: int
-    processes: int
-    workers: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.samples // self.batch_size
-
-    @property
-    def micro_batches_per_step(self) -> int:
-        return self.batch_size // (self.processes * self.micro_batch_size)
-
-    @property
-    def micro_batches_per_epoch(self) -> int:
-        """Of one rank."""
-        return self.steps_per_epoch * self.micro_batches_per_step
-
-    def numbers(self, epoch: int, worker: int) -> range:
-        """The micro-batches of an epoch, counted from the run's start, that fall to a worker."""
-        first, count = epoch * self.micro_batches_per_epoch, self.micro_batches_per_epoch
-        return range(first + (worker - first) % self.workers, first + count, self.workers)
-
-    def share(self, epoch: int, rank: int, worker: int) -> range:
-        """Positions in the epoch's sequence of samples that one reader hands out."""
-        counts = [len(self.numbers(epoch, w)) * self.micro_batch_size for w in range(self.workers)]
-        start = rank * sum(counts) + sum(counts[:worker])
-        return range(start, start + counts[worker])
-
-
-def expand(patterns: str | list[str], key: str) -> list[str]:
-    """Paths or URLs of shards from braces and globs, in order, each once.
+def expand(
+    patterns: str | list[str] | dict[str, float], key: str
+) -> list[tuple[list[str], float | None]]:
+    """Paths or URLs of shards from braces and globs, in order, each once; with their weights.
 
     Args:
-        patterns: one pattern or several, such as ``train-{000..127}.tar`` or ``data/sa_*.tar``.
+        patterns: one pattern, several, or several with weights, such as
+            ``train-{000..127}.tar`` or ``{"a/sa_*.tar": 3, "b/*.tar": 1}``.
         key: the configuration key to name in an error.
 
+    Returns:
+        One (shards, None), or one (shards, share of the samples) for each weighted pattern.
+
     Raises:
-        UserError: a pattern that matches nothing, or names a file that is not there.
+        UserError: a pattern that matches nothing, names a file that is not there, or, with
+            weights, a shard of another pattern.
     """
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    if not patterns or not all(patterns):
+    names = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not names or not all(names):
         raise UserError(f"{key} is empty; give the shards, for example --{key} 'data/train-*.tar'")
-    found: list[str] = []
-    for pattern in patterns:
-        expanded = expand_urls(pattern)
-        local = [path for path in expanded if not _is_url(path)]
-        matches = [
-            (path, sorted(glob.glob(path)) or ([path] if os.path.exists(path) else []))
-            for path in local
-        ]
-        missing = [path for path, files in matches if not files]
-        folder = next((path for path, _ in matches if os.path.isdir(path)), None)
-        if folder is not None:
-            raise UserError(f"{key}: {folder} is a folder; name the shards in it: {folder}/*.tar")
-        if len(missing) == len(expanded):
-            raise UserError(
-                f"{key}: '{pattern}' matches no file; make shards with tools/make_shards.py or "
-                "correct the pattern"
-            )
-        if missing:
-            raise UserError(
-                f"{key}: {len(missing)} of the {len(expanded)} shards of '{pattern}' are missing, "
-                f"the first is {missing[0]}; fetch them or narrow the pattern"
-            )
-        files = dict(matches)
-        found += [file for path in expanded for file in files.get(path, [path])]
-    return list(dict.fromkeys(found))
+    found = {name: list(dict.fromkeys(_expand_one(name, key))) for name in names}
+    if not isinstance(patterns, dict):
+        return [(list(dict.fromkeys(url for urls in found.values() for url in urls)), None)]
+    owner: dict[str, str] = {}
+    for name, urls in found.items():
+        if not patterns[name] > 0:
+            raise UserError(f"{key}: the weight {patterns[name]} of '{name}' must be positive")
+        for url in urls:
+            if owner.setdefault(url, name) != name:
+                raise UserError(
+                    f"{key}: {url} belongs to '{owner[url]}' and to '{name}'; with weights, the "
+                    "patterns may not share a shard"
+                )
+    total = sum(patterns.values())
+    return [(found[name], patterns[name] / total) for name in names]
 
 
-def index_shards(
-    urls: list[str], cache: Path | None = None, say: Callable[[str], None] = print
-) -> list[Shard]:
-    """The samples of each shard, from the headers of its members; kept in ``cache`` (JSON).
+def open_sources(
+    groups: list[tuple[list[str], float | None]],
+    folder: Path,
+    say: Callable[[str], None] = print,
+    build: tuple[int, int] = (0, 1),
+) -> list[Source]:
+    """The shards of :func:`expand` with their indexes, which are made where there are none.
 
-    A sample is a member with a picture's extension; nothing is decoded. A shard whose size or
-    time differs from what the cache has is read again.
+    An index lies beside its shard (``<shard>.index.npz``, from tools/index_shards.py) or in
+    ``folder``. A shard whose size or time differs from its index's is read again.
 
     Args:
         say: told what is worth telling, such as a shard that is cut short.
+        build: (number, of): make only every ``of``-th missing index, from ``number`` on; the
+            ranks share the work, and call again with the default afterwards.
 
     Raises:
         UserError: a shard is not a readable tar, or none holds a picture.
     """
-    known: dict[str, dict] = {}
-    if cache is not None and cache.exists():
-        with contextlib.suppress(ValueError):
-            known = json.loads(cache.read_text())
-    stamps = {url: _stamp(url) for url in urls}
-    stale = [url for url in urls if url not in known or known[url]["stamp"] != stamps[url]]
-    if len(stale) > 100:
-        say(f"reading the headers of {len(stale)} shards, once")
-    entries = {url: known[url] for url in urls if url not in stale}
-    entries |= {url: {"stamp": stamps[url], "sizes": _picture_sizes(url, say)} for url in stale}
-    index = [Shard(url, _name(url), np.array(entries[url]["sizes"], np.int64)) for url in urls]
-    if not any(shard.count for shard in index):
-        raise UserError(
-            f"{urls[0]} {f'and the other {len(urls) - 1} shards hold' if urls[1:] else 'holds'} no "
-            f"picture ({', '.join(IMAGE_EXTENSIONS)}); make shards with tools/make_shards.py"
-        )
-    if cache is not None and stale:
-        temporary = cache.with_suffix(f".tmp{os.getpid()}")
-        temporary.write_text(json.dumps(entries))
-        temporary.replace(cache)
-    return index
+    urls = [url for group, _ in groups for url in group]
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [url for url in urls if _fresh_index(url, folder) is None]
+    number, of = build
+    if len(missing) > 100 and number == 0:
+        say(f"reading the headers of {len(missing)} shards, once")
+    with ThreadPoolExecutor(8) as pool:
+        for url, members in zip(
+            missing[number::of], pool.map(scan, missing[number::of]), strict=True
+        ):
+            members.save(_index_path(url, folder))
+    if of > 1:
+        return []
+    names = _names(urls)
+    shards, notes = {}, []
+    for url in urls:
+        index = _fresh_index(url, folder) or _index_path(url, folder)
+        members = Members.load(index)
+        shards[url] = Shard(url, names[url], index, len(members.keys), members.digest())
+        notes += [f"{url}: {note}" for note in members.notes]
+    for note in notes[:SHOWN_NOTES]:
+        say(note)
+    if len(notes) > SHOWN_NOTES:
+        say(f"... and {len(notes) - SHOWN_NOTES} more remarks of this kind")
+    sources = [Source([shards[url] for url in group], weight) for group, weight in groups]
+    for source in sources:
+        if not source.count:
+            first, others = source.shards[0].url, len(source.shards) - 1
+            raise UserError(
+                f"{first} {f'and the other {others} shards hold' if others else 'holds'} no "
+                f"picture ({', '.join(IMAGE_EXTENSIONS)}); make shards with tools/make_shards.py"
+            )
+    return sources
 
 
-def fingerprint(shards: list[Shard]) -> str:
-    """Names the samples of a list of shards wherever it lies: a hash over names and sizes."""
+def fingerprint(sources: list[Source]) -> str:
+    """Names the samples of shards wherever they lie: a hash over names, keys and sizes."""
     digest = hashlib.sha256()
-    for shard in shards:
-        digest.update(f"{shard.name} {shard.count} ".encode() + shard.sizes.tobytes())
+    for shard in (shard for source in sources for shard in source.shards):
+        digest.update(f"{shard.name} {shard.digest}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
-    """The generator of one sample in one epoch: independent of rank, worker and position."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+def scan(url: str) -> Members:
+    """Read the headers of a shard. A tar that is cut short counts as far as it goes.
 
+    Of members of the same key and field the first counts. The data of a file's members is sought
+    over, not read.
 
-def read_epoch(
-    shards: list[Shard],
-    layout: Layout,
-    *,
-    seed: int,
-    epoch: int,
-    rank: int,
-    worker: int,
-    skip: int,
-    buffer_bytes: int,
-) -> Iterator[RawSample]:
-    """The samples that one reader hands out in one epoch, in order.
-
-    Args:
-        shards: of the whole data set.
-        skip: samples already handed out in this epoch; they are not read again.
-        buffer_bytes: bound of the shuffle buffer.
+    Raises:
+        UserError: not a readable tar.
     """
-    order = sample_rng(seed, epoch, "shards").permutation(len(shards))
-    permuted = [shards[i] for i in order]
-    counts = np.array([shard.count for shard in permuted])
-    total = int(counts.sum())
-    rotation = int(sample_rng(seed, epoch, "rotation").integers(total))
-    positions = (np.array(layout.share(epoch, rank, worker), dtype=np.int64) + rotation) % total
-    if len(positions) == 0:
-        return
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    which = np.searchsorted(starts, positions, side="right") - 1
-    local = positions - starts[which]
-    sizes = np.concatenate([shard.sizes for shard in permuted])[positions]
-
-    sequence = shuffled(sizes, buffer_bytes, sample_rng(seed, epoch, f"shuffle/{rank}/{worker}"))
-    waiting: dict[int, RawSample] = {}
-    wanted = np.zeros(len(sequence), dtype=bool)
-    wanted[sequence[skip:]] = True
-    source = _read_positions(permuted, which, local, wanted)
-    for item in sequence[skip:]:
-        while item not in waiting:
-            position, sample = next(source)
-            waiting[position] = sample
-        yield replace(waiting.pop(item), epoch=epoch)
-
-
-def shuffled(sizes: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """The order in which a shuffle buffer of at most ``limit`` bytes hands out what it is fed.
-
-    Args:
-        sizes: [n] bytes of the samples in the order in which they are read.
-        limit: a sample enters while the bytes in the buffer are under it, so at least one does.
-
-    Returns:
-        [n] the samples' numbers in the order handed out.
-    """
-    draws = rng.random(len(sizes))
-    buffer: list[int] = []
-    held = entered = 0
-    order = np.empty(len(sizes), dtype=np.int64)
-    for turn, draw in enumerate(draws):
-        while entered < len(sizes) and (not buffer or held + sizes[entered] <= limit):
-            buffer.append(entered)
-            held += int(sizes[entered])
-            entered += 1
-        pick = int(draw * len(buffer))
-        buffer[pick], buffer[-1] = buffer[-1], buffer[pick]
-        order[turn] = buffer.pop()
-        held -= int(sizes[order[turn]])
-    return order
-
-
-def read_shard(shard: Shard, first: int, last: int) -> Iterator[RawSample]:
-    """Samples ``first`` to ``last`` (exclusive) of a shard; exactly ``last - first`` of them.
-
-    Members before ``first`` are passed over unread. What cannot be read comes as a sample without
-    data, so that positions never shift.
-    """
-    number = itertools.count()
-
-    def select(name: str) -> bool:
-        return is_picture(name) and first <= next(number) < last
-
-    expected = last - first
-    given = 0
+    rows: dict[str, dict[str, tuple[int, int]]] = {}
+    twice: list[str] = []
+    notes: list[str] = []
+    seekable = not is_url(url)
     try:
-        with wds.gopen(shard.url) as stream:
-            for member in tar_file_iterator(stream, skip_meta=None, select_files=select):
-                yield RawSample(
-                    f"{shard.name}/{member['fname'].rpartition('.')[0]}", member["data"]
-                )
-                given += 1
-                if given == expected:
-                    return
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        reason = "shard cannot be read"
-        yield from (
-            RawSample(f"{shard.name}#{first + i} ({error})", None, reason)
-            for i in range(given, expected)
+        with wds.gopen(url) as stream:
+            with tarfile.open(fileobj=stream, mode="r:*" if seekable else "r|*") as tar:
+                seekable = seekable and tar.fileobj is stream  # not so if it is decompressed
+                for member in tar:
+                    tar.members = []  # tarfile would keep them all
+                    named = split_name(member.name) if member.isreg() else None
+                    if named is None:
+                        continue
+                    seekable = seekable and not member.issparse()
+                    row = rows.setdefault(named[0], {})
+                    if named[1] in row:
+                        twice.append(member.name)
+                    else:
+                        row[named[1]] = (member.offset_data, member.size)
+    except UNREADABLE as error:
+        words = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(":")
+        if isinstance(error, OSError) and not rows:
+            raise UserError(f"{url} cannot be read ({words}); mend it or leave it out") from error
+        if not rows:
+            raise UserError(
+                f"{url} is not a readable tar ({words}); fetch it again or leave it out"
+            ) from error
+        notes.append(f"cut short ({words}), {len(rows)} samples stand in it; fetch it again")
+    alone = [f"{key}.{next(iter(row))}" for key, row in rows.items() if PICTURE not in row]
+    if alone:
+        notes.append(f"{len(alone)} samples have no picture and do not count, such as {alone[0]}")
+    if twice:
+        notes.append(
+            f"{len(twice)} members have the key and kind of an earlier one and do not count, such "
+            f"as {twice[0]}"
         )
-        return
-    yield from (
-        RawSample(f"{shard.name}#{first + i}", None, "missing in shard")
-        for i in range(given, expected)
-    )
+    kept = {key: row for key, row in rows.items() if PICTURE in row}
+    kept = dict(sorted(kept.items(), key=lambda item: item[1][PICTURE][0]))
+    table = np.array(
+        [[row.get(name, (-1, 0)) for name in FIELDS] for row in kept.values()], np.int64
+    ).reshape(-1, len(FIELDS), 2)
+    keys = np.array([key.encode("utf-8", "backslashreplace") for key in kept], np.bytes_)
+    return Members(keys, table[:, :, 0], table[:, :, 1], seekable, _stamp(url), notes)
 
 
-def read_range(shards: list[Shard], positions: range) -> Iterator[RawSample]:
+def read_samples(shard: Shard, rows: np.ndarray, fields: tuple[str, ...]) -> Iterator[RawSample]:
+    """Samples of a shard; exactly one for each of ``rows``, which ascend.
+
+    What cannot be read comes as a sample without parts, so that positions never shift.
+    """
+    try:
+        members = shard.members()
+    except (OSError, ValueError, KeyError, zlib.error) as error:
+        raise UserError(f"{shard.index} is damaged; delete it and start again") from error
+    read = _read_seeking if members.seekable else _read_through
+    yield from read(shard, members, rows, [FIELDS.index(name) for name in fields])
+
+
+def read_range(
+    shards: list[Shard], positions: range, fields: tuple[str, ...]
+) -> Iterator[RawSample]:
     """Samples of the shards laid end to end, unshuffled: what evaluation reads."""
     start = 0
     for shard in shards:
         first, last = max(positions.start, start), min(positions.stop, start + shard.count)
         if first < last:
-            yield from read_shard(shard, first - start, last - start)
+            yield from read_samples(shard, np.arange(first - start, last - start), fields)
         start += shard.count
 
 
-def fill_slots(
-    samples: Iterator[RawSample],
-    decode: Callable[[RawSample, bool], Decoded],
-    report: Callable[[str, str], None],
-) -> Iterator[Decoded]:
-    """Decoded samples, one per slot, whatever is bad.
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and field of a member's name; None if it is no part of a sample, or hidden.
 
-    The slot of a bad sample is filled by the next good one of the same reader, decoded as a
-    stand-in; that one still comes in its own slot too. So positions do not shift, and what fills
-    a slot depends on the position alone.
-
-    Args:
-        samples: endless.
-        decode: (sample, is it a stand-in) to anything; raises BadSample.
-        report: called with (reason, key) for each bad sample, in its own slot.
-
-    Raises:
-        UserError: MAX_BAD_IN_A_ROW samples in a row are bad.
+    Dots belong to the key: ``a/b.v2.jpg`` is the picture of ``a/b.v2``.
     """
-    ahead: deque[RawSample] = deque()
-    while True:
-        sample = ahead.popleft() if ahead else next(samples)
-        decoded = None
-        try:
-            decoded = decode(sample, False)
-        except BadSample as error:
-            report(str(error), sample.key)
-        distance = 0
-        while decoded is None:
-            if distance == MAX_BAD_IN_A_ROW:
-                raise UserError(
-                    f"{MAX_BAD_IN_A_ROW} samples in a row are unusable, the first is {sample.key}; "
-                    "look at data.shards: are its members pictures?"
-                )
-            if distance == len(ahead):
-                ahead.append(next(samples))
-            try:
-                decoded = decode(ahead[distance], True)
-            except BadSample:
-                distance += 1
-        yield decoded
+    name = name.removeprefix("./")
+    base = name.rpartition("/")[2]
+    for extension, kind in EXTENSIONS.items():
+        if base.lower().endswith(f".{extension}") and not base.startswith("."):
+            return name[: -len(extension) - 1], kind
+    return None
 
 
-def is_picture(name: str) -> bool:
-    """Whether a member of a tar is a sample's picture; hidden files are not."""
-    base, _, extension = name.rpartition("/")[2].rpartition(".")
-    return extension.lower() in IMAGE_EXTENSIONS and base != "" and not base.startswith(".")
-
-
-def describe(layout: Layout) -> dict[str, int]:
-    """The layout as plain data, for a checkpoint."""
-    return asdict(layout)
-
-
-def _read_positions(
-    permuted: list[Shard], which: np.ndarray, local: np.ndarray, wanted: np.ndarray
-) -> Iterator[tuple[int, RawSample]]:
-    """Wanted samples in reading order, as (number in the reader's range, sample).
-
-    A run of consecutive samples of one shard is read in one pass that starts at its first wanted
-    sample; a shard of which nothing is wanted is not opened.
-    """
-    breaks = np.flatnonzero((np.diff(which) != 0) | (np.diff(local) != 1)) + 1
-    for run in np.split(np.arange(len(which)), breaks):
-        needed = run[wanted[run]]
-        if len(needed) == 0:
-            continue
-        first, last = int(needed[0]), int(needed[-1])
-        samples = read_shard(permuted[which[first]], int(local[first]), int(local[last]) + 1)
-        for number, sample in zip(range(first, last + 1), samples, strict=True):
-            if wanted[number]:
-                yield number, sample
-
-
-def _is_url(path: str) -> bool:
+def is_url(path: str) -> bool:
+    """Whether webdataset opens this through something else than the file system."""
     return "://" in path or path.startswith("pipe:") or path == "-"
+
+
+def _read_seeking(
+    shard: Shard, members: Members, rows: np.ndarray, columns: list[int]
+) -> Iterator[RawSample]:
+    with contextlib.ExitStack() as stack:
+        stream = None
+        for row in rows:
+            parts, reason = {}, ""
+            try:
+                stream = stream or stack.enter_context(wds.gopen(shard.url))
+                for column in columns:
+                    start, size = int(members.starts[row, column]), int(members.sizes[row, column])
+                    if start >= 0:
+                        stream.seek(start - BLOCK)
+                        parts[FIELDS[column]] = _checked(stream.read(BLOCK + size), size)
+            except OSError:
+                parts, reason = {}, "shard cannot be read"
+            except BadSample as error:
+                parts, reason = {}, str(error)
+            yield RawSample(_key(shard, members, row), parts, reason)
+
+
+def _read_through(
+    shard: Shard, members: Members, rows: np.ndarray, columns: list[int]
+) -> Iterator[RawSample]:
+    """Members in the order of the tar, put together to samples."""
+    number = {_name(members.keys[row]): row for row in rows}
+    wanted = {
+        (row, FIELDS[column])
+        for row in rows
+        for column in columns
+        if members.starts[row, column] >= 0
+    }
+    lacking = Counter(row for row, _ in wanted)
+    parts: dict[int, dict[str, bytes]] = {row: {} for row in rows}
+
+    def place(name: str) -> tuple[int, str] | None:
+        key, kind = split_name(name) or ("", "")
+        row = number.get(_name(key.encode("utf-8", "backslashreplace")))
+        return (row, kind) if (row, kind) in wanted else None
+
+    next_row, reason = 0, "missing in shard"
+    try:
+        with wds.gopen(shard.url) as stream:
+            for member in tar_file_iterator(
+                stream, skip_meta=None, select_files=lambda name: place(name) is not None
+            ):
+                row, kind = place(member["fname"])
+                wanted.discard((row, kind))
+                parts[row][kind] = member["data"]
+                lacking[row] -= 1
+                while next_row < len(rows) and lacking[rows[next_row]] == 0:
+                    row = rows[next_row]
+                    yield RawSample(_key(shard, members, row), parts.pop(row))
+                    next_row += 1
+                if next_row == len(rows):
+                    return
+    except UNREADABLE:
+        reason = "shard cannot be read"
+    for row in rows[next_row:]:
+        whole = lacking[row] == 0
+        yield RawSample(
+            _key(shard, members, row), parts[row] if whole else {}, "" if whole else reason
+        )
+
+
+def _checked(data: bytes, size: int) -> bytes:
+    """The data behind its header, if the two are what the index says."""
+    if len(data) < BLOCK + size:
+        raise BadSample("cut off in shard")
+    try:
+        header = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        header = None
+    if header is None or header.size != size:
+        raise BadSample("shard changed since it was indexed")
+    return data[BLOCK:]
+
+
+def _key(shard: Shard, members: Members, row: int) -> str:
+    return f"{shard.name}/{_name(members.keys[row])}"
+
+
+def _name(key: bytes) -> str:
+    return key.decode("utf-8", "backslashreplace")
+
+
+def _expand_one(pattern: str, key: str) -> list[str]:
+    expanded = [re.sub(r"^file:(//)?", "", path) for path in expand_urls(pattern)]
+    local = [path for path in expanded if not is_url(path)]
+    matches = {
+        path: sorted(glob.glob(path)) or ([path] if os.path.exists(path) else []) for path in local
+    }
+    missing = [path for path, files in matches.items() if not files]
+    folder = next((path for path in matches if os.path.isdir(path)), None)
+    if folder is not None:
+        raise UserError(f"{key}: {folder} is a folder; name the shards in it: {folder}/*.tar")
+    if len(missing) == len(expanded):
+        raise UserError(
+            f"{key}: '{pattern}' matches no file; make shards with tools/make_shards.py or "
+            "correct the pattern"
+        )
+    if missing:
+        raise UserError(
+            f"{key}: {len(missing)} of the {len(expanded)} shards of '{pattern}' are missing, "
+            f"the first is {missing[0]}; fetch them or narrow the pattern"
+        )
+    return [
+        os.path.normpath(file) if path in matches else file
+        for path in expanded
+        for file in matches.get(path, [path])
+    ]
+
+
+def _names(urls: list[str]) -> dict[str, str]:
+    """File names without ``.tar``, preceded by as many folders as make them differ."""
+    parts = {url: url.split("?")[0].rstrip("/ ").split("/") for url in urls}
+    for depth in range(1, max(map(len, parts.values())) + 1):
+        names = {url: "/".join(part[-depth:]) for url, part in parts.items()}
+        names = {url: re.sub(r"\.tar(\.\w+)?$|\.tgz$", "", name) for url, name in names.items()}
+        if len(set(names.values())) == len(urls):
+            return names
+    return {url: url for url in urls}
+
+
+def _index_path(url: str, folder: Path) -> Path:
+    digest = hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:8]
+    return folder / f"{Path(url.split('?')[0]).name[-80:]}-{digest}.npz"
+
+
+def index_beside(url: str) -> Path:
+    """Where tools/index_shards.py puts the index of a local shard."""
+    return Path(f"{url}.index.npz")
+
+
+def _fresh_index(url: str, folder: Path) -> Path | None:
+    """The index of a shard, if there is one and the shard has not changed since."""
+    places = (
+        [_index_path(url, folder)] if is_url(url) else [index_beside(url), _index_path(url, folder)]
+    )
+    for path in places:
+        with contextlib.suppress(OSError, ValueError, KeyError, zlib.error):
+            if Members.load(path).stamp == _stamp(url):
+                return path
+    return None
 
 
 def _stamp(url: str) -> str:
     """Changes when a local shard does; a URL's content is taken to be fixed."""
-    if _is_url(url):
+    if is_url(url):
         return ""
     status = os.stat(url)
     return f"{status.st_size}-{status.st_mtime_ns}"
-
-
-def _name(url: str) -> str:
-    last = Path(url.split("?")[0].rstrip("/ ")).name
-    return last.removesuffix(".gz").removesuffix(".tar")
-
-
-def _picture_sizes(url: str, say: Callable[[str], None]) -> list[int]:
-    sizes: list[int] = []
-    try:
-        with wds.gopen(url) as stream:
-            mode = "r|*" if _is_url(url) else "r:*"  # a file's members are sought over unread
-            with tarfile.open(fileobj=stream, mode=mode) as tar:
-                for member in tar:
-                    if member.isreg() and is_picture(member.name):
-                        sizes.append(member.size)
-                    tar.members = []  # tarfile would keep them all
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        if not sizes:
-            raise UserError(
-                f"{url} is not a readable tar ({str(error).splitlines()[0].rstrip(':')}); "
-                "fetch it again or leave it out"
-            ) from error
-        say(f"{url} is cut short ({error}): {len(sizes)} pictures stand in it; fetch it again")
-    except OSError as error:
-        raise UserError(
-            f"{url} cannot be read ({error.strerror or error}); mend it or leave it out"
-        ) from error
-    return sizes

@@ -31,6 +31,7 @@ from sami.core.optim import (
     guarded_step,
     learning_rate,
 )
+from sami.core.order import Leg
 from sami.core.run import Run
 
 
@@ -96,8 +97,11 @@ class State:
             record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return record
 
-    def stop_if_hopeless(self, step: int, max_bad_fraction: float) -> None:
+    def stop_if_hopeless(self, step: int, max_bad_fraction: float, enough: int) -> None:
         """Stop where going on would train on nothing. Collective: every rank calls it.
+
+        Args:
+            enough: samples from which on ``max_bad_fraction`` of them is held to be more than luck.
 
         Raises:
             UserError: too many updates in a row were not finite, or too many samples were bad.
@@ -111,7 +115,7 @@ class State:
                 f"step {step}; lower optim.lr, set optim.clip 1.0 or train.precision fp32; {last}"
             )
         bad, seen = self.all_bad(), step * self.train.batch_size
-        if seen >= 1000 and bad.total() > max_bad_fraction * seen:
+        if seen >= enough and bad.total() > max_bad_fraction * seen:
             raise UserError(
                 f"{bad.total()} of {seen} samples were bad ({dict(bad)}), more than "
                 f"data.max_bad_fraction {max_bad_fraction}; mend the shards or raise it; {last}"
@@ -134,28 +138,37 @@ class State:
 
     # -- checkpoints --------------------------------------------------------------------------
 
-    def save(self, step: int, identity: dict[str, Any]) -> None:
+    def save(self, step: int, identity: dict[str, Any], position: dict[str, Any]) -> None:
         """Write ``checkpoints/step-<step>``. Collective; rank 0 writes.
 
         Args:
-            identity: ``config``, ``layout`` and ``facts`` of the run; see :meth:`resume`.
+            identity: ``config`` and ``facts`` of the run; see :meth:`resume`.
+            position: this rank's place in the data, from :meth:`Batches.position`.
         """
-        ranks = self.run.gather({"window": self.window.state(), "bad": dict(self.bad)})
+        mine = {"window": self.window.state(), "bad": dict(self.bad)}
+        ranks, positions = zip(*self.run.gather((mine, position)), strict=True)
         if self.run.is_main:
             tensors = {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": None if self.ema is None else self.ema.average,
                 "guard": self.guard.state(),
-                "ranks": ranks,
+                "ranks": list(ranks),
             }
             folder = self.run.dir / "checkpoints"
-            meta = {**identity, "machine": _machine()}
+            data = {
+                "legs": position["legs"],
+                "readers": [reader for of_rank in positions for reader in of_rank["readers"]],
+            }
+            meta = {**identity, "data": data, "machine": _machine()}
             save_checkpoint(folder, step, tensors, meta, self.run.config.keep)
         self.run.saved()
 
-    def resume(self, identity: dict[str, Any], free: set[str]) -> int:
-        """Load the newest whole checkpoint of the run folder; returns its step, or 0.
+    def resume(self, identity: dict[str, Any], free: set[str]) -> tuple[int, list[Leg]]:
+        """Load the newest whole checkpoint of the run folder.
+
+        Returns:
+            Its step, and the legs of the epoch up to there; 0 and none where a run begins.
 
         Args:
             identity: what the checkpoint must agree with.
@@ -176,13 +189,13 @@ class State:
             self._refuse_another(meta, identity, free)
             self._load(stored)
             run.say(f"resuming from {checkpoint}")
-            return meta["step"]
+            return meta["step"], [Leg.from_dict(leg) for leg in meta["data"]["legs"]]
         if checkpoints:
             raise UserError(
                 f"none of the {len(checkpoints)} checkpoints in {run.dir}/checkpoints can be "
                 "read; move the folder away to start over, or give another --run.dir"
             )
-        return 0
+        return 0, []
 
     def _refuse_another(self, meta: dict, identity: dict, free: set[str]) -> None:
         run = self.run
@@ -193,11 +206,6 @@ class State:
             raise UserError(
                 f"{run.dir} holds a run of another configuration: {'; '.join(changed[:3])}; "
                 "give the old values, or another --run.dir"
-            )
-        if meta["layout"] != identity["layout"]:
-            run.say(
-                "the number of processes or workers or the micro-batch changed: "
-                "samples of this epoch may repeat"
             )
         if meta["machine"] != _machine():
             run.say(

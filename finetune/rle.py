@@ -1,0 +1,254 @@
+"""SA-1B's JSON, and everything asked of its COCO run lengths without painting a mask.
+
+A mask is ``ends``: int64 [R], where its R alternating runs end, background first, in pixels
+counted down the columns (COCO's order), so that the last one is height * width. A run may be
+empty. The pixel ``column * height + row`` belongs to the object if the number of ends at or
+below it is odd.
+
+There is no mirrored mask: ask :func:`sample` for ``width - 1 - columns`` and turn a point's ``x``
+into ``width - 1 - x``; a box becomes ``(width - x1, y0, width - x0, y1)``.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sami.core.errors import BadSample
+from sami.core.images import MAX_PIXELS
+
+FOREIGN = "annotation is not SA-1B's"
+MISFIT = "run lengths do not fit their size"
+# Digits of 5 bits in one number of the compressed string: 6 hold any run of MAX_PIXELS, and 12
+# (leading zeros are legal) still fit into an int64.
+MAX_DIGITS = 12
+
+
+@dataclass
+class Mask:
+    counts: str | list[Any]  # as in the file; for decode_counts
+    area: float | None  # pixels, as the file says it; COCO's polygons have fractions
+    bbox: list[float] | None  # x, y, width, height in pixels, as the file says it
+    predicted_iou: float
+    stability_score: float
+
+
+@dataclass
+class Annotations:
+    height: int  # of the picture, in pixels; every mask has the same
+    width: int
+    masks: list[Mask]
+
+
+def parse_annotations(data: bytes) -> Annotations:
+    """The JSON of one SA-1B picture, its types and sizes checked, its masks not decoded.
+
+    ``area`` and ``bbox`` may be missing, as from COCO exports (None), and so may
+    ``predicted_iou`` and ``stability_score`` (1.0). Keys not named in :class:`Mask` are ignored.
+
+    Raises:
+        BadSample: not JSON, not of this form, or a mask of another size than the picture.
+    """
+    try:
+        told = json.loads(data)
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and huge numbers are ValueErrors
+        raise BadSample("annotation is not JSON") from error
+    image = _get(told, "image", dict)
+    height, width = _get(image, "height", int), _get(image, "width", int)
+    if height < 1 or width < 1 or height * width > MAX_PIXELS:
+        raise BadSample(FOREIGN)
+    masks = [_mask(entry, height, width) for entry in _get(told, "annotations", list)]
+    return Annotations(height, width, masks)
+
+
+def decode_counts(counts: str | bytes | list[Any], height: int, width: int) -> np.ndarray:
+    """Where the runs of a mask end: int64 [R] in pixels, the last is height * width.
+
+    Args:
+        counts: COCO's compressed string, or the list of run lengths.
+        height: of the mask in pixels, at most MAX_PIXELS with the width.
+        width: of the mask in pixels.
+
+    Raises:
+        BadSample: no run lengths, or not those of height * width pixels.
+    """
+    total = height * width
+    if isinstance(counts, list):
+        if not all(type(run) is int and 0 <= run <= total for run in counts):
+            raise BadSample(MISFIT)
+        runs = np.array(counts, dtype=np.int64)
+    else:
+        runs = _numbers(counts)
+        # maskApi.c, rleFrString: from the fourth on, the difference to the run two before.
+        runs[1::2] = np.cumsum(runs[1::2])
+        runs[2::2] = np.cumsum(runs[2::2])
+        # No number comes near 2^63, so the first bad run is seen here before any sum wraps around.
+        if runs.min() < 0 or runs.max() > total:
+            raise BadSample(MISFIT)
+    ends = np.cumsum(runs)
+    if len(ends) == 0 or ends[-1] != total:
+        raise BadSample(MISFIT)
+    return ends
+
+
+def sample(
+    ends: np.ndarray, height: int, width: int, rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """The mask at the crossings of pixel rows and columns.
+
+    Args:
+        ends: int64 [R] from :func:`decode_counts`.
+        height: of the mask in pixels.
+        width: of the mask in pixels.
+        rows: integers [h'] in 0..height-1, in any order.
+        columns: integers [w'] in 0..width-1, in any order.
+
+    Returns:
+        bool [h', w'], in memory column by column.
+
+    Raises:
+        IndexError: a row or column outside of the mask.
+    """
+    rows, row_places = np.unique(rows, return_inverse=True)
+    columns, column_places = np.unique(columns, return_inverse=True)
+    if rows[0] < 0 or columns[0] < 0 or rows[-1] >= height or columns[-1] >= width:
+        raise IndexError(f"rows or columns outside of a mask of {height} x {width} pixels")
+    # The runs are looked up in the grid, not the grid in the runs: there are far fewer of them.
+    pixels = (columns[:, None] * height + rows).ravel()
+    lengths = np.diff(np.searchsorted(pixels, ends), prepend=0)
+    inside = np.repeat(np.arange(len(ends)) % 2 == 1, lengths).reshape(len(columns), len(rows))
+    return inside[column_places][:, row_places].T
+
+
+def sample_grid(
+    ends: np.ndarray, height: int, width: int, size: int | tuple[int, int]
+) -> np.ndarray:
+    """The mask resized to ``size`` by its nearest pixels, those under the centres of the new ones.
+
+    Args:
+        ends: int64 [R] from :func:`decode_counts`.
+        height: of the mask in pixels.
+        width: of the mask in pixels.
+        size: side of the square grid, or its height and width.
+
+    Returns:
+        bool [h', w'].
+    """
+    down, across = (size, size) if isinstance(size, int) else size
+    return sample(ends, height, width, _centres(height, down), _centres(width, across))
+
+
+def area(ends: np.ndarray) -> int:
+    """The number of pixels of the object."""
+    starts, stops = _objects(ends)
+    return int((stops - starts).sum())
+
+
+def box(ends: np.ndarray, height: int) -> tuple[int, int, int, int]:
+    """The tight box in pixels: x0, y0, x1, y1, the last two exclusive. All 0 for an empty mask."""
+    starts, stops = _objects(ends)
+    if len(starts) == 0:
+        return (0, 0, 0, 0)
+    left, top = np.divmod(starts, height)
+    right, bottom = np.divmod(stops - 1, height)
+    if (left != right).any():  # a run over the foot of a column goes on at the head of the next
+        top, bottom = np.array([0]), np.array([height - 1])
+    return (int(left[0]), int(top.min()), int(right[-1]) + 1, int(bottom.max()) + 1)
+
+
+def random_points(
+    ends: np.ndarray, height: int, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Pixels of the object, each equally likely, drawn with replacement.
+
+    Args:
+        ends: int64 [R] from :func:`decode_counts`.
+        height: of the mask in pixels.
+        count: how many to draw.
+        rng: advanced by one draw of ``count`` integers.
+
+    Returns:
+        int64 [count, 2]: x, y, the indices of the pixels (their centres are half a pixel on).
+
+    Raises:
+        BadSample: the mask is empty.
+    """
+    starts, stops = _objects(ends)
+    if len(starts) == 0:
+        raise BadSample("mask is empty")
+    upto = np.cumsum(stops - starts)
+    drawn = rng.integers(upto[-1], size=count)
+    run = np.searchsorted(upto, drawn, side="right")
+    x, y = np.divmod(stops[run] - (upto[run] - drawn), height)
+    return np.stack([x, y], axis=1)
+
+
+def _mask(told: Any, height: int, width: int) -> Mask:
+    segmentation = _get(told, "segmentation", dict)
+    size = _get(segmentation, "size", list)
+    if len(size) != 2 or not all(type(side) is int for side in size):
+        raise BadSample(FOREIGN)
+    if size != [height, width]:
+        raise BadSample("mask size differs from the picture's")
+    counts = _get(segmentation, "counts", str | list)
+    bbox = None if told.get("bbox") is None else _get(told, "bbox", list)
+    if bbox is not None and len(bbox) != 4:
+        raise BadSample(FOREIGN)
+    return Mask(
+        counts=counts,
+        area=None if told.get("area") is None else _number(told["area"]),
+        bbox=None if bbox is None else [_number(value) for value in bbox],
+        predicted_iou=_number(told.get("predicted_iou", 1.0)),
+        stability_score=_number(told.get("stability_score", 1.0)),
+    )
+
+
+def _get(told: Any, key: str, kind: Any) -> Any:
+    value = told.get(key) if isinstance(told, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise BadSample(FOREIGN)
+    return value
+
+
+def _number(value: Any) -> float:
+    """Refuses NaN, infinity and integers that no float holds along with what is not a number."""
+    if type(value) not in (int, float) or not abs(value) < 1e18:
+        raise BadSample(FOREIGN)
+    return float(value)
+
+
+def _numbers(text: str | bytes) -> np.ndarray:
+    """The signed numbers of COCO's string (maskApi.c, rleToString), int64 below 2^60, at least one.
+
+    A character is 48 plus six bits: five of the number, the lowest first, and 32 for "goes on".
+    The last one's bit 16 is the sign.
+    """
+    try:
+        data = text.encode("ascii") if isinstance(text, str) else text
+    except UnicodeEncodeError as error:
+        raise BadSample(MISFIT) from error
+    digits = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
+    if len(digits) == 0 or digits.min() < 0 or digits.max() > 63 or digits[-1] >= 32:
+        raise BadSample(MISFIT)
+    last = np.flatnonzero(digits < 32)
+    first = np.concatenate([[0], last[:-1] + 1])
+    lengths = last - first + 1
+    if lengths.max() > MAX_DIGITS:
+        raise BadSample(MISFIT)
+    shifts = 5 * (np.arange(len(digits)) - np.repeat(first, lengths))
+    numbers = np.add.reduceat((digits & 31) << shifts, first)
+    return numbers - ((digits[last] >> 4) << (5 * lengths))
+
+
+def _objects(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and one past the last pixel of each run of the object that is not empty."""
+    stops = ends[1::2]
+    starts = ends[0::2][: len(stops)]
+    some = stops > starts
+    return starts[some], stops[some]
+
+
+def _centres(pixels: int, cells: int) -> np.ndarray:
+    """floor((i + 0.5) * pixels / cells) in integers, int64 [cells]."""
+    return (2 * np.arange(cells) + 1) * pixels // (2 * cells)

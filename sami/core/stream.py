@@ -1,0 +1,294 @@
+"""From shards to micro-batches: the readers in the DataLoader's workers, and their gathering.
+
+Both stages stream through here; a stage brings how a sample is decoded and how a batch is made of
+samples (:class:`Samples`). Decoding comes after the shuffle, in the workers.
+"""
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from sami.core.errors import BadSample, UserError
+from sami.core.order import Leg, Order
+from sami.core.shards import RawSample, read_samples
+
+# A reader that meets so many unusable samples in a row gives up: nothing behind them is usable.
+MAX_BAD_IN_A_ROW = 1000
+
+Bad = list[tuple[str, str]]  # (reason, key) of samples that could not be used
+
+
+class Samples(Protocol):
+    """What a stage makes of raw samples."""
+
+    fields: tuple[str, ...]  # the members that it reads
+
+    def decode(self, sample: RawSample, epoch: int, stand_in: bool) -> Any:
+        """One sample's arrays; ``stand_in``: it fills the slot of a bad one. Raises BadSample."""
+
+    def collate(self, items: list[Any]) -> Any:
+        """A batch of decoded samples, with methods ``to(device)`` and ``pin_memory()``."""
+
+
+@dataclass
+class Handed:
+    """What a reader hands to the training process.
+
+    ``content`` is a whole batch, decoded samples for a shared micro-batch (``part``), or an error
+    that the user can mend: a worker's exception would lose its sentence. ``open`` names the shards
+    that the reader is in the middle of.
+    """
+
+    content: Any
+    worker: int = 0
+    bad: Bad = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
+    part: bool = False
+
+    def pin_memory(self) -> "Handed":
+        """Called by the DataLoader; page-locked memory lets the copy to the device overlap."""
+        pinnable = hasattr(self.content, "pin_memory")
+        return replace(self, content=self.content.pin_memory()) if pinnable else self
+
+
+class Readers(IterableDataset):
+    """The readers of one rank, from a step on; iterated by the DataLoader's workers, without end.
+
+    What a worker hands out is a function of (order, legs, rank, worker, step) alone.
+    """
+
+    def __init__(
+        self, order: Order, samples: Samples, legs: list[Leg], rank: int, step: int
+    ) -> None:
+        """``legs``: of the epoch of ``step``, as :meth:`Order.legs` tells."""
+        self.order, self.samples, self.rank = order, samples, rank
+        leg = legs[-1]
+        self.layout, self.epoch = leg.layout, order.epoch(step)
+        self.left = order.remaining(legs) if len(legs) > 1 else None
+        self.steps = (self.epoch + 1) * order.steps_per_epoch - leg.first_step
+        done = (step - leg.first_step) * self.layout.micro_batches_per_step
+        alone = self.layout.rounds(self.steps) * self.layout.workers
+        self.done = min(done, alone)  # micro-batches of the leg before the first one handed over
+        self.made = done - self.done  # shared ones that the training process has had already
+
+    def __iter__(self) -> Iterator[Handed]:
+        info = get_worker_info()
+        # The DataLoader asks its worker 0 first, whoever's turn it is.
+        numbers = range(self.layout.workers) if info is None else [info.id]
+        readers = [self._read((self.done + number) % self.layout.workers) for number in numbers]
+        for reader in itertools.cycle(readers):  # all of them in turn, where there is no worker
+            yield next(reader)
+
+    def _read(self, worker: int) -> Iterator[Handed]:
+        """What one worker hands over, without end, or up to an error."""
+        bad: Bad = []
+        opened: dict[int, tuple[str, Iterator[RawSample]]] = {}
+        slots = fill_slots(
+            self._hand_out(worker, opened), self.samples.decode, lambda *what: bad.append(what)
+        )
+
+        def hand(content: Any, part: bool) -> Handed:
+            names = [name for name, _ in opened.values()]
+            handed = Handed(content, worker, list(bad), names, part)
+            bad.clear()
+            return handed
+
+        size, layout = self.layout.micro_batch_size, self.layout
+        steps, first = self.steps, len(range(worker, self.done, layout.workers))
+        try:
+            while True:
+                for _ in range(first, layout.rounds(steps)):
+                    yield hand(self.samples.collate([next(slots) for _ in range(size)]), False)
+                if layout.shared(steps):
+                    yield hand([next(slots) for _ in layout.part(steps, worker)], True)
+                steps, first = self.order.steps_per_epoch, 0
+        except UserError as error:
+            yield Handed(error)
+
+    def _hand_out(
+        self, worker: int, opened: dict[int, tuple[str, Iterator[RawSample]]]
+    ) -> Iterator[tuple[int, RawSample]]:
+        """A reader's samples with their epochs, without end; ``opened`` is kept up to date."""
+        epoch, steps, left = self.epoch, self.steps, self.left
+        skip = len(range(worker, self.done, self.layout.workers)) * self.layout.micro_batch_size
+        while True:
+            share = self.layout.share(steps, self.rank, worker)
+            places = np.arange(share.start, share.stop)
+            read, out = self.order.reading(
+                epoch, places if left is None else left[places], self.rank, worker
+            )
+            wanted = np.zeros(len(read), bool)
+            wanted[out[skip:]] = True
+            unfinished = Counter(read.visit[wanted].tolist())
+            entries = iter(np.flatnonzero(wanted))
+            waiting: dict[int, RawSample] = {}
+            for number in out[skip:]:
+                while number not in waiting:
+                    entry = next(entries)
+                    visit = int(read.visit[entry])
+                    if visit not in opened:
+                        shard = self.order.shards[read.shard[entry]]
+                        rows = read.row[wanted & (read.visit == visit)]
+                        source = read_samples(shard, rows, self.order.fields)
+                        opened[visit] = (shard.name, source)
+                    waiting[entry] = next(opened[visit][1])
+                visit = int(read.visit[number])
+                unfinished[visit] -= 1
+                if not unfinished[visit]:
+                    del opened[visit]
+                yield epoch, waiting.pop(number)
+            epoch, steps, left, skip = epoch + 1, self.order.steps_per_epoch, None, 0
+
+
+class Batches:
+    """An iterator over one rank's (micro-batch, bad samples met), from a step on, without end."""
+
+    def __init__(
+        self,
+        order: Order,
+        samples: Samples,
+        legs: list[Leg],
+        *,
+        rank: int,
+        step: int,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        """``workers``: processes that decode; 0 decodes in this one."""
+        self.order, self.samples, self.rank, self.device = order, samples, rank, device
+        self.readers = Readers(order, samples, legs, rank, step)
+        self.legs, self.layout = legs, legs[-1].layout
+        self.open: dict[int, list[str]] = {}
+        self._loader = make_loader(self.readers, workers, device)
+        self._source: Iterator[Handed] | None = None
+        self._parts: list[Handed] = []
+        self._ready: deque[tuple[Any, Bad]] = deque()
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> tuple[Any, Bad]:
+        """
+        Raises:
+            UserError: the data cannot be used, or a worker was killed.
+        """
+        while not self._ready:
+            handed = self._next()
+            self.open[handed.worker] = handed.open
+            if not handed.part:
+                self._ready.append((handed.content, handed.bad))
+                continue
+            self._parts.append(handed)
+            if len(self._parts) == self.layout.workers:
+                self._share()
+        return self._ready.popleft()
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where this rank's readers stand after ``step``, as plain data, for a checkpoint."""
+        legs = self.order.legs(step, self.legs, self.layout)
+        epoch, leg = self.order.epoch(step), legs[-1]
+        steps = (epoch + 1) * self.order.steps_per_epoch - leg.first_step
+        readers = [
+            {
+                "rank": self.rank,
+                "worker": worker,
+                "epoch": epoch,
+                "position": self.layout.handed_out(steps, step - leg.first_step, worker),
+                "of": len(self.layout.share(steps, self.rank, worker)),
+                "open": self.open.get(worker, []),
+            }
+            for worker in range(self.layout.workers)
+        ]
+        return {"legs": [leg.to_dict() for leg in legs], "readers": readers}
+
+    def _share(self) -> None:
+        """Put the shared micro-batches together of the workers' parts."""
+        size, made = self.layout.micro_batch_size, self.readers.made
+        items = [item for part in self._parts for item in part.content]
+        # Those before ``made`` are in the checkpoint, and what was bad about them too.
+        bad = [] if made else [what for part in self._parts for what in part.bad]
+        for start in range(made * size, len(items), size):
+            batch = self.samples.collate(items[start : start + size])
+            self._ready.append((batch.pin_memory() if self.device.type == "cuda" else batch, bad))
+            bad = []
+        self._parts, self.readers.made = [], 0
+
+    def _next(self) -> Handed:
+        if self._source is None:
+            self._source = iter(self._loader)
+        try:
+            handed = next(self._source)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a process that reads data was killed ({' '.join(str(error).split())[:80]}); if "
+                "memory ran out, lower data.workers or data.shuffle_mb"
+            ) from error
+        if isinstance(handed.content, UserError):
+            raise handed.content
+        return handed
+
+
+def fill_slots(
+    samples: Iterator[tuple[int, RawSample]],
+    decode: Callable[[RawSample, int, bool], Any],
+    report: Callable[[str, str], None],
+) -> Iterator[Any]:
+    """Decoded samples, one per slot, whatever is bad.
+
+    The slot of a bad sample is filled by the next good one of the same reader, decoded as a
+    stand-in; that one still comes in its own slot too. So positions do not shift, and what fills
+    a slot depends on the position alone.
+
+    Args:
+        samples: (epoch, sample), endless.
+        decode: see :class:`Samples`.
+        report: called with (reason, key) for each bad sample, in its own slot.
+
+    Raises:
+        UserError: MAX_BAD_IN_A_ROW samples in a row are bad.
+    """
+    ahead: deque[tuple[int, RawSample]] = deque()
+    while True:
+        epoch, sample = ahead.popleft() if ahead else next(samples)
+        decoded = None
+        try:
+            decoded = decode(sample, epoch, False)
+        except BadSample as error:
+            report(str(error), sample.key)
+        distance = 0
+        while decoded is None:
+            if distance == MAX_BAD_IN_A_ROW:
+                raise UserError(
+                    f"{MAX_BAD_IN_A_ROW} samples in a row are unusable, the first is {sample.key}; "
+                    "look at data.shards: are its members pictures?"
+                )
+            if distance == len(ahead):
+                ahead.append(next(samples))
+            try:
+                decoded = decode(ahead[distance][1], ahead[distance][0], True)
+            except BadSample:
+                distance += 1
+        yield decoded
+
+
+def make_loader(dataset: IterableDataset, workers: int, device: torch.device) -> DataLoader:
+    """A loader over ready batches. Never prepare it: Accelerate would read all on rank 0."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _as_it_is(handed: Any) -> Any:
+    return handed
