@@ -1,17 +1,21 @@
 """Bytes to pixels: decode, cut a region at a size, normalise on the device."""
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import nn
 
 from sami.core.errors import BadSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# What a member may really be, whatever its extension says; not EPS, which starts a program.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # The picture above which a sample counts as bad: 100 million pixels decode to 300 MB.
 MAX_PIXELS = 100_000_000
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's; times 255 these are SAM's own pixel_mean and pixel_std
@@ -26,22 +30,20 @@ def open_image(data: bytes) -> Image.Image:
     Raises:
         BadSample: not a picture, or larger than MAX_PIXELS.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise BadSample("too many pixels") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise BadSample("empty file" if not data else "not a picture") from error
+    with _decoding("not a picture" if data else "empty file"):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise BadSample("too many pixels")
     return image
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height in pixels after the EXIF orientation is applied."""
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    """Width and height in pixels after the EXIF orientation is applied.
+
+    Raises:
+        BadSample: the EXIF data is damaged.
+    """
+    turned = _orientation(image) in (5, 6, 7, 8)
     return (image.height, image.width) if turned else (image.width, image.height)
 
 
@@ -65,8 +67,9 @@ def cut(image: Image.Image, box: Box, sizes: list[int], flip: bool) -> list[np.n
     """
     left, top, right, bottom = box
     width, height = upright_size(image)
-    try:
-        if image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
+    upright = _orientation(image) == 1
+    with _decoding("damaged picture"):
+        if image.format == "JPEG" and upright:
             need = max(sizes)
             image.draft(
                 None, (_at_least(width, need, right - left), _at_least(height, need, bottom - top))
@@ -78,8 +81,6 @@ def cut(image: Image.Image, box: Box, sizes: list[int], flip: bool) -> list[np.n
             size: np.asarray(pixels.resize((size, size), Image.Resampling.BICUBIC, box=region))
             for size in set(sizes)
         }
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise BadSample("damaged picture") from error
     return [views[size][:, ::-1] if flip else views[size] for size in sizes]
 
 
@@ -108,6 +109,26 @@ def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
     return rearrange(
         patches, "b (h w) (c p q) -> b c (h p) (w q)", h=side, c=3, p=patch_size, q=patch_size
     )
+
+
+@contextlib.contextmanager
+def _decoding(reason: str) -> Iterator[None]:
+    """Pillow's warnings kept quiet, and whatever it raises turned into BadSample."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Image.DecompressionBombError as error:
+        raise BadSample("too many pixels") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # its readers raise whatever their parsing runs into
+        raise BadSample(reason) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    with _decoding("damaged picture"):
+        return image.getexif().get(0x0112, 1)
 
 
 def _at_least(full: int, need: int, part: float) -> int:
