@@ -15,7 +15,7 @@ from sami.core.errors import BadSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # What a member may really be, whatever its extension says; not EPS, which starts a program.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # The picture above which a sample counts as bad: 100 million pixels decode to 300 MB.
 MAX_PIXELS = 100_000_000
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's; times 255 these are SAM's own pixel_mean and pixel_std
