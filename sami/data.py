@@ -30,8 +30,8 @@ class DataConfig:
         val_shards: one pattern or several for the held-out measure; empty for none.
         workers: processes per rank that decode; 0 decodes in the training process.
         epoch_samples: samples of one epoch if it shall be shorter than the shards; null for all.
-        max_bad_fraction: stop once more than this share of the samples was bad, counted from the
-            first epoch's end or 1,000 samples on, whichever comes first.
+        max_bad_fraction: stop once more than this share of the samples was bad; exactly so at the
+            end of an epoch, within one with an allowance for chance.
         shuffle_mb: bound of each reader's shuffle buffer of encoded pictures, in MB.
         image_size: side of the student's picture in pixels.
         crop_scale: smallest and largest area of the random region, as a share of the picture.

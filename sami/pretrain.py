@@ -15,9 +15,10 @@ import torch
 
 from sami.core.checkpoint import write_weights
 from sami.core.config import load_config, require, to_dict
+from sami.core.exits import FINISHED, run_entry
 from sami.core.optim import OptimConfig, TrainConfig, poison
 from sami.core.order import Layout, Leg, Order
-from sami.core.run import FINISHED, Run, RunConfig, is_due, run_entry
+from sami.core.run import Run, RunConfig, is_due
 from sami.core.shards import Shard, Source, expand, fingerprint, open_sources
 from sami.core.state import State
 from sami.core.stream import Batches
@@ -190,8 +191,9 @@ def train(cfg: PretrainConfig, run: Run) -> int:
                     )
                 record.update({f"val_{name}": value for name, value in measures.items()})
             run.record(step, steps, record)
-            enough = min(1000, order.epoch_places, steps * cfg.train.batch_size)
-            state.stop_if_hopeless(step, cfg.data.max_bad_fraction, enough)
+        whole = step % order.steps_per_epoch == 0
+        if is_due(step, cfg.run.log_every, last or whole):
+            state.stop_if_hopeless(step, cfg.data.max_bad_fraction, whole)
         run.advance(step, steps)
         state.clock.pause()
         if is_due(step, cfg.run.picture_every, last) and shown is not None:
@@ -322,6 +324,7 @@ def announce(
 ) -> None:
     """Say what is about to happen."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     student = sum(p.numel() for p in model.encoder.parameters())
     run.say(
         f"{run.dir}: {cfg.encoder.name} ({student / 1e6:.2f} M parameters, {trained / 1e6:.2f} M "
@@ -333,6 +336,8 @@ def announce(
         f"batch {cfg.train.batch_size} = {run.processes} x {layout.micro_batch_size} x "
         f"{layout.micro_batches_per_step}, {torch.get_num_threads()} thread(s) each"
     )
+    if frozen:
+        run.say(f"never trained: {', '.join(frozen)}")
     if not cfg.data.val_shards:
         run.say("no data.val_shards: nothing will tell whether more than the mean was learnt")
     teacher = facts["teacher"]

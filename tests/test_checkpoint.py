@@ -15,8 +15,8 @@ from sami.core.checkpoint import (
     save_checkpoint,
     write_weights,
 )
+from sami.core.exits import user_error
 from sami.core.metrics import MetricsFile
-from sami.core.run import user_error
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
 from sami.core.config import load_config
-from sami.core.run import run_entry
+from sami.core.exits import run_entry
 from sami.encoder import load_encoder
 from sami.pretrain import PretrainConfig, main
 from tests.runs import ROOT, arguments, command, numbers, run, start, summary, write_shards

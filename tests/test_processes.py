@@ -1,33 +1,58 @@
 """Two processes over gloo, started by accelerate launch."""
 
+import json
+import shutil
+import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.runs import ROOT, arguments, numbers, run, start, summary, write_shards
+from tests.runs import ROOT, arguments, command, kill, numbers, run, start, summary, write_shards
 
 
-def launch(config: str, script: str, *words: str) -> list[str]:
+def launch(config: str, script: str, *words: str, more: tuple[str, ...] = ()) -> list[str]:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    more = more or ("--main_process_port", free_port())
+    file = str(ROOT / "configs/accelerate" / config)
+    return [*launcher, "--config_file", file, *more, str(ROOT / script), *words]
+
+
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--main_process_port",
-        str(port),
-    ]
-    return [
-        *launcher,
-        "--config_file",
-        str(ROOT / "configs/accelerate" / config),
-        str(ROOT / script),
-        *words,
-    ]
+        return str(free.getsockname()[1])
+
+
+def alive(folder) -> list[str]:
+    """Command lines of the processes that were told to use a run folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"--run.dir={folder}".encode() in words:
+            found.append(b" ".join(words).decode())
+    return found
+
+
+def wait_until_gone(folder, seconds: float) -> float:
+    """Seconds until no process of a run is left."""
+    started = time.monotonic()
+    while alive(folder):
+        assert time.monotonic() - started < seconds, alive(folder)
+        time.sleep(0.1)
+    return time.monotonic() - started
+
+
+def wait_for_step(folder, step: int, process) -> None:
+    while not (folder / "metrics.jsonl").exists() or len(numbers(folder)) < step:
+        assert process.poll() is None
+        time.sleep(0.01)
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
@@ -56,12 +81,12 @@ def test_one_ranks_bad_loss_leaves_the_update_out_on_both(tmp_path):
     assert torch.load(tmp_path / "out").tolist() == [[1.0, 1.0], [1.0, 1.0]]  # skipped, kept
 
 
-@pytest.mark.timeout(400)
-def test_two_processes_train_stop_and_resume(tmp_path):
-    """A stop file stops both ranks at one step; resumed, the run equals an uninterrupted one."""
+@pytest.mark.timeout(600)
+def test_two_processes_stopped_and_killed_again_and_again(tmp_path):
+    """A stop file stops both ranks at one step; kills lose nothing; the end is bit-equal."""
     pattern = write_shards(tmp_path / "shards", (13, 9, 17), corrupt=1)
     held_out = write_shards(tmp_path / "val", (5,), seed=1)
-    options = {"data.workers": 1, "train.steps": 150, "run.save_every": 50, "run.log_every": 5}
+    options = {"data.workers": 1, "train.steps": 150, "run.save_every": 10, "run.log_every": 5}
     options |= {"data.val_shards": held_out, "eval.every": 0, "optim.ema": 0.9}
     words = [
         launch("cpu_2.yaml", "sami/pretrain.py", *arguments(tmp_path / name, pattern, **options))
@@ -73,13 +98,132 @@ def test_two_processes_train_stop_and_resume(tmp_path):
     assert summary(tmp_path / "a")["evaluation"]["pictures"] == 5
 
     process = start(words[1])
-    while not (tmp_path / "b" / "metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.01)
+    wait_for_step(tmp_path / "b", 1, process)
     (tmp_path / "b" / "stop").touch()
     process.wait(60)
     told = summary(tmp_path / "b")
     assert told["status"] == "interrupted" and told["exit_code"] == 75 and told["steps"] < 150
+    assert not alive(tmp_path / "b")
+    for _ in range(2):  # the second and third time in the same epochs
+        before = len(numbers(tmp_path / "b"))
+        process = start(words[1])
+        wait_for_step(tmp_path / "b", before + 3, process)
+        kill(process)
+        wait_until_gone(tmp_path / "b", 30)
     done = run(words[1])
     assert done.returncode == 0, done.stderr
     assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+    names = [tmp_path / name / "encoder.safetensors" for name in "ab"]
+    assert names[0].read_bytes() == names[1].read_bytes()
     assert summary(tmp_path / "a")["bad_samples"] == summary(tmp_path / "b")["bad_samples"]
+
+
+@pytest.mark.timeout(400)
+def test_two_nodes_of_one_process_equal_one_node_of_two(tmp_path):
+    pattern = write_shards(tmp_path / "shards")
+    options = {"data.workers": 1, "optim.lr": 0.5}
+    one = launch("cpu_2.yaml", "sami/pretrain.py", *arguments(tmp_path / "one", pattern, **options))
+    done = run(one)
+    assert done.returncode == 0, done.stderr
+    words = arguments(tmp_path / "two", pattern, **options)
+    port = ("--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port")
+    port += (free_port(), "--machine_rank")
+    nodes = [
+        start(launch("cpu_2.yaml", "sami/pretrain.py", *words, more=(*port, rank))) for rank in "01"
+    ]
+    assert [node.wait(120) for node in nodes] == [0, 0]
+    losses = [[line["loss"] for line in numbers(tmp_path / name)] for name in ("one", "two")]
+    assert len(losses[0]) == 12 and losses[0][-1] != losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["bug", "user", "killed"])
+def test_a_rank_that_fails_takes_the_run_down(tmp_path, kind):
+    pattern = write_shards(tmp_path / "shards")
+    words = arguments(tmp_path / "run", pattern, **{"train.steps": 100_000})
+    done = run(launch("cpu_2.yaml", "tests/failing.py", kind, *words), PYTHONPATH=str(ROOT))
+    ended = time.time()
+    assert done.returncode != 0
+    assert ended - (tmp_path / "run" / "metrics.jsonl").stat().st_mtime < 60
+    assert wait_until_gone(tmp_path / "run", 5) < 5
+    told = summary(tmp_path / "run")
+    assert told["status"] == "failed" and told["exit_code"] == (2 if kind == "user" else 1)
+    if kind == "killed":
+        assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
+    else:
+        assert "spoilt on purpose" in done.stderr and "spoilt on purpose" in told["error"]
+        assert told["rank"] == 1
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-4"]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_no_rank_outlives_its_launcher(tmp_path, how):
+    """They notice, save at one step and leave as if asked to stop."""
+    pattern = write_shards(tmp_path / "shards")
+    options = {"train.steps": 100_000, "data.workers": 1, "run.save_every": 1000}
+    words = arguments(tmp_path / "run", pattern, **options)
+    process = start(launch("cpu_2.yaml", "sami/pretrain.py", *words))
+    wait_for_step(tmp_path / "run", 5, process)
+    process.send_signal(how)
+    process.wait(60)
+    wait_until_gone(tmp_path / "run", 60)
+    told = summary(tmp_path / "run")
+    assert told["exit_code"] == 75 and told["status"] == "interrupted"
+    saved = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in saved] == [f"step-{told['steps']}"]
+
+
+@pytest.mark.timeout(400)
+def test_processes_and_workers_may_change_in_an_epoch(tmp_path):
+    """tests/test_stream.py counts the samples; here the same through real runs."""
+    pattern = write_shards(tmp_path / "shards", (31, 9, 24))  # eight steps an epoch
+    options = {"train.steps": 16, "run.save_every": 3, "run.keep": 9}
+    process = start(command(arguments(tmp_path / "run", pattern, **options)))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    while not (checkpoints / "step-3").exists():
+        assert process.poll() is None
+    kill(process)
+    for later in checkpoints.glob("step-*"):
+        if later.name != "step-3":
+            shutil.rmtree(later)
+    words = arguments(tmp_path / "run", pattern, **options | {"data.workers": 2})
+    done = run(launch("cpu_2.yaml", "sami/pretrain.py", *words))
+    assert done.returncode == 0, done.stderr
+    assert "1 process(es) x 1 worker(s) x 8 became 2 x 2 x 4" in done.stdout
+    assert "3 shard(s) for 4 readers" in done.stdout
+    assert [line["step"] for line in numbers(tmp_path / "run")] == list(range(1, 17))
+    told = {
+        step: json.loads((checkpoints / f"step-{step}" / "meta.json").read_text())["data"]
+        for step in (3, 6, 9)
+    }
+    assert [len(one["legs"]) for one in told.values()] == [1, 2, 1]
+    assert [leg["first_step"] for leg in told[6]["legs"]] == [0, 3]
+    assert [reader["position"] for reader in told[6]["readers"]] == [8, 4, 8, 4]
+    assert [reader["of"] for reader in told[6]["readers"]] == [10, 10, 10, 10]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "config", sorted((ROOT / "configs/pretrain").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_each_config_with_two_processes(tmp_path, config):
+    """No parameter is without a gradient: DDP would stop at the second step."""
+    options = {
+        "run.dir": tmp_path / "run",
+        "run.picture_every": 0,
+        "data.shards": write_shards(tmp_path / "shards"),
+        "data.val_shards": [],
+        "data.workers": 0,
+        "data.image_size": 64,
+        "train.steps": 3,
+        "train.batch_size": 4,
+    }
+    if "mae" not in config.name:
+        options |= {"teacher.name": "custom", "teacher.checkpoint": "random"}
+        options |= {"teacher.image_size": 64}
+    words = [f"--{key}={value}" for key, value in options.items()]
+    done = run(launch("cpu_2.yaml", "sami/pretrain.py", "--config", str(config), *words))
+    assert done.returncode == 0, done.stderr
+    assert summary(tmp_path / "run")["steps"] == 3 and "never trained: " in done.stdout

@@ -1,5 +1,6 @@
 """A run that is killed or asked to stop goes on as if nothing had happened, bit for bit."""
 
+import os
 import random
 import signal
 import time
@@ -91,6 +92,22 @@ def test_asked_to_stop(uninterrupted, tmp_path, how):
     assert not (tmp_path / "run" / "stop").exists()
     assert run(words).returncode == 0
     check_equal(tmp_path / "run", folder / "run")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_the_whole_process_group_is_asked_to_stop(tmp_path, how):
+    """As SLURM and Ctrl-C do it: the processes that read data outlive the signal."""
+    shards = write_shards(tmp_path / "shards")
+    options = {"data.workers": 2, "train.steps": 100_000, "run.save_every": 100_000}
+    process = start(command(arguments(tmp_path / "run", shards, **options)))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert wait_for(metrics.exists, process)
+    os.killpg(process.pid, how)
+    assert process.wait(30) == 75
+    told = summary(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        f"step-{told['steps']}"
+    ]
 
 
 def test_workers_resume_with_prefetched_batches_in_flight(tmp_path):

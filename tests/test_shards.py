@@ -1,6 +1,7 @@
 """Patterns, the index, and reading samples however their members lie."""
 
 import io
+import sys
 import tarfile
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from sami.core.shards import (
     scan,
     split_name,
 )
-from tests.runs import opened, write_shards
+from tests.runs import ROOT, opened, run, write_shards
 
 ALL = (PICTURE, "json", "cls", "teacher.npz")
 
@@ -97,12 +98,27 @@ def test_index_is_cached_and_renewed(tmp_path, monkeypatch):
     (changed,) = opened(pattern, tmp_path)
     assert [shard.count for shard in changed.shards] == [3, 4] and len(scanned) == 2
     assert fingerprint([changed]) != fingerprint([first])
-    changed.shards[0].index.write_bytes(b"PK")  # a damaged one is made anew
+    whole = changed.shards[0].index.read_bytes()
+    changed.shards[0].index.write_bytes(whole[:-50])  # a damaged one is made anew
     assert opened(pattern, tmp_path) == [changed] and len(scanned) == 3
-    scan(changed.shards[1].url).save(index_beside(changed.shards[1].url))
+
+
+def test_indexes_beside_the_shards(tmp_path, monkeypatch):
+    """tools/index_shards.py makes them; a run then reads no header."""
+    pattern = write_shards(tmp_path, (3, 2))
+    words = [sys.executable, str(ROOT / "tools/index_shards.py"), pattern, "--workers", "1"]
+    done = run(words)
+    assert done.returncode == 0 and "5 samples in 2 shards" in done.stdout
     monkeypatch.setattr(module, "scan", None)
-    (beside,) = open_sources(expand(f"{tmp_path}/s-001.tar", "k"), tmp_path / "elsewhere")
-    assert beside.shards[0].index == index_beside(beside.shards[0].url)
+    (source,) = open_sources(expand(pattern, "k"), tmp_path / "elsewhere")
+    assert [shard.index for shard in source.shards] == [index_beside(s.url) for s in source.shards]
+    assert not list((tmp_path / "elsewhere").iterdir())
+    monkeypatch.undo()
+    write_shards(tmp_path, (4, 2))
+    assert opened(pattern, tmp_path)[0].count == 6  # what is beside them is out of date
+    assert run(words).stdout.endswith("6 samples in 2 shards\n")
+    done = run([*words[:2], "pipe:cat x.tar"])
+    assert done.returncode == 2 and "is no local file" in done.stderr
 
 
 def test_shards_of_one_name_are_told_apart(tmp_path):

@@ -18,8 +18,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from sami.core.errors import UserError
+from sami.core.exits import run_entry
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
-from sami.core.run import run_entry
 from sami.core.shards import Layout, expand, index_shards
 from sami.data import TrainStream, Views
 from sami.encoder import EncoderConfig, build_encoder

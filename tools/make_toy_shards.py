@@ -24,8 +24,8 @@ from pycocotools import mask as coco_mask
 from rich.progress import track
 
 from sami.core.config import require
+from sami.core.exits import run_entry
 from sami.core.order import sample_rng
-from sami.core.run import run_entry
 
 MIN_AREA = 100  # pixels; as in SA-1B, smaller ones are not annotated
 MAX_OBJECTS = 16

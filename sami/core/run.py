@@ -1,18 +1,17 @@
-"""A run: its folder, its processes, what it says, how it is asked to stop and how it leaves."""
+"""A run: its folder, its processes, what it says and how it ends."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import platform
 import secrets
-import signal
 import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +28,10 @@ from torch import distributed
 from sami.core.checkpoint import list_checkpoints, write_text
 from sami.core.config import require, to_dict, to_yaml
 from sami.core.errors import UserError
+from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, user_error
 from sami.core.metrics import MetricsFile
+from sami.core.stop import StopSignal
 
-FINISHED, USER_ERROR, ASKED_TO_STOP = 0, 2, 75
 VERSIONS = (
     "torch",
     "torchvision",
@@ -122,23 +122,22 @@ class Run:
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.device = self.accelerator.device
         self._cpu_group = distributed.new_group(backend="gloo") if self.processes > 1 else None
-        self._exchange: tuple[torch.Tensor, Any] | None = None
         self._console = Console(highlight=False, markup=False, soft_wrap=True, emoji=False)
         self._progress: Progress | None = None
         self._wandb: Any = None
         self._lock: Any = None
         self._summary: dict[str, Any] = {}
         self._may_write = False
-        self._last_save = self._stop_seen = time.monotonic()
+        self._last_save = time.monotonic()
         if self.is_main:
             self._take_folder()
         self.wait_for_all()
+        # A folder with checkpoints is someone's work: until begin() nothing in it is written.
+        self._may_write = not list_checkpoints(self.dir / "checkpoints")
+        self._summary_before = self._summary_time()
         self.metrics = MetricsFile(self.dir / "metrics.jsonl")
         set_seed(config.seed)
-        self._asked = False
-        self._parent = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        self._stop = StopSignal(self.dir / "stop", self._cpu_group)
 
     # -- how it begins and ends ---------------------------------------------------------------
 
@@ -188,23 +187,47 @@ class Run:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
+        first = None
         if error is not None and not isinstance(error, SystemExit):
-            mendable = user_error(error) is not None
-            if self.config.debug and mendable:
+            if self.config.debug and user_error(error) is not None:
                 traceback.print_exception(error)
-            if self._may_write and self.is_main:
-                sentence = str(user_error(error) or f"{type(error).__name__}: {error}")
-                code = USER_ERROR if mendable else 1
-                try:
-                    self.summarise(status="failed", exit_code=code, error=sentence)
-                except OSError:
-                    pass  # the disk is full: the sentence on stderr has to do
+            first = self._note_failure(error)
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
         if self._lock is not None:
             self._lock.close()
         if error is None and distributed.is_initialized():
             distributed.destroy_process_group()
+        if first is not None and user_error(error) is None:
+            raise UserError(first) from error  # this rank's own error is but the consequence
+
+    def _note_failure(self, error: BaseException) -> str | None:
+        """Write into ``summary.json`` why this rank fails, unless another rank did so before.
+
+        A failing rank is followed by the others, whose connections break.
+
+        Returns:
+            What the first rank to fail said, if that was for the user to mend.
+        """
+        try:
+            told = json.loads((self.dir / "summary.json").read_text())
+        except (OSError, ValueError):
+            told = {}
+        fresh = self._summary_time() != self._summary_before
+        if fresh and told.get("status") == "failed" and told.get("rank") != self.rank:
+            return told["error"] if told["exit_code"] == USER_ERROR else None
+        if self._may_write:
+            mendable = user_error(error)
+            sentence = str(mendable or f"{type(error).__name__}: {error}")
+            self._summary = told | {
+                "status": "failed",
+                "exit_code": USER_ERROR if mendable else 1,
+                "error": sentence,
+                "rank": self.rank,
+            }
+            with contextlib.suppress(OSError):  # the disk is full: stderr has to do
+                write_text(self.dir / "summary.json", json.dumps(self._summary, indent=1) + "\n")
+        return None
 
     def summarise(self, **facts: Any) -> None:
         """Update ``summary.json``, atomically. Only rank 0 writes."""
@@ -292,23 +315,10 @@ class Run:
     def stop_and_save(self) -> tuple[bool, bool]:
         """Whether all ranks now stop, and whether a checkpoint is due by the clock.
 
-        To be called once per step by every rank. With several processes the answer is what they
-        said one call earlier: the exchange runs on the CPU meanwhile and nobody waits for it.
+        To be called once per step by every rank; see :meth:`StopSignal.agree`.
         """
-        save = self.is_main and time.monotonic() - self._last_save > 60 * self.config.save_minutes
-        mine = (self._wants_to_stop(), save)
-        if self._cpu_group is None:
-            return mine
-        before, flags = self._exchange, torch.tensor(mine, dtype=torch.int32)
-        work = distributed.all_reduce(
-            flags, distributed.ReduceOp.MAX, self._cpu_group, async_op=True
-        )
-        self._exchange = (flags, work)
-        if before is None:
-            return False, False
-        before[1].wait()
-        stop, save = before[0].tolist()
-        return bool(stop), bool(save)
+        minutes = (time.monotonic() - self._last_save) / 60
+        return self._stop.agree(self.is_main and minutes > self.config.save_minutes)
 
     def saved(self) -> None:
         """Restart the clock of ``save_minutes``."""
@@ -331,19 +341,11 @@ class Run:
         )
         return ASKED_TO_STOP
 
-    def _wants_to_stop(self) -> bool:
-        if self._parent is not None and os.getppid() != self._parent:
-            self._asked = True  # the launcher died: nobody would stop this rank
-        now = time.monotonic()
-        if not self._asked and now - self._stop_seen > 1.0:  # a look at the folder, once a second
-            self._stop_seen = now
-            self._asked = (self.dir / "stop").exists()
-        return self._asked
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._asked = True
+    def _summary_time(self) -> int | None:
+        try:
+            return (self.dir / "summary.json").stat().st_mtime_ns
+        except OSError:
+            return None
 
     def _take_folder(self) -> None:
         try:
@@ -373,42 +375,6 @@ class Run:
         self._lock.truncate()
         self._lock.write(f"host {socket.gethostname()}, pid {os.getpid()}")
         self._lock.flush()
-        # A folder with checkpoints is someone's work: until begin() nothing in it is written.
-        self._may_write = not list_checkpoints(self.dir / "checkpoints")
-
-
-def run_entry(main: Callable[[], int]) -> int:
-    """Run an entry and turn what the user can mend into one sentence and exit code 2."""
-    try:
-        return main()
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        sentence = user_error(error)
-        if sentence is None:
-            raise
-        rank = os.environ.get("RANK", "0")
-        words = ("" if rank == "0" else f"rank {rank}: ") + "error: " + str(sentence)
-        sys.stdout.flush()
-        print(" ".join(words.split()), file=sys.stderr, flush=True)
-        return USER_ERROR
-
-
-def user_error(error: BaseException) -> UserError | None:
-    """The sentence for an error that the user can mend; None for a bug."""
-    if isinstance(error, UserError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        return UserError(
-            "the GPU's memory is full; lower train.micro_batch_size (the result stays the same)"
-        )
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError) and error.errno in full or "No space left" in str(error):
-        return UserError(
-            "the disk is full; make room and run the same command again, it goes on from the "
-            "last checkpoint"
-        )
-    return None
 
 
 def environment(run: Run) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import tarfile
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ FIELDS = (PICTURE, "json", "cls", "teacher.npz")  # the columns of an index
 EXTENSIONS = dict.fromkeys(IMAGE_EXTENSIONS, PICTURE) | {name: name for name in FIELDS[1:]}
 BLOCK = tarfile.BLOCKSIZE  # a member's header, just before its data
 UNREADABLE = (tarfile.TarError, OSError, EOFError, zlib.error)
+DAMAGED_INDEX = (OSError, ValueError, KeyError, zlib.error, zipfile.BadZipFile)
 SHOWN_NOTES = 10
 
 
@@ -83,7 +85,7 @@ class Members:
 
     @staticmethod
     def load(path: Path) -> "Members":
-        with np.load(path) as file:
+        with path.open("rb") as stream, np.load(stream) as file:
             return Members(
                 file["keys"],
                 file["starts"],
@@ -186,7 +188,7 @@ def open_sources(
     """
     urls = [url for group, _ in groups for url in group]
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [url for url in urls if _fresh_index(url, folder) is None]
+    missing = [url for url in urls if _find_index(url, folder) is None]
     number, of = build
     if len(missing) > 100 and number == 0:
         say(f"reading the headers of {len(missing)} shards, once")
@@ -200,8 +202,7 @@ def open_sources(
     names = _names(urls)
     shards, notes = {}, []
     for url in urls:
-        index = _fresh_index(url, folder) or _index_path(url, folder)
-        members = Members.load(index)
+        index, members = _find_index(url, folder)
         shards[url] = Shard(url, names[url], index, len(members.keys), members.digest())
         notes += [f"{url}: {note}" for note in members.notes]
     for note in notes[:SHOWN_NOTES]:
@@ -278,7 +279,7 @@ def scan(url: str) -> Members:
         [[row.get(name, (-1, 0)) for name in FIELDS] for row in kept.values()], np.int64
     ).reshape(-1, len(FIELDS), 2)
     keys = np.array([key.encode("utf-8", "backslashreplace") for key in kept], np.bytes_)
-    return Members(keys, table[:, :, 0], table[:, :, 1], seekable, _stamp(url), notes)
+    return Members(keys, table[:, :, 0], table[:, :, 1], seekable, stamp_of(url), notes)
 
 
 def read_samples(shard: Shard, rows: np.ndarray, fields: tuple[str, ...]) -> Iterator[RawSample]:
@@ -288,7 +289,7 @@ def read_samples(shard: Shard, rows: np.ndarray, fields: tuple[str, ...]) -> Ite
     """
     try:
         members = shard.members()
-    except (OSError, ValueError, KeyError, zlib.error) as error:
+    except DAMAGED_INDEX as error:
         raise UserError(f"{shard.index} is damaged; delete it and start again") from error
     read = _read_seeking if members.seekable else _read_through
     yield from read(shard, members, rows, [FIELDS.index(name) for name in fields])
@@ -458,21 +459,26 @@ def index_beside(url: str) -> Path:
     return Path(f"{url}.index.npz")
 
 
-def _fresh_index(url: str, folder: Path) -> Path | None:
-    """The index of a shard, if there is one and the shard has not changed since."""
-    places = (
-        [_index_path(url, folder)] if is_url(url) else [index_beside(url), _index_path(url, folder)]
-    )
-    for path in places:
-        with contextlib.suppress(OSError, ValueError, KeyError, zlib.error):
-            if Members.load(path).stamp == _stamp(url):
-                return path
+def stored_index(path: Path, stamp: str) -> Members | None:
+    """An index that was saved, if it is whole and its shard has not changed since."""
+    with contextlib.suppress(*DAMAGED_INDEX):
+        members = Members.load(path)
+        return members if members.stamp == stamp else None
     return None
 
 
-def _stamp(url: str) -> str:
+def stamp_of(url: str) -> str:
     """Changes when a local shard does; a URL's content is taken to be fixed."""
     if is_url(url):
         return ""
     status = os.stat(url)
     return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _find_index(url: str, folder: Path) -> tuple[Path, Members] | None:
+    beside = [] if is_url(url) else [index_beside(url)]
+    for path in (*beside, _index_path(url, folder)):
+        members = stored_index(path, stamp_of(url))
+        if members is not None:
+            return path, members
+    return None

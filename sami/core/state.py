@@ -5,6 +5,7 @@ random about a sample are functions of the step, and the step is in the checkpoi
 """
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -97,11 +98,12 @@ class State:
             record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return record
 
-    def stop_if_hopeless(self, step: int, max_bad_fraction: float, enough: int) -> None:
+    def stop_if_hopeless(self, step: int, max_bad_fraction: float, whole: bool) -> None:
         """Stop where going on would train on nothing. Collective: every rank calls it.
 
         Args:
-            enough: samples from which on ``max_bad_fraction`` of them is held to be more than luck.
+            whole: whole epochs have been seen. Within one, three standard deviations are put down
+                to chance.
 
         Raises:
             UserError: too many updates in a row were not finite, or too many samples were bad.
@@ -115,7 +117,8 @@ class State:
                 f"step {step}; lower optim.lr, set optim.clip 1.0 or train.precision fp32; {last}"
             )
         bad, seen = self.all_bad(), step * self.train.batch_size
-        if seen >= enough and bad.total() > max_bad_fraction * seen:
+        allowed = max_bad_fraction * seen
+        if bad.total() > allowed + (0 if whole else 3 * math.sqrt(allowed)):
             raise UserError(
                 f"{bad.total()} of {seen} samples were bad ({dict(bad)}), more than "
                 f"data.max_bad_fraction {max_bad_fraction}; mend the shards or raise it; {last}"

@@ -5,6 +5,9 @@ samples (:class:`Samples`). Decoding comes after the shuffle, in the workers.
 """
 
 import itertools
+import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -286,8 +289,26 @@ def make_loader(dataset: IterableDataset, workers: int, device: torch.device) ->
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
+        worker_init_fn=_heed_the_parent_alone if workers else None,
         pin_memory=device.type == "cuda",
     )
+
+
+def _heed_the_parent_alone(worker: int) -> None:
+    """Outlive a signal that asks the whole process group to stop, as SLURM and Ctrl-C send it.
+
+    The training process answers it with a checkpoint, and goes on reading until all ranks agree.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def _as_it_is(handed: Any) -> Any:

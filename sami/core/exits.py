@@ -1,0 +1,46 @@
+"""How a process leaves: exit codes, and one sentence for what the user can mend."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from sami.core.errors import UserError
+
+FINISHED, USER_ERROR, ASKED_TO_STOP = 0, 2, 75
+
+
+def run_entry(main: Callable[[], int]) -> int:
+    """Run an entry and turn what the user can mend into one sentence and exit code 2."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        sentence = user_error(error)
+        if sentence is None:
+            raise
+        rank = os.environ.get("RANK", "0")
+        words = ("" if rank == "0" else f"rank {rank}: ") + "error: " + str(sentence)
+        sys.stdout.flush()
+        print(" ".join(words.split()), file=sys.stderr, flush=True)
+        return USER_ERROR
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The sentence for an error that the user can mend; None for a bug."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            "the GPU's memory is full; lower train.micro_batch_size (the result stays the same)"
+        )
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in full or "No space left" in str(error):
+        return UserError(
+            "the disk is full; make room and run the same command again, it goes on from the "
+            "last checkpoint"
+        )
+    return None

@@ -1,0 +1,60 @@
+"""Index shards beside themselves, once for all runs: <shard>.tar.index.npz.
+
+python tools/index_shards.py PATTERN [PATTERN ...] [--workers N]
+
+A run indexes what has no index yet, in its own folder; with SA-1B's thousand tars on a network file
+system that takes a while, and a sweep would repeat it. Finished indexes stay; a shard that changed
+is indexed again.
+"""
+
+import argparse
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+from rich.progress import track
+
+from sami.core.config import require
+from sami.core.errors import UserError
+from sami.core.exits import run_entry
+from sami.core.shards import expand, index_beside, is_url, scan, stamp_of, stored_index
+
+
+def index(url: str) -> tuple[int, list[str]]:
+    """Index one shard unless it has been; its samples and what is odd about it."""
+    path = index_beside(url)
+    members = stored_index(path, stamp_of(url))
+    if members is None:
+        members = scan(url)
+        try:
+            members.save(path)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}); a run keeps indexes in its own "
+                "folder instead"
+            ) from error
+    return len(members.keys), [f"{url}: {note}" for note in members.notes]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("patterns", nargs="+", help="such as 'data/sa1b/sa_*.tar'")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    require(args.workers > 0, f"--workers {args.workers} must be positive")
+    urls = [url for group, _ in expand(args.patterns, "PATTERN") for url in group]
+    remote = next(filter(is_url, urls), None)
+    require(remote is None, f"{remote} is no local file; a run indexes it in its own folder")
+    samples, notes = 0, []
+    with ProcessPoolExecutor(args.workers) as pool:
+        for count, odd in track(pool.map(index, urls), "indexing", total=len(urls)):
+            samples += count
+            notes += odd
+    print("\n".join([*notes, f"{samples} samples in {len(urls)} shards"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))
