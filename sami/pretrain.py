@@ -203,7 +203,7 @@ def train(cfg: PretrainConfig, run: Run) -> int:
         if is_due(step, cfg.run.save_every, last) or by_clock or stop:
             state.save(step, identity, batches.position(step))
             if stop and not last:
-                return run.leave_asked(step, bad_samples=dict(state.all_bad()))
+                return run.leave_asked(step, **state.bad_summary())
 
     # ---- What is left behind
     finish(cfg, run, steps, encoder, state, facts)
@@ -362,7 +362,7 @@ def finish(
     facts: dict[str, Any],
 ) -> None:
     """Export the encoder and close the summary."""
-    bad = dict(state.all_bad())
+    bad = state.bad_summary()
     if not run.is_main:
         return
     weights = "last" if state.ema is None else "ema"
@@ -378,11 +378,11 @@ def finish(
         steps=steps,
         loss=final.get("loss"),
         weights=weights,
-        bad_samples=bad,
+        **bad,
         evaluation=held_out or None,
     )
-    if bad:
-        run.say(f"bad samples: {bad}")
+    if bad["bad_samples"]:
+        run.say(f"bad samples: {bad['bad_samples']}")
     if facts["teacher"] is not None and facts["teacher"]["random"]:
         run.say("*** this encoder was trained by a random teacher ***")
     run.say(f"finished: {run.dir}/encoder.safetensors, metrics.jsonl and pictures/ beside it")

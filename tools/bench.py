@@ -1,6 +1,7 @@
 """Speed of the parts of a stage, interleaved in one run so that their ratios can be trusted.
 
 python tools/bench.py stage1 [--batch 16] [--rounds 11] [--device cpu] [--teacher sam_vit_b] ...
+python tools/bench.py stream [--shards PATTERN] [--rounds 11] [--batch 16]
 """
 
 import argparse
@@ -9,7 +10,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,8 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
-from sami.core.shards import Layout, expand, index_shards
-from sami.data import TrainStream, Views
+from sami.core.order import Layout, Order
+from sami.core.shards import PICTURE, Source, expand, open_sources
+from sami.core.stream import Batches, Samples
+from sami.data import Views
 from sami.encoder import EncoderConfig, build_encoder
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction, pixel_target
 from sami.teacher import SIZES, TeacherConfig, load_teacher
@@ -143,42 +147,119 @@ def matrix_rate(device: torch.device) -> float:
     return 2 * 8192**3 / statistics.median(seconds)
 
 
+class Raw:
+    """Samples left as they stand in their shards."""
+
+    fields = (PICTURE,)
+
+    def decode(self, sample, epoch, stand_in):
+        return sample.part(PICTURE)
+
+    def collate(self, items):
+        return items
+
+
+def open_or_draw(args: argparse.Namespace, folder: str, shards: int, pictures: int) -> Source:
+    """The shards that were asked for, or drawn ones of 500 x 375 px."""
+    pattern = args.shards
+    if not pattern:
+        rng = np.random.default_rng(0)
+        drawn = []
+        for _ in range(64):
+            coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+            picture = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG", quality=90)
+            drawn.append(buffer.getvalue())
+        for shard in range(shards):
+            with wds.TarWriter(f"{folder}/drawn-{shard:06d}.tar") as writer:
+                for number in range(pictures):
+                    writer.write({"__key__": f"{number:06d}", "jpg": drawn[number % 64]})
+        pattern = f"{folder}/drawn-*.tar"
+    (source,) = open_sources(expand(pattern, "--shards"), Path(folder) / "index")
+    print(f"\n{source.count} pictures in {len(source.shards)} shards, {args.shards or 'drawn'}")
+    return source
+
+
+def start_stream(
+    source: Source, samples: Samples, batch: int, step: int = 0, workers: int = 0, megabytes=100
+) -> Batches:
+    """One rank's micro-batches from a step on."""
+    order = Order(
+        [source],
+        fields=(PICTURE,),
+        batch_size=batch,
+        seed=0,
+        buffer_bytes=megabytes * 1_000_000,
+    )
+    legs = order.legs(step, [], Layout(batch, batch, 1, max(1, workers)))
+    device = torch.device("cpu")
+    return Batches(order, samples, legs, rank=0, step=step, workers=workers, device=device)
+
+
+def rate(batches: Iterator, batch: int, rounds: int) -> list[float]:
+    """Samples a second over each of some batches, after a first one."""
+    rates = []
+    for turn in range(rounds + 1):
+        started = time.perf_counter()
+        next(batches)
+        if turn:
+            rates.append(batch / (time.perf_counter() - started))
+    return rates
+
+
+def spread(values: list[float], digits: int = 0) -> str:
+    """Median and range."""
+    numbers = (statistics.median(values), min(values), max(values))
+    return "{} ({}..{})".format(*(f"{number:.{digits}f}" for number in numbers))
+
+
 def data_rates(args: argparse.Namespace) -> None:
     """Pictures a second that one core reads, decodes, crops and masks."""
     with tempfile.TemporaryDirectory() as folder:
-        pattern = args.shards
-        if not pattern:
-            pattern = f"{folder}/drawn-000000.tar"
-            rng = np.random.default_rng(0)
-            with wds.TarWriter(pattern) as writer:
-                for number in range(64):
-                    coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-                    picture = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
-                    buffer = io.BytesIO()
-                    picture.save(buffer, "JPEG", quality=90)
-                    writer.write({"__key__": f"{number:06d}", "jpg": buffer.getvalue()})
-        shards = index_shards(expand(pattern, "--shards"))
-        samples = sum(shard.count for shard in shards)
-        batch = min(32, samples)
-        print(
-            f"\ndata path, one core, {samples} pictures of {args.shards or '500 x 375 px (drawn)'}"
-        )
+        source = open_or_draw(args, folder, 1, 64)
+        batch = min(32, source.count)
+        print("data path, one core")
         for size in (None, 224, 448, 1024):
             views = Views(0, 224, size, 14, 0.75, (0.2, 1.0), True)
-            stream = iter(
-                TrainStream(shards, views, Layout(samples, batch, batch, 1, 1), 0, 0, 10**8)
-            )
-            rates = []
-            for turn in range(args.rounds + 1):
-                started = time.perf_counter()
-                item = next(stream)
-                if isinstance(item, UserError):
-                    raise item
-                if turn:
-                    rates.append(batch / (time.perf_counter() - started))
+            rates = rate(start_stream(source, views, batch), batch, args.rounds)
             name = "student alone" if size is None else f"student and teacher at {size} px"
-            rate, spread = statistics.median(rates), f"{min(rates):.0f}..{max(rates):.0f}"
-            print(f"{name:36} {rate:9.1f} images/s ({spread})")
+            print(f"{name:36} {spread(rates)} images/s")
+
+
+def stream(args: argparse.Namespace) -> None:
+    """The raw stream against webdataset's own, with decoding, and the time to a first batch."""
+    views, batch = Views(0, 224, 224, 14, 0.75, (0.2, 1.0), True), args.batch
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_or_draw(args, folder, 40, 500)
+        urls = [shard.url for shard in source.shards]
+        count = min(source.count // batch // 2, max(1, 2000 // batch)) * batch
+        rates: dict[str, list[float]] = {}
+        for _ in range(args.rounds):
+            ours = start_stream(source, Raw(), count)
+            theirs = wds.WebDataset(urls, shardshuffle=False).shuffle(1000, initial=1000)
+            theirs = theirs.batched(count, collation_fn=None)
+            for name, batches in (("raw, shuffled: ours", ours), ("webdataset", iter(theirs))):
+                rates.setdefault(name, []).extend(rate(batches, count, 1))
+        for workers in (0, 1, 2):
+            name = f"decoded for student and teacher, {workers} worker(s)"
+            batches = start_stream(source, views, batch, workers=workers)
+            rates[name] = rate(batches, batch, 10 * args.rounds)
+        print()
+        for name, values in rates.items():
+            print(f"{name:48} {spread(values)} samples/s")
+        ratios = [a / b for a, b in zip(*list(rates.values())[:2], strict=True)]
+        print(f"raw, ours : webdataset {spread(ratios, 2)}")
+        steps = source.count // batch
+        print(f"\ntime to the first raw batch of {batch}, from a step of {steps} on")
+        seconds: dict[int, list[float]] = {}
+        for _ in range(args.rounds):
+            for step in (0, steps // 4, steps // 2, 3 * steps // 4, steps - 1):
+                started = time.perf_counter()
+                next(start_stream(source, Raw(), batch, step, megabytes=args.buffer_mb))
+                seconds.setdefault(step, []).append(1000 * (time.perf_counter() - started))
+        for step, values in seconds.items():
+            print(f"step {step:8} {spread(values, 1)} ms")
 
 
 def stage1(args: argparse.Namespace) -> None:
@@ -219,7 +300,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["stage1"])
+    parser.add_argument("stage", choices=["stage1", "stream"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--batch", type=int, default=16, help="pictures of a training step")
@@ -230,11 +311,12 @@ def main() -> int:
     parser.add_argument(
         "--shards", default="", help="pattern for the data path; drawn pictures if none"
     )
+    parser.add_argument("--buffer-mb", type=int, default=100, help="shuffle buffer of stream")
     args = parser.parse_args()
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds} must be positive")
     torch.manual_seed(0)
-    stage1(args)
+    {"stage1": stage1, "stream": stream}[args.stage](args)
     return 0
 
 

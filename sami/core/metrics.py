@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,36 @@ class Window:
         for name, (total, count) in state.items():
             self.sums[name] = torch.tensor(total, device=self.device)
             self.counts[name] = torch.tensor(count, device=self.device)
+
+
+class BadSamples:
+    """Samples that could not be used: how many, and the first few keys, by reason."""
+
+    NAMED = 20
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.keys: dict[str, list[str]] = {}
+
+    def add(self, reason: str, key: str) -> bool:
+        """Count one; returns whether its key is among the first few and new."""
+        self.counts[reason] += 1
+        keys = self.keys.setdefault(reason, [])
+        new = key not in keys and len(keys) < self.NAMED
+        if new:
+            keys.append(key)
+        return new
+
+    def state(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint or another rank."""
+        return {"counts": dict(self.counts), "keys": self.keys}
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Add what another rank, or an earlier process, counted."""
+        self.counts.update(state["counts"])
+        for reason, keys in state["keys"].items():
+            merged = dict.fromkeys([*self.keys.get(reason, []), *keys])
+            self.keys[reason] = list(merged)[: self.NAMED]
 
 
 class Clock:

@@ -249,9 +249,9 @@ class Run:
 
     # -- what it says -------------------------------------------------------------------------
 
-    def say(self, text: str) -> None:
-        """A line on the screen and in ``log.txt``; rank 0 only."""
-        if self.is_main:
+    def say(self, text: str, any_rank: bool = False) -> None:
+        """A line on the screen and in ``log.txt``; of rank 0, or of ``any_rank``."""
+        if self.is_main or any_rank:
             (self._progress.console if self._progress else self._console).print(text)
             with (self.dir / "log.txt").open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

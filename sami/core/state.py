@@ -6,7 +6,6 @@ random about a sample are functions of the step, and the step is in the checkpoi
 
 import contextlib
 import math
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,7 @@ from sami.core.checkpoint import (
 )
 from sami.core.config import differences
 from sami.core.errors import UserError
-from sami.core.metrics import Clock, Window
+from sami.core.metrics import BadSamples, Clock, Window
 from sami.core.optim import (
     Ema,
     Guard,
@@ -45,8 +44,7 @@ class State:
         self.optimizer = build_optimizer(model, optim)
         self.ema = Ema(model, optim.ema) if optim.ema else None
         self.window, self.guard, self.clock = Window(run.device), Guard(run.device), Clock()
-        self.bad: Counter[str] = Counter()  # this rank's unusable samples by reason
-        self._named: set[str] = set()
+        self.bad = BadSamples()  # of this rank
 
     # -- one step -----------------------------------------------------------------------------
 
@@ -67,12 +65,11 @@ class State:
         self.clock.steps += 1
 
     def note_bad(self, bad: list[tuple[str, str]]) -> None:
-        """Count unusable samples, given as (reason, key); name the first hundred in the log."""
+        """Count unusable samples, given as (reason, key); name the first of each reason."""
         for reason, key in bad:
-            self.bad[reason] += 1
-            if key not in self._named and len(self._named) < 100:
-                self._named.add(key)
-                self.run.say(f"bad sample {key}: {reason}; the next good one takes its place")
+            if self.bad.add(reason, key):
+                words = f"bad sample {key}: {reason}; the next good one takes its place"
+                self.run.say(words, any_rank=True)
 
     # -- when it is due -----------------------------------------------------------------------
 
@@ -116,17 +113,26 @@ class State:
                 f"loss or gradient was not finite in {int(worst_row)} updates in a row before "
                 f"step {step}; lower optim.lr, set optim.clip 1.0 or train.precision fp32; {last}"
             )
-        bad, seen = self.all_bad(), step * self.train.batch_size
+        counts, seen = self.all_bad().counts, step * self.train.batch_size
         allowed = max_bad_fraction * seen
-        if bad.total() > allowed + (0 if whole else 3 * math.sqrt(allowed)):
+        if counts.total() > allowed + (0 if whole else 3 * math.sqrt(allowed)):
+            self.run.summarise(**self.bad_summary())  # every rank comes here
             raise UserError(
-                f"{bad.total()} of {seen} samples were bad ({dict(bad)}), more than "
+                f"{counts.total()} of {seen} samples were bad ({dict(counts)}), more than "
                 f"data.max_bad_fraction {max_bad_fraction}; mend the shards or raise it; {last}"
             )
 
-    def all_bad(self) -> Counter[str]:
-        """Unusable samples of all ranks, by reason. Collective."""
-        return sum((Counter(part) for part in self.run.gather(dict(self.bad))), Counter())
+    def all_bad(self) -> BadSamples:
+        """The unusable samples of all ranks. Collective."""
+        bad = BadSamples()
+        for part in self.run.gather(self.bad.state()):
+            bad.merge(part)
+        return bad
+
+    def bad_summary(self) -> dict[str, Any]:
+        """The same for ``summary.json``. Collective."""
+        bad = self.all_bad()
+        return {"bad_samples": dict(bad.counts), "bad_sample_keys": bad.keys}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -148,7 +154,7 @@ class State:
             identity: ``config`` and ``facts`` of the run; see :meth:`resume`.
             position: this rank's place in the data, from :meth:`Batches.position`.
         """
-        mine = {"window": self.window.state(), "bad": dict(self.bad)}
+        mine = {"window": self.window.state(), "bad": self.bad.state()}
         ranks, positions = zip(*self.run.gather((mine, position)), strict=True)
         if self.run.is_main:
             tensors = {
@@ -225,10 +231,10 @@ class State:
         if len(stored["ranks"]) == self.run.processes:
             mine = stored["ranks"][self.run.rank]
             self.window.load(mine["window"])
-            self.bad.update(mine["bad"])
+            self.bad.merge(mine["bad"])
         elif self.run.is_main:
             for rank in stored["ranks"]:
-                self.bad.update(rank["bad"])
+                self.bad.merge(rank["bad"])
 
 
 def _machine() -> dict[str, Any]:
