@@ -110,16 +110,19 @@ def test_the_whole_process_group_is_asked_to_stop(tmp_path, how):
     ]
 
 
-def test_workers_resume_with_prefetched_batches_in_flight(tmp_path):
-    shards = write_shards(tmp_path / "shards")
-    options = {"data.workers": 2, "train.steps": 30, "run.save_every": 7}
+@pytest.mark.timeout(400)
+def test_three_kills_in_one_epoch_with_prefetched_batches_in_flight(tmp_path):
+    shards = write_shards(tmp_path / "shards", (161, 80, 159), corrupt=3)  # 50 steps an epoch
+    options = {"data.workers": 2, "train.steps": 55, "run.save_every": 7, "data.shuffle_mb": 1}
     whole = run(command(arguments(tmp_path / "whole", shards, **options)))
     assert whole.returncode == 0, whole.stderr
     words = command(arguments(tmp_path / "cut", shards, **options))
-    process = start(words)
     checkpoints = tmp_path / "cut" / "checkpoints"
-    assert wait_for(lambda: checkpoints.exists() and any(checkpoints.glob("step-*")), process)
-    kill(process)
+    for step in (7, 14, 28):
+        process = start(words)
+        assert wait_for(lambda s=step: (checkpoints / f"step-{s}").exists(), process)
+        kill(process)
+    assert len(numbers(tmp_path / "cut")) < 50
     assert run(words).returncode == 0
     check_equal(tmp_path / "cut", tmp_path / "whole")
 

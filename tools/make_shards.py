@@ -29,8 +29,8 @@ from rich.progress import track
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError
+from sami.core.exits import run_entry
 from sami.core.images import IMAGE_EXTENSIONS, open_image
-from sami.core.run import run_entry
 
 Picture = tuple[str, int]  # path below the source, label (-1 without labels)
 
