@@ -172,9 +172,11 @@ def main() -> int:
     whole = outcome(folder / "whole-run")
 
     places: Counter[str] = Counter()
+    resumed = 0
     started = time.monotonic()
     run = folder / "killed-run"
     while places.total() < args.kills:
+        resumed += any((run / "checkpoints").glob("step-*"))
         place = kill_once(command(args, run, shards, steps), run, rng, log)
         if place is None:
             raise UserError(f"the run ended after {places.total()} kills; see {log}")
@@ -183,10 +185,9 @@ def main() -> int:
             print(f"{places.total()} kills, step {step_of(run)} of {steps}", flush=True)
     finish(command(args, run, shards, steps), log)
     killed = outcome(run)
-    resumed = log.read_text().count("resuming from")
     print(
         f"{places.total()} kills ({', '.join(f'{n} {place}' for place, n in places.items())}), "
-        f"{resumed} times resumed from a checkpoint, {steps} steps of "
+        f"{resumed} starts had a checkpoint to go on from, {steps} steps of "
         f"{args.processes} process(es) x {args.workers} worker(s), "
         f"{time.monotonic() - started:.0f} s; bad samples {whole['summary']['bad_samples']}"
     )
