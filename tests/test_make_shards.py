@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sami.core.shards import expand, index_shards
-from tests.runs import ROOT, kill, run, start
+from sami.core.shards import expand
+from tests.runs import ROOT, kill, opened, run, start
 
 
 def make(source, out, *more):
@@ -46,7 +46,8 @@ def test_every_picture_once_with_its_label(source, tmp_path):
     done = run(make(source, tmp_path / "out", "--shard-size", "5", "--prefix", "mine"))
     assert done.returncode == 0, done.stderr
     pattern = done.stdout.strip().splitlines()[-1].split("'")[1]
-    index = index_shards(expand(pattern, "k"))
+    (source_of_shards,) = opened(pattern, tmp_path)
+    index = source_of_shards.shards
     assert [shard.count for shard in index] == [5, 5, 5, 5, 3]
     classes = json.loads((tmp_path / "out" / "classes.json").read_text())
     assert classes == ["ant", "b.c", "zebra"]

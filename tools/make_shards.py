@@ -1,10 +1,13 @@
 """Turn a folder of pictures into shards, without re-encoding them.
 
-python tools/make_shards.py SOURCE OUT [--prefix NAME] [--shard-size 1000] [--seed 0] [--workers N]
+python tools/make_shards.py SOURCE OUT [--coco FILE] [--prefix NAME] [--shard-size 1000]
+                                       [--seed 0] [--workers N]
 
 With folders below SOURCE, each picture's label is its first folder's place in alphabetical order
-(ImageFolder); OUT/classes.json lists the names. Killed, the same command goes on: finished shards
-stay. A shard is one tar of <number>.<extension> and, with labels, <number>.cls.
+(ImageFolder); OUT/classes.json lists the names. With --coco, a file of COCO-format annotations,
+the pictures that it names come with their masks, in SA-1B's layout; crowds, and what is malformed,
+are left out and counted. Killed, the same command goes on: finished shards stay. A shard is one tar
+of <number>.<extension> and <number>.cls or <number>.json.
 """
 
 import argparse
@@ -16,23 +19,33 @@ import re
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset as wds
 from PIL import Image
 from rich.progress import track
 
+from finetune.coco import read_coco, to_sa1b
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError
 from sami.core.exits import run_entry
-from sami.core.images import IMAGE_EXTENSIONS, open_image
+from sami.core.images import IMAGE_EXTENSIONS, open_image, upright_size
 
-Picture = tuple[str, int]  # path below the source, label (-1 without labels)
+
+class Picture(NamedTuple):
+    """A picture to be written: its path below the source and what comes with it."""
+
+    path: str
+    label: int = -1  # none
+    image: dict[str, Any] | None = None  # COCO's entry and annotations
+    annotations: Sequence[dict[str, Any]] = ()
 
 
 def find_pictures(source: Path) -> tuple[list[Picture], list[str]]:
@@ -58,41 +71,85 @@ def find_pictures(source: Path) -> tuple[list[Picture], list[str]]:
         f"{loose[0] if loose else ''}; move the loose ones away",
     )
     number = {name: index for index, name in enumerate(classes)}
-    return [(str(file), number.get(file.parts[0], -1)) for file in files], classes
+    return [Picture(str(file), number.get(file.parts[0], -1)) for file in files], classes
+
+
+def find_annotated(source: Path, coco: Path) -> list[Picture]:
+    """The pictures that a COCO-format file names and annotates, in order of their paths.
+
+    Raises:
+        UserError: no such folder or file, or none of its pictures is there.
+    """
+    require(source.is_dir(), f"{source} is not a folder; name the one with the pictures")
+    entries = read_coco(coco)
+    annotated = {name: entry for name, entry in entries.items() if entry[1]}
+    there = [name for name in sorted(annotated) if (source / name).is_file()]
+    print(
+        f"{len(entries)} pictures in {coco}: {len(entries) - len(annotated)} without annotations, "
+        f"{len(annotated) - len(there)} not in {source}"
+    )
+    first = next(iter(annotated), "none")
+    require(
+        bool(there),
+        f"{source} holds none of the annotated pictures of {coco} (the first is {first}); name the "
+        "folder that their file_name is relative to",
+    )
+    return [Picture(name, -1, *annotated[name]) for name in there]
 
 
 def write_shard(
     source: Path, path: Path, first: int, pictures: list[Picture]
-) -> list[tuple[str, str]]:
+) -> tuple[list[tuple[str, str]], Counter[str]]:
     """One tar, under another name until it is whole and on the disk.
 
     Args:
         first: the number that the first picture is called by.
 
     Returns:
-        The (path, reason) of pictures that cannot be used and were left out.
+        The (path, reason) of pictures that cannot be used, and the reasons of masks; all left out.
     """
-    temporary, bad = path.with_name(f".{path.name}.writing"), []
+    temporary, bad, bad_masks = path.with_name(f".{path.name}.writing"), [], Counter()
     with temporary.open("wb") as file:
         with wds.TarWriter(file, mtime=0) as writer:
-            for number, (name, label) in enumerate(pictures, first):
+            for number, picture in enumerate(pictures, first):
                 try:
-                    data = (source / name).read_bytes()
-                    open_image(data)
-                    Image.open(io.BytesIO(data)).verify()
+                    sample, left_out = make_sample(source, picture, f"{number:08d}")
                 except BadSample as error:
-                    bad.append((name, str(error)))
+                    bad.append((picture.path, str(error)))
                     continue
-                except (OSError, SyntaxError, ValueError) as error:
-                    bad.append((name, f"unreadable ({type(error).__name__})"))
-                    continue
-                extension = Path(name).suffix.lower().lstrip(".")
-                sample = {"__key__": f"{number:08d}", extension: data}
-                writer.write(sample | ({"cls": label} if label >= 0 else {}))
+                bad_masks += left_out
+                writer.write(sample)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    return bad
+    return bad, bad_masks
+
+
+def make_sample(source: Path, picture: Picture, key: str) -> tuple[dict[str, Any], Counter[str]]:
+    """A picture's members, and the masks left out by reason.
+
+    Raises:
+        BadSample: it cannot be used.
+    """
+    try:
+        data = (source / picture.path).read_bytes()
+        image = open_image(data)
+        Image.open(io.BytesIO(data)).verify()
+        turned = upright_size(image) != image.size or image.getexif().get(0x0112, 1) != 1
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadSample(f"unreadable ({type(error).__name__})") from error
+    extension = Path(picture.path).suffix.lower().lstrip(".")
+    sample = {"__key__": key, extension: data}
+    if picture.image is None:
+        return sample | ({"cls": picture.label} if picture.label >= 0 else {}), Counter()
+    if turned:
+        raise BadSample("turned by EXIF, its masks are not")
+    if image.size != (picture.image["width"], picture.image["height"]):
+        raise BadSample("another size than its annotations")
+    told, left_out = to_sa1b(picture.image, picture.annotations, f"{key}.{extension}")
+    if not told["annotations"]:
+        raise BadSample("no usable mask")
+    return sample | {"json": json.dumps(told).encode()}, left_out
 
 
 def claim(out: Path, plan: dict[str, object]) -> None:
@@ -122,7 +179,7 @@ def claim(out: Path, plan: dict[str, object]) -> None:
 def count_pictures(path: Path) -> int:
     """Pictures in a finished shard."""
     with tarfile.open(path) as tar:
-        return sum(not name.endswith(".cls") for name in tar.getnames())
+        return sum(not name.endswith((".cls", ".json")) for name in tar.getnames())
 
 
 def main() -> int:
@@ -133,6 +190,7 @@ def main() -> int:
         "source", type=Path, help="folder with pictures, or with a folder per class"
     )
     parser.add_argument("out", type=Path, help="folder for the shards")
+    parser.add_argument("--coco", type=Path, help="COCO-format annotations of the pictures")
     parser.add_argument("--prefix", default="pictures", help="first part of the shards' names")
     parser.add_argument("--shard-size", type=int, default=1000, help="pictures per shard")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the pictures")
@@ -144,7 +202,10 @@ def main() -> int:
         re.fullmatch(r"[A-Za-z0-9_-]+", args.prefix) is not None,
         f"--prefix '{args.prefix}' may hold letters, digits, _ and - only",
     )
-    pictures, classes = find_pictures(args.source)
+    if args.coco is None:
+        pictures, classes = find_pictures(args.source)
+    else:
+        pictures, classes = find_annotated(args.source, args.coco), []
     listing = hashlib.sha256(json.dumps(pictures).encode()).hexdigest()
     claim(
         args.out,
@@ -169,6 +230,7 @@ def main() -> int:
         [pictures[i] for i in order[starts[n] : starts[n] + args.shard_size]] for n in missing
     ]
     bad: list[tuple[str, str]] = []
+    bad_masks: Counter[str] = Counter()
     try:
         with ProcessPoolExecutor(args.workers) as pool:
             jobs = pool.map(
@@ -177,8 +239,9 @@ def main() -> int:
                 [starts[n] for n in missing],
                 shares,
             )
-            for left_out in track(jobs, "writing shards", total=len(missing)):
-                bad += left_out
+            for bad_pictures, reasons in track(jobs, "writing shards", total=len(missing)):
+                bad += bad_pictures
+                bad_masks += reasons
     except BrokenProcessPool as error:
         raise UserError(
             "a worker was killed (out of memory?); the same command goes on, with fewer --workers"
@@ -188,11 +251,12 @@ def main() -> int:
         print(f"left out: {name}: {reason}")
     if bad:
         print(f"left out in all: {dict(Counter(reason for _, reason in bad))}")
+    if bad_masks:
+        print(f"masks left out in all: {dict(bad_masks)}")
     written = sum(count_pictures(path) for path in paths)
     size = sum(path.stat().st_size for path in paths) / 1e6
-    print(
-        f"{written} pictures, {len(classes) or 'no'} classes, {len(paths)} shard(s), {size:.2f} GB"
-    )
+    what = "with masks" if args.coco else f"{len(classes) or 'no'} classes"
+    print(f"{written} pictures, {what}, {len(paths)} shard(s), {size:.2f} GB")
     last = f"{{000000..{len(paths) - 1:06d}}}" if len(paths) > 1 else "000000"
     print(f"--data.shards '{args.out}/{args.prefix}-{last}.tar'")
     return 0
