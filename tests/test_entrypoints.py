@@ -282,6 +282,19 @@ def test_another_configuration_is_kept_out_of_a_run_folder(shards, tmp_path, cal
     assert before == {path: path.read_bytes() for path in before}  # nothing written is lost
 
 
+def test_sources_with_weights(tmp_path, call):
+    a, b = (write_shards(tmp_path / name, (20,), seed=i) for i, name in enumerate("ab"))
+    assert call(arguments(tmp_path / "run", json.dumps({a: 3, b: 1})))[0] == 0
+    data = summary(tmp_path / "run")["data"]
+    assert data["pictures"] == 26 and data["weights"] == [0.75, 0.25]
+    (tmp_path / "b").rename(tmp_path / "c")  # the same shards elsewhere are the same run
+    moved = b.replace("/b/", "/c/")
+    code, error = call(arguments(tmp_path / "run", json.dumps({a: 1, moved: 1})))
+    assert code == 2 and "weights was [0.75, 0.25] and is now [0.5, 0.5]" in error
+    code, error = call(arguments(tmp_path / "other", json.dumps({a: 1, b: -1})))
+    assert code == 2 and "must be positive" in error
+
+
 def test_two_jobs_in_one_folder(shards, tmp_path):
     words = command(arguments(tmp_path, shards, **{"train.steps": 2000, "run.save_every": 1000}))
     first = start(words)

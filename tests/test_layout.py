@@ -1,6 +1,7 @@
 """Imports point one way, and no module hides another."""
 
 import ast
+import re
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -78,3 +79,12 @@ def test_importing_does_nothing(monkeypatch):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                 raise AssertionError(f"{path}:{node.lineno} runs something when imported")
+
+
+def test_the_failures_table_names_tests_that_exist():
+    rows = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", (ROOT / "docs/data.md").read_text())
+    assert len(rows) > 40
+    for file, name in rows:
+        assert not name or f"def {name}(" in (ROOT / "tests" / file).read_text(), (
+            f"{file} has no {name}"
+        )

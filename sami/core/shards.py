@@ -150,21 +150,23 @@ def expand(
     names = [patterns] if isinstance(patterns, str) else list(patterns)
     if not names or not all(names):
         raise UserError(f"{key} is empty; give the shards, for example --{key} 'data/train-*.tar'")
+    weights = patterns if isinstance(patterns, dict) else {}
+    for name, weight in weights.items():
+        if not weight > 0:
+            raise UserError(f"{key}: the weight {weight} of '{name}' must be positive")
     found = {name: list(dict.fromkeys(_expand_one(name, key))) for name in names}
-    if not isinstance(patterns, dict):
+    if not weights:
         return [(list(dict.fromkeys(url for urls in found.values() for url in urls)), None)]
     owner: dict[str, str] = {}
     for name, urls in found.items():
-        if not patterns[name] > 0:
-            raise UserError(f"{key}: the weight {patterns[name]} of '{name}' must be positive")
         for url in urls:
             if owner.setdefault(url, name) != name:
                 raise UserError(
                     f"{key}: {url} belongs to '{owner[url]}' and to '{name}'; with weights, the "
                     "patterns may not share a shard"
                 )
-    total = sum(patterns.values())
-    return [(found[name], patterns[name] / total) for name in names]
+    total = sum(weights.values())
+    return [(found[name], weights[name] / total) for name in names]
 
 
 def open_sources(
