@@ -1,0 +1,204 @@
+"""EfficientSAM's mask decoder: a two-way transformer between prompt tokens and image tokens.
+
+The released model's architecture and parameter names. What differs from SAM's (section 3 and
+appendix A of Segment Anything): GELU, a GroupNorm of one group in the upscaling, a residual around
+the first self-attention, and in the second block the prompts' own embedding is added to the tokens
+for good. Attention is fused.
+
+Prompts of one picture share its image tokens until the first block has changed them, so these are
+[B, 1, N, D] there and projected once for all prompts.
+"""
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+HEADS, MLP_WIDTH, DEPTH = 8, 2048, 2
+
+
+class Attention(nn.Module):
+    """Multi-head attention at a width that may be narrower than the tokens'."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(width, inner)
+        self.k_proj = nn.Linear(width, inner)
+        self.v_proj = nn.Linear(width, inner)
+        self.out_proj = nn.Linear(inner, width)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Queries [B, Q, T, D] over keys and values [B, Q, S, D]: [B, Q, T, D].
+
+        A dimension Q of 1 stands for the same in all prompts.
+        """
+        q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
+        prompts = max(q.shape[1], k.shape[1])
+        q, k, v = (
+            rearrange(x.expand(-1, prompts, -1, -1), "b q t (head d) -> (b q) head t d", head=HEADS)
+            for x in (q, k, v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(rearrange(mixed, "(b q) head t d -> b q t (head d)", q=prompts))
+
+
+class MLP(nn.Module):
+    """Linear layers with GELU between them."""
+
+    def __init__(self, width: int, hidden: int, out: int, layers: int) -> None:
+        """``layers``: hidden ones."""
+        super().__init__()
+        widths = [width] + [hidden] * layers
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(a, b), nn.GELU())
+            for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.fc = nn.Linear(widths[-1], out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.fc(x)
+
+
+class TwoWayBlock(nn.Module):
+    """Tokens attend to each other, then to the picture; the picture attends to them."""
+
+    def __init__(self, width: int, first: bool, dropout: float) -> None:
+        super().__init__()
+        self.first = first
+        self.self_attn = Attention(width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.cross_attn_token_to_image = Attention(width, width // 2)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, MLP_WIDTH, width, 1)
+        self.norm3 = nn.LayerNorm(width)
+        self.norm4 = nn.LayerNorm(width)
+        self.cross_attn_image_to_token = Attention(width, width // 2)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        image: torch.Tensor,
+        token_pe: torch.Tensor,
+        image_pe: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [B, Q, T, D] and image tokens [B, Q or 1, N, D], with their encodings."""
+        if not self.first:
+            tokens = tokens + token_pe
+        tokens = self.norm1(tokens + self.dropout(self.self_attn(tokens, tokens, tokens)))
+        placed = image + image_pe
+        seen = self.cross_attn_token_to_image(tokens + token_pe, placed, image)
+        tokens = self.norm2(tokens + self.dropout(seen))
+        tokens = self.norm3(tokens + self.dropout(self.mlp(tokens)))
+        told = self.cross_attn_image_to_token(placed, tokens + token_pe, tokens)
+        return tokens, self.norm4(image + told)
+
+
+class TwoWayTransformer(nn.Module):
+    """Two blocks and a last look at the picture."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            TwoWayBlock(width, number == 0, dropout) for number in range(DEPTH)
+        )
+        self.final_attn_token_to_image = Attention(width, width // 2)
+        self.norm_final_attn = nn.LayerNorm(width)
+
+    def forward(
+        self, tokens: torch.Tensor, image: torch.Tensor, image_pe: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [B, Q, T, D] and image tokens [B, 1, N, D]; both come back per prompt."""
+        own = tokens
+        for layer in self.layers:
+            tokens, image = layer(tokens, image, own, image_pe)
+        seen = self.final_attn_token_to_image(tokens + own, image + image_pe, image)
+        return self.norm_final_attn(tokens + seen), image
+
+
+class MaskDecoder(nn.Module):
+    """Image embedding and prompt tokens to four masks' logits and their predicted IoU.
+
+    Mask 0 is meant for prompts that leave no doubt; the released model was trained on 1..3 alone.
+    """
+
+    MASKS = 4
+
+    def __init__(self, width: int, dropout: float = 0.0) -> None:
+        """``dropout``: behind the tokens' attention and MLP, while training."""
+        super().__init__()
+        self.transformer = TwoWayTransformer(width, dropout)
+        self.iou_token = nn.Embedding(1, width)
+        self.mask_tokens = nn.Embedding(self.MASKS, width)
+        middle, fine = width // 4, width // 8
+        self.final_output_upscaling_layers = nn.ModuleList(
+            [
+                nn.Sequential(
+                    nn.ConvTranspose2d(width, middle, 2, 2), nn.GroupNorm(1, middle), nn.GELU()
+                ),
+                nn.Sequential(nn.ConvTranspose2d(middle, fine, 2, 2), nn.GELU()),
+            ]
+        )
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            MLP(width, width, fine, 2) for _ in range(self.MASKS)
+        )
+        self.iou_prediction_head = MLP(width, width, self.MASKS, 2)
+
+    def predict(
+        self, embedding: torch.Tensor, image_pe: torch.Tensor, prompts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All four masks.
+
+        Args:
+            embedding: of the pictures, [B, D, h, w].
+            image_pe: [1, D, h, w].
+            prompts: tokens [B, Q, P, D].
+
+        Returns:
+            Logits [B, Q, 4, 4h, 4w] and predicted IoU [B, Q, 4].
+        """
+        pictures, count = prompts.shape[:2]
+        height, width = embedding.shape[2:]
+        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens = torch.cat([own.expand(pictures, count, -1, -1), prompts], dim=2)
+        image, image_pe = (
+            rearrange(x, "b d h w -> b 1 (h w) d").to(tokens.dtype) for x in (embedding, image_pe)
+        )
+        tokens, image = self.transformer(tokens, image, image_pe)
+        fine = rearrange(image, "b q (h w) d -> (b q) d h w", h=height, w=width)
+        for layer in self.final_output_upscaling_layers:
+            fine = layer(fine)
+        weights = [
+            network(tokens[:, :, 1 + number])
+            for number, network in enumerate(self.output_hypernetworks_mlps)
+        ]
+        fine = rearrange(fine, "(b q) d h w -> b q d h w", q=count)
+        logits = torch.einsum("bqmd,bqdhw->bqmhw", torch.stack(weights, dim=2), fine)
+        return logits, self.iou_prediction_head(tokens[:, :, 0])
+
+    def forward(
+        self,
+        image_embeddings: torch.Tensor,
+        image_pe: torch.Tensor,
+        sparse_prompt_embeddings: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor,
+        multimask_output: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What segment_anything's predictor calls: prompts [Q, P, D] of one picture [1, D, h, w].
+
+        Without ``multimask_output`` it is the mask of 1..3 with the highest predicted IoU: mask 0
+        is not trained.
+
+        Returns:
+            Logits [Q, 3 or 1, 4h, 4w] and predicted IoU [Q, 3 or 1].
+        """
+        logits, iou = self.predict(
+            image_embeddings, image_pe, sparse_prompt_embeddings.unsqueeze(0)
+        )
+        logits, iou = logits[0, :, 1:], iou[0, :, 1:]
+        if not multimask_output:
+            best = iou.argmax(1, keepdim=True)
+            logits, iou = logits.take_along_dim(best[..., None, None], 1), iou.gather(1, best)
+        return logits, iou

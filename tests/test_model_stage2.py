@@ -1,0 +1,222 @@
+"""Stage 2's model: the released one's function, name for name, and SAM's interface."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+
+from finetune.model import (
+    EfficientSam,
+    ModelShape,
+    export_header,
+    load_model,
+    start_from_encoder,
+)
+from sami.core.checkpoint import write_weights
+from sami.core.errors import UserError
+from sami.encoder import EncoderConfig, build_encoder
+from tests.runs import ROOT
+
+PARITY = ROOT.parent / "shared" / "parity"
+SMALL = ModelShape(width=64, depth=2, heads=2, image_size=128)
+
+
+@pytest.fixture(scope="module")
+def parity():
+    """The fixtures' recipe for weights and pictures; skips where it is not."""
+    if not PARITY.exists():
+        pytest.skip("the parity fixtures (../shared/parity) are not here")
+    spec = importlib.util.spec_from_file_location("parity_weights", PARITY / "weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def released(parity, tmp_path_factory):
+    """The fixtures' weights as the authors publish theirs."""
+    shapes = json.loads((PARITY / "efficient_sam_ti_shapes.json").read_text())
+    path = tmp_path_factory.mktemp("released") / "efficient_sam_vitt.pt"
+    torch.save({"model": parity.parity_state_dict(shapes)}, path)
+    return path
+
+
+def distance(ours, reference):
+    reference = torch.as_tensor(reference)
+    return ((ours - reference).norm() / reference.norm()).item()
+
+
+@torch.no_grad()
+def test_the_released_models_function(parity, released):
+    model = load_model(released)
+    told = np.load(PARITY / "efficient_sam_ti.npz")
+    height, width = told["image_hw"].tolist()
+    image = parity.parity_image(height, width)[None]
+    points, labels = torch.as_tensor(told["points"]), torch.as_tensor(told["labels"])
+    embedding = model.get_image_embeddings(image)
+    assert embedding.shape == (1, 256, 64, 64)
+    assert distance(embedding[:, ::8, ::4, ::4], told["embedding"]) < 1e-4
+    logits, iou = model.predict_masks(embedding, points, labels, True, height, width)
+    assert distance(logits[..., ::2, ::2], told["low_res_masks"]) < 1e-4
+    assert distance(iou, told["iou"]) < 1e-4
+    single, iou = model.predict_masks(embedding, points, labels, False, height, width)
+    assert distance(single[..., ::2, ::2], told["low_res_mask_single"]) < 1e-4
+    assert distance(iou, told["iou_single"]) < 1e-4
+    full, iou = model(image, points, labels)
+    assert full.shape == (1, points.shape[1], 3, height, width)
+    assert distance(full[..., ::5, ::5], told["full_masks"]) < 1e-4
+    assert distance(iou, told["iou"]) < 1e-4
+
+
+def test_names_and_shapes_are_the_released_ones(released):
+    shapes = json.loads((PARITY / "efficient_sam_ti_shapes.json").read_text())
+    ours = EfficientSam(ModelShape()).state_dict()
+    assert {name: list(tensor.shape) for name, tensor in ours.items()} == {
+        name: list(shape) for name, shape in shapes.items()
+    }
+    small = EfficientSam(ModelShape(width=384, heads=6))
+    assert sum(p.numel() for p in small.parameters()) == 26_413_028
+    assert sum(p.numel() for p in EfficientSam(ModelShape()).parameters()) == 10_223_204
+
+
+@torch.no_grad()
+def test_round_trip(tmp_path):
+    torch.manual_seed(0)
+    model = EfficientSam(SMALL).eval()
+    write_weights(tmp_path / "model.safetensors", model.state_dict(), export_header(model, steps=3))
+    again = load_model(tmp_path)
+    images = torch.rand(2, 3, 50, 70)
+    points, labels = torch.tensor([[[[30.0, 20.0]]]] * 2), torch.ones(2, 1, 1)
+    for a, b in zip(model(images, points, labels), again(images, points, labels), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_starts_from_stage_one():
+    encoder = build_encoder(EncoderConfig("custom"), 224)
+    model = EfficientSam(SMALL)
+    start_from_encoder(model, encoder)
+    assert torch.equal(model.image_encoder.pos_embed, encoder.pos_embed)
+    assert model.image_encoder.pos_embed.requires_grad
+    theirs = encoder.blocks[1].mlp.fc1.weight
+    assert torch.equal(model.image_encoder.blocks[1].mlp.fc1.weight, theirs)
+    with pytest.raises(UserError, match="width 64 .* asks for 32"):
+        start_from_encoder(EfficientSam(ModelShape(width=32, depth=2, heads=2)), encoder)
+
+
+@pytest.mark.parametrize("spoilt", ["missing", "text", "other tensors", "sam", "other safetensors"])
+def test_what_is_no_model(spoilt, tmp_path):
+    path = tmp_path / "model.pt"
+    if spoilt == "text":
+        path.write_text("no weights")
+    elif spoilt == "other tensors":
+        torch.save({"a": torch.zeros(3)}, path)
+    elif spoilt == "sam":
+        names = EfficientSam(SMALL).state_dict()
+        torch.save({"model": {n: t for n, t in names.items() if "iou_token" not in n}}, path)
+    elif spoilt == "other safetensors":
+        path = tmp_path / "x.safetensors"
+        write_weights(path, {"a": torch.zeros(3)}, {})
+    with pytest.raises(UserError, match=str(path)):
+        load_model(path)
+
+
+@torch.no_grad()
+def test_prompts_and_pictures_are_independent():
+    """Batched prompts give what each gives alone; unequal numbers are padded."""
+    torch.manual_seed(0)
+    model = EfficientSam(SMALL).eval()
+    embeddings = model.get_image_embeddings(torch.rand(2, 3, 128, 128))
+    points = torch.rand(2, 3, 4, 2) * 120
+    labels = torch.tensor([[1, 1, 1, 1], [2, 3, -1, -1], [1, -1, -1, -1]]).expand(2, 3, 4)
+    logits, iou = model.predict_masks(embeddings, points, labels, True, 128, 128)
+    for picture in range(2):
+        for prompt in range(3):
+            used = int((labels[picture, prompt] >= 0).sum())
+            alone, alone_iou = model.predict_masks(
+                embeddings[picture : picture + 1],
+                points[picture : picture + 1, prompt : prompt + 1, :used],
+                labels[picture : picture + 1, prompt : prompt + 1, :used],
+                True,
+                128,
+                128,
+            )
+            if used == 4:  # a slot not used keeps its position: where -1 stands matters
+                torch.testing.assert_close(alone[0, 0], logits[picture, prompt])
+                torch.testing.assert_close(alone_iou[0, 0], iou[picture, prompt])
+
+
+@pytest.fixture
+def predictor():
+    torch.manual_seed(0)
+    model = EfficientSam(SMALL).eval()
+    for parameter in model.prompt_encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    return SamPredictor(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("resize", ["square", "longest"])
+def test_sam_predictor(resize):
+    torch.manual_seed(0)
+    model = EfficientSam(ModelShape(64, 2, 2, image_size=128, resize=resize)).eval()
+    predictor = SamPredictor(model)
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    predictor.set_image(image)
+    clicks, box = np.array([[20.0, 30.0], [50.0, 10.0]]), np.array([5.0, 6.0, 70.0, 50.0])
+    masks, iou, low = predictor.predict(clicks, np.ones(2), box, return_logits=True)
+    assert masks.shape == (3, 60, 90) and low.shape == (3, 32, 32)
+    points = torch.tensor([[[*clicks.tolist(), box[:2].tolist(), box[2:].tolist()]]])
+    labels = torch.tensor([[[1, 1, 2, 3]]])
+    told, told_iou = model.predict_masks(
+        predictor.features, points.float(), labels, True, 60, 90, 60, 90
+    )
+    np.testing.assert_allclose(masks, told[0, 0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(iou, told_iou[0, 0], rtol=1e-3, atol=1e-5)
+    best, best_iou, _ = predictor.predict(
+        clicks, np.ones(2), box, multimask_output=False, return_logits=True
+    )
+    assert best_iou[0] == iou.max()
+    np.testing.assert_allclose(best[0], masks[iou.argmax()], rtol=1e-5)
+    boxes = torch.tensor([[5.0, 6, 70, 50], [0, 0, 20, 20]])
+    batch, _, _ = predictor.predict_torch(None, None, boxes)
+    assert batch.shape == (2, 3, 60, 90)
+
+
+def test_what_sam_can_and_this_model_cannot_is_refused_by_name(predictor):
+    predictor.set_image(np.zeros((60, 90, 3), np.uint8))
+    click = np.array([[20.0, 30.0]])
+    with pytest.raises(ValueError, match="label 0"):
+        predictor.predict(click, np.zeros(1))
+    with pytest.raises(ValueError, match="mask_input"):
+        predictor.predict(click, np.ones(1), mask_input=np.zeros((1, 32, 32)))
+    with pytest.raises(ValueError, match="7 points in a prompt"):
+        predictor.predict(click.repeat(7, 0), np.ones(7))
+    model = predictor.model
+    with pytest.raises(ValueError, match="label 0"):
+        model.predict_masks(
+            predictor.features, torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1), True, 9, 9
+        )
+
+
+def test_automatic_mask_generator(predictor):
+    generator = SamAutomaticMaskGenerator(
+        predictor.model, points_per_side=4, pred_iou_thresh=-1e9, stability_score_thresh=-1
+    )
+    masks = generator.generate(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))
+    for mask in masks:
+        assert mask["segmentation"].shape == (60, 90)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = EfficientSam(SMALL, checkpointing)
+        images = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+        model.get_image_embeddings(images).square().mean().backward()
+        gradients.append([p.grad for p in model.image_encoder.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
