@@ -1,0 +1,137 @@
+"""What stage 2 minimises (Segment Anything, appendix A): focal and dice 20 : 1, and IoU by MSE.
+
+Of the three masks of a prompt only the one with the lowest mask loss is trained; the IoU head is
+trained on all three. The mean is over the objects of a picture and then over pictures, so that a
+batch gives the same loss however it is cut into micro-batches.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+ALPHA, GAMMA = 0.25, 2.0  # of the focal loss (Lin et al. 2017), as in SAM
+FOCAL_WEIGHT, DICE_WEIGHT = 20.0, 1.0
+
+
+@dataclass
+class LossConfig:
+    """The mask loss.
+
+    Attributes:
+        mask: focal, 20 : 1 with dice as in the paper; or bce, 1 : 1 with dice, which learns faster
+            from scratch.
+    """
+
+    mask: Literal["focal", "bce"] = "focal"
+
+
+@dataclass
+class Targets:
+    """What the objects of a batch look like at the loss's resolution.
+
+    ``masks`` bool [B, K, h, w]; ``there`` bool [B, K], whether the slot holds an object;
+    ``inside`` bool [B, h, w], what is picture and not padding, or None for all.
+    """
+
+    masks: torch.Tensor
+    there: torch.Tensor
+    inside: torch.Tensor | None = None
+
+
+def stage2_losses(
+    logits: torch.Tensor, iou: torch.Tensor, targets: Targets, kind: str
+) -> dict[str, torch.Tensor]:
+    """All losses of a batch, in fp32.
+
+    Args:
+        logits: [B, K, M, h, w].
+        iou: predicted, [B, K, M].
+        kind: focal or bce.
+
+    Returns:
+        0-dim tensors: ``loss``, its parts ``loss_pixel``, ``loss_dice`` and ``loss_iou``, and
+        without gradients ``iou``, the trained masks' true IoU.
+    """
+    truth = targets.masks.unsqueeze(2)
+    inside = None if targets.inside is None else targets.inside[:, None, None]
+    with torch.no_grad():
+        # In pieces: only what is chosen needs its intermediate results for the backward pass.
+        pixel, dice = _per_mask(logits, truth, inside, kind)
+        chosen = (_weight(kind) * pixel + DICE_WEIGHT * dice).argmin(2, keepdim=True)
+        true_iou = mask_iou(logits > 0, truth, inside)
+    best = logits.take_along_dim(chosen[..., None, None], 2)
+    pixel, dice = (part.squeeze(2) for part in _per_mask(best, truth, inside, kind))
+    score = (iou.float() - true_iou).square().mean(2)
+    parts = {
+        "loss": _weight(kind) * pixel + DICE_WEIGHT * dice + score,
+        "loss_pixel": pixel.detach(),
+        "loss_dice": dice.detach(),
+        "loss_iou": score.detach(),
+        "iou": true_iou.gather(2, chosen).squeeze(2),
+    }
+    return {name: _mean(part, targets.there) for name, part in parts.items()}
+
+
+def pixel_loss(logits: torch.Tensor, truth: torch.Tensor, kind: str) -> torch.Tensor:
+    """Focal loss or binary cross-entropy of each pixel, in fp32.
+
+    Args:
+        logits: any shape.
+        truth: bool, broadcast to it.
+    """
+    logits = logits.float()
+    truth = truth.expand(logits.shape).float()
+    entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    if kind == "bce":
+        return entropy
+    right = torch.exp(-entropy)  # the probability given to what is true
+    alpha = torch.where(truth > 0, ALPHA, 1 - ALPHA)
+    return alpha * (1 - right) ** GAMMA * entropy
+
+
+def dice_loss(
+    logits: torch.Tensor, truth: torch.Tensor, inside: torch.Tensor | None = None
+) -> torch.Tensor:
+    """1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1) over the last two dimensions, in fp32."""
+    probability = logits.float().sigmoid()
+    truth = truth.float()
+    if inside is not None:
+        probability, truth = probability * inside, truth * inside
+    both = (probability * truth).sum((-2, -1))
+    either = probability.sum((-2, -1)) + truth.sum((-2, -1))
+    return 1 - (2 * both + 1) / (either + 1)
+
+
+def mask_iou(
+    mask: torch.Tensor, truth: torch.Tensor, inside: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Intersection over union of bool masks over the last two dimensions; 1 if both are empty."""
+    if inside is not None:
+        mask, truth = mask & inside, truth & inside
+    both = (mask & truth).sum((-2, -1))
+    either = (mask | truth).sum((-2, -1))
+    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+
+
+def _per_mask(
+    logits: torch.Tensor, truth: torch.Tensor, inside: torch.Tensor | None, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixel loss (mean over pixels) and dice of masks [B, K, M, h, w]: [B, K, M] each."""
+    pixel = pixel_loss(logits, truth, kind)
+    if inside is None:
+        pixel = pixel.mean((-2, -1))
+    else:
+        pixel = (pixel * inside).sum((-2, -1)) / inside.sum((-2, -1)).clamp(min=1)
+    return pixel, dice_loss(logits, truth, inside)
+
+
+def _weight(kind: str) -> float:
+    return FOCAL_WEIGHT if kind == "focal" else 1.0
+
+
+def _mean(values: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Over the objects [B, K] of each picture, then over pictures."""
+    values = torch.where(there, values, 0.0)  # what stands in an empty slot has no gradient either
+    return (values.sum(1) / there.sum(1).clamp(min=1)).mean()
