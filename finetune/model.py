@@ -51,15 +51,20 @@ class ModelShape:
         return self.image_size // self.patch_size
 
     def frame(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in pixels that a picture has within the model's input.
+        """Height and width in pixels that a picture has within the model's input."""
+        return frame_of(self.image_size, self.resize, height, width)
 
-        ``square``: all of it, whatever the picture's aspect, as released. ``longest``: as SAM
-        resizes, the rest is padding on the right and below.
-        """
-        if self.resize == "square":
-            return self.image_size, self.image_size
-        scale = self.image_size / max(height, width)
-        return int(height * scale + 0.5), int(width * scale + 0.5)
+
+def frame_of(image_size: int, resize: str, height: int, width: int) -> tuple[int, int]:
+    """Height and width in pixels that a picture has within a square input.
+
+    ``square``: all of it, whatever the picture's aspect, as released. ``longest``: as SAM
+    resizes, the rest is padding on the right and below.
+    """
+    if resize == "square":
+        return image_size, image_size
+    scale = image_size / max(height, width)
+    return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
 class ImageEncoder(nn.Module):

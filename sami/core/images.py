@@ -67,12 +67,11 @@ def cut(image: Image.Image, box: Box, sizes: list[int], flip: bool) -> list[np.n
     """
     left, top, right, bottom = box
     width, height = upright_size(image)
-    upright = _orientation(image) == 1
+    upright, need = _orientation(image) == 1, max(sizes)
     with _decoding("damaged picture"):
-        if image.format == "JPEG" and upright:
-            need = max(sizes)
-            image.draft(
-                None, (_at_least(width, need, right - left), _at_least(height, need, bottom - top))
+        if upright:
+            _draft(
+                image, _at_least(width, need, right - left), _at_least(height, need, bottom - top)
             )
         pixels = _to_rgb(ImageOps.exif_transpose(image))
         x, y = pixels.width / width, pixels.height / height
@@ -82,6 +81,27 @@ def cut(image: Image.Image, box: Box, sizes: list[int], flip: bool) -> list[np.n
             for size in set(sizes)
         }
     return [views[size][:, ::-1] if flip else views[size] for size in sizes]
+
+
+def resize_stored(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """A whole picture as it is stored, without its EXIF orientation, at another size.
+
+    A JPEG is decoded at a reduction that is no smaller than that on either side.
+
+    Args:
+        image: from :func:`open_image`; it is decoded here.
+        height, width: in pixels.
+
+    Returns:
+        uint8 [height, width, 3]; antialiased bilinear.
+
+    Raises:
+        BadSample: the picture is damaged.
+    """
+    with _decoding("damaged picture"):
+        _draft(image, width, height)
+        pixels = _to_rgb(image)
+        return np.asarray(pixels.resize((width, height), Image.Resampling.BILINEAR))
 
 
 class Normalise(nn.Module):
@@ -129,6 +149,12 @@ def _decoding(reason: str) -> Iterator[None]:
 def _orientation(image: Image.Image) -> int:
     with _decoding("damaged picture"):
         return image.getexif().get(0x0112, 1)
+
+
+def _draft(image: Image.Image, width: int, height: int) -> None:
+    """Decode a JPEG at the largest power-of-two reduction of at least this size."""
+    if image.format == "JPEG":
+        image.draft(None, (width, height))
 
 
 def _at_least(full: int, need: int, part: float) -> int:

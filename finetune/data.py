@@ -1,0 +1,284 @@
+"""Stage 2's samples: a picture of SA-1B's layout, some of its masks, and a prompt for each.
+
+Masks are chosen before anything is decoded, and never painted at full size. What is random follows
+from (seed, epoch, sample key).
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from finetune.losses import Targets
+from finetune.model import frame_of
+from finetune.prompts import BOX_NOISE_LIMIT, PromptConfig, as_box, as_clicks, noisy_box
+from finetune.rle import (
+    Annotations,
+    area,
+    box,
+    decode_counts,
+    parse_annotations,
+    random_points,
+)
+from finetune.rle import sample as sample_runs
+from sami.core.config import require
+from sami.core.errors import BadSample
+from sami.core.images import open_image, resize_stored
+from sami.core.order import sample_rng
+from sami.core.shards import PICTURE, RawSample
+
+LOSS_STRIDE = 4  # pixels of the input per pixel of the mask decoder's output
+
+
+@dataclass
+class DataConfig:
+    """Pictures and masks of stage 2.
+
+    Attributes:
+        shards: one pattern of tar shards of SA-1B's layout, several, or several with the share of
+            the samples that comes from each; braces, globs, URLs.
+        val_shards: one pattern or several for the evaluation; empty for none.
+        workers: processes per rank that decode; 0 decodes in the training process.
+        epoch_samples: samples of one epoch if it shall be shorter than the shards; null for all.
+        max_bad_fraction: stop once more than this share of the samples was bad; exactly so at the
+            end of an epoch, within one with an allowance for chance.
+        shuffle_mb: bound of each reader's shuffle buffer of encoded samples, in MB.
+        image_size: side of the model's input in pixels.
+        resize: square, whatever the picture's aspect, as the released model; or longest, as SAM,
+            with padding that is left out of the loss.
+        masks_per_image: at most so many objects of a picture; the knob of the GPU's memory.
+        hflip: mirror one picture in two.
+        max_area: objects that cover more than this share of the picture are left out.
+        min_predicted_iou: objects that SA-1B's own prediction puts below are left out.
+        min_stability: likewise for its stability score.
+    """
+
+    shards: str | list[str] | dict[str, float] = ""
+    val_shards: str | list[str] = ""
+    workers: int = 8
+    epoch_samples: int | None = None
+    max_bad_fraction: float = 0.1
+    shuffle_mb: int = 256
+    image_size: int = 1024
+    resize: Literal["square", "longest"] = "square"
+    masks_per_image: int = 64
+    hflip: bool = False
+    max_area: float = 0.9
+    min_predicted_iou: float = 0.0
+    min_stability: float = 0.0
+
+    def check(self) -> None:
+        require(self.image_size > 0, f"data.image_size {self.image_size} must be positive")
+        require(self.workers >= 0, f"data.workers {self.workers} must be 0 or more")
+        require(self.shuffle_mb > 0, f"data.shuffle_mb {self.shuffle_mb} must be positive")
+        require(
+            self.masks_per_image > 0,
+            f"data.masks_per_image {self.masks_per_image} must be positive, such as 64",
+        )
+        require(
+            self.epoch_samples is None or self.epoch_samples > 0,
+            f"data.epoch_samples {self.epoch_samples} must be positive, or null for all",
+        )
+        for name in ("max_bad_fraction", "max_area", "min_predicted_iou", "min_stability"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"data.{name} {value} must be within 0..1")
+
+
+@dataclass
+class Batch:
+    """A micro-batch as it leaves the loader; K is the most objects that any picture has.
+
+    ``images`` uint8 [B, 3, H, H]; ``masks`` bool [B, K, h, h]; ``there`` bool [B, K];
+    ``inside`` bool [B, h, h], what is picture; ``points`` [B, K, 6, 2] in pixels of the input, and
+    ``labels`` [B, K, 6].
+    """
+
+    images: torch.Tensor
+    masks: torch.Tensor
+    there: torch.Tensor
+    inside: torch.Tensor
+    points: torch.Tensor
+    labels: torch.Tensor
+    keys: list[str] = field(default_factory=list)
+
+    TENSORS: ClassVar = ("images", "masks", "there", "inside", "points", "labels")
+
+    def to(self, device: torch.device) -> "Batch":
+        """The tensors on a device, without waiting for the copy."""
+        moved = {n: getattr(self, n).to(device, non_blocking=True) for n in self.TENSORS}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "Batch":
+        """In page-locked memory, which lets the copy to the device overlap."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in self.TENSORS})
+
+    @property
+    def targets(self) -> Targets:
+        """What the loss compares with."""
+        return Targets(self.masks, self.there, self.inside)
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """How samples are made: everything of the configuration that a sample depends on."""
+
+    seed: int
+    image_size: int
+    resize: str
+    masks_per_image: int
+    hflip: bool
+    max_area: float
+    min_predicted_iou: float
+    min_stability: float
+    boxes: float
+    clicks: int
+
+    fields: ClassVar[tuple[str, ...]] = (PICTURE, "json")
+
+    @staticmethod
+    def of(data: DataConfig, prompt: PromptConfig, seed: int) -> "Prompted":
+        """Of a configuration."""
+        return Prompted(
+            seed,
+            data.image_size,
+            data.resize,
+            data.masks_per_image,
+            data.hflip,
+            data.max_area,
+            data.min_predicted_iou,
+            data.min_stability,
+            prompt.boxes,
+            prompt.clicks,
+        )
+
+    def decode(self, sample: RawSample, epoch: int, stand_in: bool) -> tuple:
+        """What :meth:`collate` takes, of one sample: key, picture, inside, and its objects.
+
+        Raises:
+            BadSample: picture or annotation cannot be used, or no mask is left.
+        """
+        rng = sample_rng(self.seed, epoch, f"{sample.key}/stand-in" if stand_in else sample.key)
+        flip = bool(rng.random() < 0.5) and self.hflip
+        image = open_image(sample.part(PICTURE))
+        told = parse_annotations(sample.part("json"))
+        if image.size != (told.width, told.height):
+            raise BadSample("annotation of another picture size")
+        size = (told.height, told.width)
+        chosen = self._choose(told, rng)
+        frame = frame_of(self.image_size, self.resize, *size)
+        picture = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        picture[: frame[0], : frame[1]] = resize_stored(image, *frame)
+        rows, columns, inside = loss_pixels(self.image_size, frame, size)
+        masks = np.zeros((len(chosen), *inside.shape), bool)
+        points, labels = [], []
+        for number, ends in enumerate(chosen):
+            # Full size is only ever looked at where the loss has a pixel, or a click falls.
+            masks[number, : len(rows), : len(columns)] = sample_runs(ends, *size, rows, columns)
+            where, label = self._prompt(ends, size, frame, rng)
+            points.append(where)
+            labels.append(label)
+        points, labels = np.stack(points), np.stack(labels)
+        if flip:
+            picture[:, : frame[1]] = picture[:, : frame[1]][:, ::-1]
+            masks[:, :, : len(columns)] = masks[:, :, : len(columns)][:, :, ::-1]
+            points, labels = mirror(points, labels, frame[1])
+        return sample.key, picture, inside, masks, points, labels
+
+    def collate(self, items: list[tuple]) -> Batch:
+        """A batch of what :meth:`decode` made; missing objects are empty slots."""
+        keys, pictures, inside, masks, points, labels = zip(*items, strict=True)
+        most = max(map(len, masks))
+
+        def filled(arrays: tuple[np.ndarray, ...], empty: float) -> torch.Tensor:
+            shape = (len(arrays), most, *arrays[0].shape[1:])
+            table = np.full(shape, empty, arrays[0].dtype)
+            for row, array in zip(table, arrays, strict=True):
+                row[: len(array)] = array
+            return torch.from_numpy(table)
+
+        there = np.arange(most) < np.array([len(array) for array in masks])[:, None]
+        return Batch(
+            images=torch.from_numpy(np.stack([p.transpose(2, 0, 1) for p in pictures])),
+            masks=filled(masks, False),
+            there=torch.from_numpy(there),
+            inside=torch.from_numpy(np.stack(inside)),
+            points=filled(points, -1),
+            labels=filled(labels, -1),
+            keys=list(keys),
+        )
+
+    def _choose(self, told: Annotations, rng: np.random.Generator) -> list[np.ndarray]:
+        """Run ends of up to ``masks_per_image`` usable masks, in random order."""
+        limit = self.max_area * told.height * told.width
+        fitting = [
+            mask
+            for mask in told.masks
+            if mask.predicted_iou >= self.min_predicted_iou
+            and mask.stability_score >= self.min_stability
+            and (mask.area is None or mask.area <= limit)
+        ]
+        chosen = []
+        for number in rng.permutation(len(fitting)):
+            ends = decode_counts(fitting[number].counts, told.height, told.width)
+            if 0 < area(ends) <= limit:  # what the file says of the area may be wrong
+                chosen.append(ends)
+            if len(chosen) == self.masks_per_image:
+                break
+        if not chosen:
+            raise BadSample("no usable mask")
+        return chosen
+
+    def _prompt(
+        self,
+        ends: np.ndarray,
+        size: tuple[int, int],
+        frame: tuple[int, int],
+        rng: np.random.Generator,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Points [6, 2] in pixels of the input, and labels [6]."""
+        scale = np.array([frame[1] / size[1], frame[0] / size[0]])
+        if rng.random() < self.boxes:
+            corners = np.array(box(ends, size[0]), float).reshape(2, 2) * scale
+            limit = BOX_NOISE_LIMIT * self.image_size / 1024
+            return as_box(noisy_box(tuple(corners.ravel()), frame, limit, rng))
+        count = int(rng.integers(1, self.clicks + 1))
+        pixels = random_points(ends, size[0], count, rng)
+        return as_clicks((pixels + 0.5) * scale - 0.5)
+
+
+def loss_pixels(
+    image_size: int, frame: tuple[int, int], size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the loss looks at a picture.
+
+    Args:
+        image_size: side of the model's input.
+        frame: height and width that the picture has in it.
+        size: height and width of the picture itself.
+
+    Returns:
+        The picture's rows [h'] and columns [w'] under the centres of the loss's pixels, and
+        ``inside`` bool [h, h]: which pixels of the loss have one.
+    """
+    side = image_size // LOSS_STRIDE
+    centres = (np.arange(side) + 0.5) * LOSS_STRIDE
+    lines = []
+    for span, full in zip(frame, size, strict=True):
+        within = centres[centres < span]
+        lines.append(np.minimum((within * full / span).astype(np.int64), full - 1))
+    inside = np.zeros((side, side), bool)
+    inside[: len(lines[0]), : len(lines[1])] = True
+    return lines[0], lines[1], inside
+
+
+def mirror(points: np.ndarray, labels: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts [K, 6, 2] of the mirrored picture of ``width`` pixels; a box's corners change sides.
+
+    Clicks are pixel indices, box corners are edges.
+    """
+    result = points.copy()
+    click, first, second = labels == 1, labels == 2, labels == 3
+    result[click, 0] = width - 1 - points[click, 0]
+    result[first, 0], result[second, 0] = width - points[second, 0], width - points[first, 0]
+    return result, labels

@@ -1,0 +1,215 @@
+"""Stage 2's samples against the plain route: full masks, painted and looked up."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from finetune.data import DataConfig, Prompted, loss_pixels, mirror
+from finetune.prompts import PromptConfig
+from sami.core.errors import BadSample
+from sami.core.order import Layout, Order
+from sami.core.shards import PICTURE, RawSample
+from sami.core.stream import Batches
+from tests.runs import ROOT, opened
+from tests.test_toy_shards import draw
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools, NumPy 2
+HEIGHT, WIDTH = 70, 100
+
+
+def discs(count=5, height=HEIGHT, width=WIDTH, seed=0):
+    """Overlapping discs, one mask each."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    for _ in range(count):
+        centre, radius = rng.random(2) * [height, width], rng.uniform(4, 30)
+        yield (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2
+
+
+def raw(masks, key="a/b", size=(HEIGHT, WIDTH), **more):
+    """A picture whose red is x and whose green is y, and masks."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    pixels = np.stack([x * 2, y * 3, 0 * x], -1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    entries = []
+    for mask in masks:
+        told = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        told = {"size": told["size"], "counts": told["counts"].decode()}
+        entries.append({"segmentation": told, "area": int(mask.sum())} | more)
+    told = {"image": {"height": size[0], "width": size[1]}, "annotations": entries}
+    return RawSample(key, {PICTURE: buffer.getvalue(), "json": json.dumps(told).encode()})
+
+
+def maker(**options):
+    data = {"image_size": 64, "masks_per_image": 64} | options
+    prompt = {k: data.pop(k) for k in ("boxes", "clicks") if k in data}
+    seed = data.pop("seed", 0)
+    return Prompted.of(DataConfig(**data), PromptConfig(**prompt), seed)
+
+
+def test_loss_pixels_lie_under_their_centres():
+    rows, columns, inside = loss_pixels(64, (64, 64), (HEIGHT, WIDTH))
+    assert rows.tolist() == [int((i + 0.5) * HEIGHT / 16) for i in range(16)]
+    assert columns.tolist() == [int((i + 0.5) * WIDTH / 16) for i in range(16)]
+    assert inside.all()
+    rows, columns, inside = loss_pixels(64, (45, 64), (HEIGHT, WIDTH))
+    assert rows.tolist() == [int((i + 0.5) * 4 * HEIGHT / 45) for i in range(11)]
+    assert inside[:11].all() and not inside[11:].any()
+
+
+@pytest.mark.parametrize("resize", ["square", "longest"])
+@pytest.mark.parametrize("hflip", [False, True])
+def test_masks_and_prompts_belong_to_their_objects(resize, hflip):
+    masks = list(discs())
+    views, flips = maker(resize=resize, hflip=hflip, boxes=0.5), 0
+    frame = (64, 64) if resize == "square" else (45, 64)
+    rows, columns, _ = loss_pixels(64, frame, (HEIGHT, WIDTH))
+    expected = [mask[np.ix_(rows, columns)] for mask in masks]
+    for epoch in range(40):
+        _, picture, inside, found, points, labels = views.decode(raw(masks), epoch, False)
+        flipped = picture[5, 60, 0] < picture[5, 3, 0]  # red is x
+        flips += flipped
+        assert found.shape == (5, 16, 16) and not found[:, ~inside].any()
+        for mask, where, label in zip(found, points, labels, strict=True):
+            inner = mask[: len(rows)]
+            matching = [
+                n
+                for n, one in enumerate(expected)
+                if np.array_equal(one[:, ::-1] if flipped else one, inner)
+            ]
+            assert matching
+            ys, xs = np.nonzero(masks[matching[0]])
+            scale = np.array([frame[1] / WIDTH, frame[0] / HEIGHT])
+            used = where[label >= 0].astype(float)
+            if (label == 2).any():
+                box = np.array([[xs.min(), ys.min()], [xs.max() + 1, ys.max() + 1]]) * scale
+                if flipped:
+                    box[:, 0] = frame[1] - box[::-1, 0]
+                assert label.tolist() == [2, 3, -1, -1, -1, -1]
+                assert np.abs(used - box).max() <= max(0.4 * np.ptp(box, axis=0).max(), 1.3)
+                assert (used[0] <= used[1]).all() and used.min() >= 0
+            else:
+                assert 1 <= len(used) <= 6 and set(label) <= {1, -1}
+                if flipped:
+                    used[:, 0] = frame[1] - 1 - used[:, 0]
+                pixels = np.round((used + 0.5) / scale - 0.5).astype(int)
+                assert all(masks[matching[0]][y, x] for x, y in pixels)
+            assert (where[label < 0] == -1).all()
+    assert (0 < flips < 40) if hflip else flips == 0
+
+
+def test_a_sample_follows_from_seed_epoch_and_key():
+    masks = list(discs(9))
+
+    def drawn(seed=0, epoch=0, key="a/b", stand_in=False):
+        made = maker(seed=seed, masks_per_image=4).decode(raw(masks, key), epoch, stand_in)
+        return made[3].tobytes() + made[4].tobytes()
+
+    assert drawn() == drawn()
+    others = [drawn(seed=1), drawn(epoch=1), drawn(key="b"), drawn(stand_in=True)]
+    assert len({drawn(), *others}) == 5
+
+
+def test_which_masks_are_used():
+    masks = [*discs(8)]
+    whole = np.ones((HEIGHT, WIDTH), bool)
+    views = maker(masks_per_image=3)
+    counts = np.zeros(8)
+    for epoch in range(200):
+        found = views.decode(raw([*masks, whole]), epoch, False)[3]
+        assert len(found) == 3 and not found.all((1, 2)).any()  # never what covers everything
+        rows, columns, _ = loss_pixels(64, (64, 64), (HEIGHT, WIDTH))
+        small = [mask[np.ix_(rows, columns)] for mask in masks]
+        for mask in found:
+            counts[[np.array_equal(mask, one) for one in small].index(True)] += 1
+    assert np.abs(counts - 75).max() < 5 * 75**0.5
+    for more, options in (
+        ({"predicted_iou": 0.5}, {"min_predicted_iou": 0.8}),
+        ({"stability_score": 0.5}, {"min_stability": 0.8}),
+        ({"area": 1}, {"max_area": 0.0001}),
+    ):
+        with pytest.raises(BadSample, match="no usable mask"):
+            maker(**options).decode(raw(masks, **more), 0, False)
+    with pytest.raises(BadSample, match="no usable mask"):
+        maker().decode(raw([np.zeros((HEIGHT, WIDTH), bool), whole]), 0, False)
+
+
+def test_what_is_bad():
+    good = raw(list(discs()))
+    told = json.loads(good.parts["json"])
+    told["annotations"][2]["segmentation"]["counts"] = "zz"
+    cases = {
+        "run lengths do not fit their size": good.parts | {"json": json.dumps(told).encode()},
+        "annotation is not JSON": good.parts | {"json": b"{"},
+        "no json member": {PICTURE: good.parts[PICTURE]},
+        "not a picture": good.parts | {PICTURE: b"x"},
+        "annotation of another picture size": good.parts
+        | {"json": raw(list(discs(2, 50, 60)), size=(50, 60)).parts["json"]},
+    }
+    for reason, parts in cases.items():
+        with pytest.raises(BadSample, match=f"^{reason}$"):
+            maker().decode(RawSample("a", parts), 0, False)
+
+
+def test_batches_are_padded_with_empty_slots():
+    views = maker()
+    items = [views.decode(raw(list(discs(n)), key=str(n)), 0, False) for n in (2, 5, 1)]
+    batch = views.collate(items)
+    assert batch.images.shape == (3, 3, 64, 64) and batch.images.dtype == torch.uint8
+    assert batch.masks.shape == (3, 5, 16, 16) and batch.points.shape == (3, 5, 6, 2)
+    assert batch.there.sum(1).tolist() == [2, 5, 1]
+    assert not batch.masks[~batch.there].any() and (batch.labels[~batch.there] == -1).all()
+    assert torch.equal(batch.images[1], torch.from_numpy(items[1][1]).permute(2, 0, 1))
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.targets.masks, batch.masks) and moved.keys == ["2", "5", "1"]
+
+
+def test_mirrored_prompts():
+    points = np.array([[[2, 5], [8, 9], [-1, -1]], [[4, 7], [-1, -1], [-1, -1]]], np.float32)
+    labels = np.array([[2, 3, -1], [1, -1, -1]])
+    once, _ = mirror(points, labels, 10)
+    assert once.tolist() == [[[2, 5], [8, 9], [-1, -1]], [[5, 7], [-1, -1], [-1, -1]]]
+    assert np.array_equal(mirror(once, labels, 10)[0], points)
+
+
+def test_the_stream_of_both_stages(tmp_path):
+    """The toy shards through the same readers as stage 1."""
+    done = draw(tmp_path, "--shards", "3")
+    sources = opened(done.stdout.split(": ")[-1].strip(), tmp_path)
+    views = maker(masks_per_image=3)
+    order = Order(sources, fields=Prompted.fields, batch_size=5, seed=0, buffer_bytes=10**6)
+    legs = order.legs(0, [], Layout(5, 5, 1, 2))
+    source = Batches(order, views, legs, rank=0, step=0, workers=0, device=torch.device("cpu"))
+    keys = []
+    for _ in range(2):
+        batch, bad = next(source)
+        assert not bad and batch.images.shape == (5, 3, 64, 64)
+        keys += batch.keys
+    assert len(set(keys)) == 10
+
+
+def test_real_pictures(tmp_path):
+    real = ROOT.parent / "shared/data/sa1b_layout/train/sa_000000.tar"
+    if not real.exists():
+        pytest.skip("the real tars (../shared/data/sa1b_layout) are not here")
+    from sami.core.shards import read_range
+
+    (source,) = opened(str(real), tmp_path)
+    views = maker(image_size=256)
+    for sample in read_range(source.shards, range(8), Prompted.fields):
+        _, picture, _, masks, points, labels = views.decode(sample, 0, False)
+        told = json.loads(sample.parts["json"])
+        size = told["image"]["height"], told["image"]["width"]
+        rows, columns, _ = loss_pixels(256, (256, 256), size)
+        painted = [
+            coco_mask.decode(entry["segmentation"])[np.ix_(rows, columns)].astype(bool).tobytes()
+            for entry in told["annotations"]
+        ]
+        assert picture.std() > 5 and all(mask.tobytes() in painted for mask in masks)
+        assert len(masks) <= len(painted)
