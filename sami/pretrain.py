@@ -17,11 +17,11 @@ from sami.core.checkpoint import write_weights
 from sami.core.config import load_config, require, to_dict
 from sami.core.exits import FINISHED, run_entry
 from sami.core.optim import OptimConfig, TrainConfig, poison
-from sami.core.order import Layout, Leg, Order
+from sami.core.order import Layout, Order
 from sami.core.run import Run, RunConfig, is_due
-from sami.core.shards import Shard, Source, expand, fingerprint, open_sources
+from sami.core.shards import Shard, fingerprint
 from sami.core.state import State
-from sami.core.stream import Batches
+from sami.core.stream import Batches, open_data, take_up
 from sami.data import Batch, DataConfig, HeldOut, MaskConfig, Views, visible_count
 from sami.encoder import Encoder, EncoderConfig, build_encoder, export_header
 from sami.heldout import EvalConfig, measure
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(cfg: PretrainConfig, run: Run) -> int:
     # ---- What it is trained on
-    sources, held_out = open_data(cfg, run)
+    sources, held_out = open_data(cfg.data, run)
     order = Order(
         sources,
         fields=Views.fields,
@@ -145,7 +145,7 @@ def train(cfg: PretrainConfig, run: Run) -> int:
         run.say(f"{run.dir} is finished; start another with --run.dir, or delete the folder")
         return FINISHED
     run.begin(cfg, step, facts)
-    legs = announce_data(run, order, layout, step, legs)
+    legs = take_up(run, order, layout, step, legs)
     announce(cfg, run, order, layout, steps, step, model, facts)
     shown = load_shown(run, held_out or order.shards, views)
     if cfg.train.compile:
@@ -223,23 +223,6 @@ def make_views(cfg: PretrainConfig, encoder: Encoder) -> Views:
     )
 
 
-def open_data(cfg: PretrainConfig, run: Run) -> tuple[list[Source], list[Shard]]:
-    """What is trained on and what is held out; the ranks share the indexing."""
-    folder, part = run.dir / "index", (run.rank, run.processes)
-    opened: list[list[Source]] = []
-    for key in ("shards", "val_shards"):
-        patterns = getattr(cfg.data, key)
-        if not patterns and key == "val_shards":
-            opened.append([])
-            continue
-        groups = expand(patterns, f"data.{key}")
-        if run.processes > 1:
-            open_sources(groups, folder, run.say, part)
-            run.wait_for_all()
-        opened.append(open_sources(groups, folder, run.say))
-    return opened[0], [shard for source in opened[1] for shard in source.shards]
-
-
 def make_targets(
     cfg: PretrainConfig, run: Run, model: MaskedReconstruction, teacher: Teacher | None
 ) -> Callable[[Batch], torch.Tensor]:
@@ -288,28 +271,6 @@ def draw(
         path, batch.student, batch.masked, target, prediction, patch, cfg.target.kind, title
     )
     run.picture(path, step)
-
-
-def announce_data(
-    run: Run, order: Order, layout: Layout, step: int, before: list[Leg]
-) -> list[Leg]:
-    """The legs of the epoch with the present layout; says what is unusual about it."""
-    legs = order.legs(step, before, layout)
-    if len(legs) > 1 and legs[-1].first_step == step:
-        old = legs[-2].layout
-        run.say(
-            f"{old.processes} process(es) x {old.workers} worker(s) x {old.micro_batch_size} "
-            f"became {layout.processes} x {layout.workers} x {layout.micro_batch_size}: what is "
-            "left of this epoch is dealt out anew, in another order; no sample comes twice"
-        )
-    readers = layout.processes * layout.workers
-    if len(order.shards) < readers:
-        run.say(
-            f"{len(order.shards)} shard(s) for {readers} readers: several read in one shard, each "
-            "its own part (one that is compressed or behind a URL is read from its start by each), "
-            "and shuffle within that part; more and smaller shards mix better"
-        )
-    return legs
 
 
 def announce(

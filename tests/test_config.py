@@ -77,7 +77,7 @@ def test_bad_files(tmp_path, text, says):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--optim.warmup=1"], "optim.warmup 1.0 is a share of the steps"),
+        (["--optim.warmup=1.5"], "optim.warmup 1.5 is a share of the steps"),
         (["--optim.betas=[0.9, 1.0]"], "optim.betas"),
         (["--optim.lr=0"], "optim.lr 0.0 must be positive"),
         (["--optim.lr=.inf"], "optim.lr must be a finite number, got"),

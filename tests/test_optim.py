@@ -62,6 +62,31 @@ def test_what_decays():
     assert [g["weight_decay"] for g in parameter_groups(model, 0.05)] == [0.05, 0.0]
 
 
+def test_stage_twos_schedule():
+    """250 updates of warm-up to 4e-4 at a batch of 128, then a line to 0."""
+    config = OptimConfig(lr=4e-4, base_batch=128, warmup=250, schedule="linear")
+    rates = [learning_rate(config, step, 1250, 128) for step in range(1250)]
+    expected = [4e-4 * (k + 1) / 250 for k in range(250)]
+    expected += [4e-4 * (1000 - k) / 1000 for k in range(1000)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+
+
+def test_layer_decay_and_embeddings():
+    model = nn.ModuleDict(
+        {"low": nn.Linear(2, 2), "high": nn.Linear(2, 2), "e": nn.Embedding(3, 2)}
+    )
+    heights = {"low": 2, "high": 1, "e": 0}
+    groups = parameter_groups(model, 0.1, 0.5, lambda name: heights[name.split(".")[0]])
+    found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert {name: found[id(p)] for name, p in model.named_parameters()} == {
+        "low.weight": (0.25, 0.1),
+        "low.bias": (0.25, 0.0),
+        "high.weight": (0.5, 0.1),
+        "high.bias": (0.5, 0.0),
+        "e.weight": (1.0, 0.0),
+    }
+
+
 def problem():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))

@@ -1,7 +1,7 @@
 """Parameter groups, the learning rate as a function of the step, and the guarded update."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,14 +13,17 @@ from sami.core.config import require
 
 @dataclass
 class OptimConfig:
-    """AdamW with linear warm-up and a cosine over the steps.
+    """AdamW with linear warm-up and a cosine or a straight line to 0 over the steps.
 
     Attributes:
         lr: peak learning rate at a batch of base_batch; scaled linearly to train.batch_size.
         base_batch: the batch size that lr is for.
         betas: of AdamW.
         weight_decay: none on norms, biases and tokens.
-        warmup: share of the steps with a linearly rising rate; 0.1 is the paper's 40 of 400 epochs.
+        schedule: what follows the warm-up, down to 0 at the run's end.
+        warmup: share of the steps with a linearly rising rate, 0.1 is the paper's 40 of 400 epochs;
+            from 1 on it is their number.
+        layer_decay: each block's rate is so many times that of the block above; 1 for none.
         clip: largest norm of the gradient; 0 for no clipping.
         ema: decay of an exponential moving average of the weights, which is then what is
             evaluated and exported; 0 for none.
@@ -30,7 +33,9 @@ class OptimConfig:
     base_batch: int = 4096
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
+    schedule: Literal["cosine", "linear"] = "cosine"
     warmup: float = 0.1
+    layer_decay: float = 1.0
     clip: float = 0.0
     ema: float = 0.0
 
@@ -46,8 +51,13 @@ class OptimConfig:
         )
         require(self.weight_decay >= 0, f"optim.weight_decay {self.weight_decay} must be 0 or more")
         require(
-            0 <= self.warmup < 1,
-            f"optim.warmup {self.warmup} is a share of the steps: at least 0 and under 1",
+            0 <= self.warmup < 1 or self.warmup == int(self.warmup) > 0,
+            f"optim.warmup {self.warmup} is a share of the steps, at least 0 and under 1, or a "
+            "whole number of them",
+        )
+        require(
+            0 < self.layer_decay <= 1,
+            f"optim.layer_decay {self.layer_decay} must be above 0 and at most 1 (none)",
         )
         require(self.clip >= 0, f"optim.clip {self.clip} must be 0 (no clipping) or more")
         require(
@@ -115,30 +125,58 @@ def learning_rate(config: OptimConfig, step: int, steps: int, batch_size: int) -
     """The rate of the update that takes ``step`` to ``step + 1`` in a run of ``steps``.
 
     It rises linearly and is at its peak, lr * batch_size / base_batch, in the last update of the
-    warm-up and the first after it; then half a cosine brings it to 0 at the end of the run.
+    warm-up and the first after it; then half a cosine, or a line, brings it to 0 at the end of the
+    run.
     """
     peak = config.lr * batch_size / config.base_batch
-    warmup = round(config.warmup * steps)
+    warmup = round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
     if step < warmup:
         return peak * (step + 1) / warmup
+    if config.schedule == "linear":
+        return peak * (steps - step) / (steps - warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: matrices decay; norms, biases and tokens do not."""
-    decay, rest = [], []
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    height: Callable[[str], int] = lambda name: 0,
+) -> list[dict]:
+    """Trainable parameters: matrices decay; norms, biases, tokens and embeddings do not.
+
+    Args:
+        height: from a parameter's name to how many blocks lie above it; its group's ``lr_scale``
+            is ``layer_decay`` to that power.
+    """
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    }
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, False): [], (1.0, True): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim < 2 or name.endswith(("_token", "pos_embed"))
-            (rest if plain else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+            key = layer_decay ** height(name), plain or id(parameter) in embeddings
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": 0.0 if plain else weight_decay, "lr_scale": scale}
+        for (scale, plain), parameters in groups.items()
+    ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW whose kernel can leave an update out on the device (``found_inf``)."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, fused=True
-    )
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, height: Callable[[str], int] = lambda name: 0
+) -> torch.optim.AdamW:
+    """AdamW whose kernel can leave an update out on the device (``found_inf``).
+
+    Args:
+        height: see :func:`parameter_groups`.
+    """
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay, height)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 class Ema:

@@ -6,7 +6,7 @@ random about a sample are functions of the step, and the step is in the checkpoi
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,10 +38,21 @@ from sami.core.run import Run
 class State:
     """Model, optimizer, moving average, and what was counted."""
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, train: TrainConfig, run: Run) -> None:
-        """``model``: on its device, not yet wrapped."""
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: OptimConfig,
+        train: TrainConfig,
+        run: Run,
+        height: Callable[[str], int] = lambda name: 0,
+    ) -> None:
+        """
+        Args:
+            model: on its device, not yet wrapped.
+            height: for the layer decay, see :func:`parameter_groups`.
+        """
         self.optim, self.train, self.run, self.model = optim, train, run, model
-        self.optimizer = build_optimizer(model, optim)
+        self.optimizer = build_optimizer(model, optim, height)
         self.ema = Ema(model, optim.ema) if optim.ema else None
         self.window, self.guard, self.clock = Window(run.device), Guard(run.device), Clock()
         self.bad = BadSamples()  # of this rank
@@ -51,8 +62,9 @@ class State:
     def begin_step(self, step: int, steps: int) -> None:
         """Learning rate of the step, no gradients."""
         self.clock.start()
+        rate = learning_rate(self.optim, step, steps, self.train.batch_size)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.optim, step, steps, self.train.batch_size)
+            group["lr"] = rate * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
 
     def update(self) -> None:

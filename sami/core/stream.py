@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sami.core.errors import BadSample, UserError
-from sami.core.order import Leg, Order
-from sami.core.shards import RawSample, read_samples
+from sami.core.order import Layout, Leg, Order
+from sami.core.run import Run
+from sami.core.shards import RawSample, Shard, Source, expand, open_sources, read_samples
 
 # A reader that meets so many unusable samples in a row gives up: nothing behind them is usable.
 MAX_BAD_IN_A_ROW = 1000
@@ -280,6 +281,51 @@ def fill_slots(
             except BadSample:
                 distance += 1
         yield decoded
+
+
+def open_data(data: Any, run: Run) -> tuple[list[Source], list[Shard]]:
+    """What is trained on and what is held out; the ranks share the indexing.
+
+    Args:
+        data: a configuration with ``shards`` and ``val_shards``.
+    """
+    folder, part = run.dir / "index", (run.rank, run.processes)
+    opened: list[list[Source]] = []
+    for key in ("shards", "val_shards"):
+        patterns = getattr(data, key)
+        if not patterns and key == "val_shards":
+            opened.append([])
+            continue
+        groups = expand(patterns, f"data.{key}")
+        if run.processes > 1:
+            open_sources(groups, folder, run.say, part)
+            run.wait_for_all()
+        opened.append(open_sources(groups, folder, run.say))
+    return opened[0], [shard for source in opened[1] for shard in source.shards]
+
+
+def take_up(run: Run, order: Order, layout: Layout, step: int, before: list[Leg]) -> list[Leg]:
+    """The legs of the epoch of ``step`` with the present layout; says what is unusual about it.
+
+    Args:
+        before: the legs in the checkpoint.
+    """
+    legs = order.legs(step, before, layout)
+    if len(legs) > 1 and legs[-1].first_step == step:
+        old = legs[-2].layout
+        run.say(
+            f"{old.processes} process(es) x {old.workers} worker(s) x {old.micro_batch_size} "
+            f"became {layout.processes} x {layout.workers} x {layout.micro_batch_size}: what is "
+            "left of this epoch is dealt out anew, in another order; no sample comes twice"
+        )
+    readers = layout.processes * layout.workers
+    if len(order.shards) < readers:
+        run.say(
+            f"{len(order.shards)} shard(s) for {readers} readers: several read in one shard, each "
+            "its own part (one that is compressed or behind a URL is read from its start by each), "
+            "and shuffle within that part; more and smaller shards mix better"
+        )
+    return legs
 
 
 def make_loader(dataset: IterableDataset, workers: int, device: torch.device) -> DataLoader:
