@@ -6,6 +6,7 @@
 import json
 import logging
 import pickle
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +22,42 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune.mask_decoder import MaskDecoder
 from finetune.prompt_encoder import PromptEncoder, pad_points, refuse_background, rescale
+from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.images import Normalise
-from sami.encoder import Encoder, initialise, vit_block
+from sami.encoder import (
+    EncoderConfig,
+    initialise,
+    load_encoder,
+    sincos_positions,
+    vit_block,
+)
 
 NECK = 256  # channels of the image embedding
 HEAD_WIDTH = 64  # of the released models' attention heads
+
+
+@dataclass
+class DecoderConfig:
+    """The prompt encoder and mask decoder.
+
+    Attributes:
+        kind: efficientsam, the released architecture.
+        checkpoint: a model to take them from (model.safetensors, a released .pt), or SAM's .pth;
+            null to begin from scratch.
+        freeze: what is not trained.
+        dropout: in the mask decoder, while training.
+    """
+
+    kind: Literal["efficientsam"] = "efficientsam"
+    checkpoint: str | None = None
+    freeze: Literal["none", "encoder", "decoder"] = "none"
+    dropout: float = 0.0
+
+    def check(self) -> None:
+        require(
+            0 <= self.dropout < 1, f"decoder.dropout {self.dropout} must be 0 (none) or under 1"
+        )
 
 
 @dataclass(frozen=True)
@@ -77,9 +108,11 @@ class ImageEncoder(nn.Module):
         width = shape.width
         # The first place belongs to the class token, which is not used here.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + shape.pretrained_grid**2, width))
+        self.pos_embed.data[:, 1:] = sincos_positions(shape.pretrained_grid, width)
         self.patch_embed = PatchEmbed(
             shape.image_size, shape.patch_size, embed_dim=width, flatten=False
         )
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))
         self.blocks = nn.ModuleList(vit_block(width, shape.heads) for _ in range(shape.depth))
         self.neck = nn.Sequential(
             nn.Conv2d(width, NECK, 1, bias=False),
@@ -196,7 +229,7 @@ class EfficientSam(nn.Module):
         logits, iou = self.predict_low_resolution(embeddings, rescale(points, scale), labels)
         logits, iou = (x[:, :, 1:] if multimask_output else x[:, :, :1] for x in (logits, iou))
         if output_h > 0 and output_w > 0:
-            logits = self._resize(logits, (input_h, input_w), (output_h, output_w))
+            logits = self.resize_logits(logits, (input_h, input_w), (output_h, output_w))
         return logits, iou
 
     def predict_low_resolution(
@@ -229,7 +262,7 @@ class EfficientSam(nn.Module):
         self, masks: torch.Tensor, input_size: tuple[int, int], original_size: tuple[int, int]
     ) -> torch.Tensor:
         """Logits [Q, M, 4h, 4w] at the size of the picture, [Q, M, H, W]."""
-        return self._resize(masks.unsqueeze(0), original_size, original_size)[0]
+        return self.resize_logits(masks.unsqueeze(0), original_size, original_size)[0]
 
     # -- geometry -----------------------------------------------------------------------------
 
@@ -238,10 +271,15 @@ class EfficientSam(nn.Module):
         size = self.shape.image_size
         return F.pad(images, (0, size - images.shape[3], 0, size - images.shape[2]))
 
-    def _resize(
+    def resize_logits(
         self, logits: torch.Tensor, picture: tuple[int, int], size: tuple[int, int]
     ) -> torch.Tensor:
-        """Logits [B, Q, M, 4h, 4w] of a picture at another size, without its padding."""
+        """Logits [B, Q, M, 4h, 4w] of a picture at another size, without its padding.
+
+        Args:
+            picture: height and width of the picture in pixels.
+            size: wanted height and width.
+        """
         pictures = len(logits)
         logits = rearrange(logits, "b q m h w -> (b q) m h w")
         if self.shape.resize == "longest":
@@ -256,28 +294,127 @@ class EfficientSam(nn.Module):
         return rearrange(logits, "(b q) m h w -> b q m h w", b=pictures)
 
 
-def start_from_encoder(model: EfficientSam, encoder: Encoder) -> None:
-    """Give a model the encoder of stage 1; its final norm stays behind (row 14 of the recipe).
+def height_of(name: str, depth: int) -> int:
+    """How many blocks lie above a parameter, for the layer decay; 0 for all behind the encoder."""
+    parts = name.split("image_encoder.")[-1].split(".")
+    if parts[0] in ("pos_embed", "patch_embed"):
+        return depth + 1
+    return depth - int(parts[1]) if parts[0] == "blocks" else 0
+
+
+def build_model(
+    encoder: EncoderConfig,
+    decoder: DecoderConfig,
+    image_size: int,
+    resize: str,
+    checkpointing: bool,
+) -> EfficientSam:
+    """The model of a configuration, with the weights that it names.
+
+    ``encoder.checkpoint`` is stage 1's encoder.safetensors or its run folder, or a model whose
+    image encoder, neck included, is taken. ``decoder.checkpoint`` is a model, or SAM's own .pth,
+    whose tensors fit but whose function differs (recipe: a start, not a working decoder).
 
     Raises:
-        UserError: the encoder has another shape.
+        UserError: sizes that do not fit each other or the checkpoints.
     """
-    ours, theirs = model.shape, encoder.shape
-    for name in ("width", "depth", "heads", "patch_size"):
-        if getattr(ours, name) != getattr(theirs, name):
-            raise UserError(
-                f"encoder.checkpoint has {name} {getattr(theirs, name)} and the configuration asks "
-                f"for {getattr(ours, name)}; set encoder.name or encoder.{name} accordingly"
-            )
-    if encoder.grid != ours.pretrained_grid:
+    width, depth, heads = encoder.shape
+    start = None if encoder.checkpoint is None else _load_image_encoder(encoder.checkpoint)
+    grid = 14 if start is None else round((start["pos_embed"].shape[1] - 1) ** 0.5)
+    if image_size % encoder.patch_size:
         raise UserError(
-            f"encoder.checkpoint has {encoder.grid} x {encoder.grid} positions and the model "
-            f"{ours.pretrained_grid} x {ours.pretrained_grid}"
+            f"data.image_size {image_size} is not divisible by encoder.patch_size "
+            f"{encoder.patch_size}"
         )
-    left = {"cls_token", "norm.weight", "norm.bias"}
-    taken = {name: t for name, t in encoder.state_dict().items() if name not in left}
-    told = model.image_encoder.load_state_dict(taken, strict=False)
-    assert not told.unexpected_keys and all(name.startswith("neck.") for name in told.missing_keys)
+    shape = ModelShape(width, depth, heads, encoder.patch_size, image_size, grid, resize)
+    model = EfficientSam(shape, checkpointing, decoder.dropout)
+    if start is not None:
+        what = f"encoder.checkpoint {encoder.checkpoint}"
+        _take(model.image_encoder, start, what, may_miss="neck.")
+    if decoder.checkpoint is not None:
+        parts = _load_decoder(decoder.checkpoint)
+        for name, tensors in parts.items():
+            what = f"decoder.checkpoint {decoder.checkpoint}"
+            _take(getattr(model, name), tensors, what)
+    if decoder.freeze == "encoder":
+        model.image_encoder.requires_grad_(False)
+    if decoder.freeze == "decoder":
+        model.prompt_encoder.requires_grad_(False)
+        model.mask_decoder.requires_grad_(False)
+    # Mask 0 is not asked for while training: nothing would ever reach its network.
+    model.mask_decoder.output_hypernetworks_mlps[0].requires_grad_(False)
+    return model
+
+
+def _load_image_encoder(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of an image encoder, of stage 1 (without neck) or of a model."""
+    place = Path(path)
+    of_stage_1 = place.name == "encoder.safetensors" or (place / "encoder.safetensors").exists()
+    if not of_stage_1 and place.suffix != ".safetensors" or place.name == "model.safetensors":
+        return load_model(path).image_encoder.state_dict()
+    stored = load_encoder(path).state_dict()
+    left = ("cls_token", "norm.weight", "norm.bias")  # stage 2 has no class token and no last norm
+    return {name: tensor for name, tensor in stored.items() if name not in left}
+
+
+def _load_decoder(path: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a prompt encoder and a mask decoder, by attribute."""
+    if Path(path).suffix == ".pth":
+        return _from_sam(path)
+    model = load_model(path)
+    return {name: getattr(model, name).state_dict() for name in ("prompt_encoder", "mask_decoder")}
+
+
+# SAM's parameter names and the released model's.
+RENAMED = (
+    (r"^output_upscaling\.0\.", "final_output_upscaling_layers.0.0."),
+    (r"^output_upscaling\.1\.", "final_output_upscaling_layers.0.1."),
+    (r"^output_upscaling\.3\.", "final_output_upscaling_layers.1.0."),
+    (r"^(output_hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.([01])\.", r"\1.layers.\2.0."),
+    (r"^(output_hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.2\.", r"\1.fc."),
+    (r"\.mlp\.lin1\.", ".mlp.layers.0.0."),
+    (r"\.mlp\.lin2\.", ".mlp.fc."),
+    (r"^point_embeddings\.1\.", "point_embeddings."),
+    (r"^point_embeddings\.2\.", "bbox_top_left_embeddings."),
+    (r"^point_embeddings\.3\.", "bbox_bottom_right_embeddings."),
+    (r"^not_a_point_embed\.", "invalid_points."),
+)
+NOT_HERE = ("point_embeddings.0.", "no_mask_embed.", "mask_downscaling.")
+
+
+def _from_sam(path: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The prompt encoder and mask decoder of SAM's official .pth, under the released names."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        parts: dict[str, dict[str, torch.Tensor]] = {"prompt_encoder": {}, "mask_decoder": {}}
+        for name, tensor in stored.items():
+            part, _, rest = name.partition(".")
+            if part in parts and not rest.startswith(NOT_HERE):
+                for pattern, replacement in RENAMED:
+                    rest = re.sub(pattern, replacement, rest)
+                parts[part][rest] = tensor
+        return parts
+    except (OSError, RuntimeError, AttributeError, pickle.UnpicklingError, EOFError) as error:
+        what = " ".join(str(error).split())[:120]
+        raise UserError(f"decoder.checkpoint {path} cannot be read as SAM's ({what})") from error
+
+
+def _take(
+    module: nn.Module, tensors: dict[str, torch.Tensor], what: str, may_miss: str = ""
+) -> None:
+    """Load tensors into a module, strictly but for names that begin with ``may_miss``."""
+    own = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    wrong = [name for name, tensor in tensors.items() if own.get(name) != tensor.shape]
+    wrong += [n for n in own if n not in tensors and not (may_miss and n.startswith(may_miss))]
+    if wrong:
+        name = wrong[0]
+        theirs = tuple(tensors[name].shape) if name in tensors else "none"
+        ours = tuple(own[name]) if name in own else "none"
+        raise UserError(
+            f"{what} does not fit the configuration: {name} is {theirs} and should be {ours}; set "
+            "encoder.name and decoder.kind to what it holds"
+        )
+    module.load_state_dict(tensors, strict=False)
 
 
 def export_header(model: EfficientSam, **more: Any) -> dict[str, str]:

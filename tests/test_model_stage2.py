@@ -6,18 +6,21 @@ import json
 import numpy as np
 import pytest
 import torch
-from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 
 from finetune.model import (
+    DecoderConfig,
     EfficientSam,
     ModelShape,
+    build_model,
     export_header,
+    height_of,
     load_model,
-    start_from_encoder,
 )
 from sami.core.checkpoint import write_weights
 from sami.core.errors import UserError
 from sami.encoder import EncoderConfig, build_encoder
+from sami.encoder import export_header as export_encoder
 from tests.runs import ROOT
 
 PARITY = ROOT.parent / "shared" / "parity"
@@ -94,16 +97,74 @@ def test_round_trip(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_starts_from_stage_one():
-    encoder = build_encoder(EncoderConfig("custom"), 224)
+def build(encoder=None, decoder=None, width=64, **more):
+    shape = EncoderConfig("custom", width=width, checkpoint=encoder and str(encoder))
+    settings = DecoderConfig(checkpoint=decoder and str(decoder), **more)
+    return build_model(shape, settings, 128, "square", False)
+
+
+def test_starts_from_stage_one(tmp_path):
+    encoder = build_encoder(EncoderConfig("custom"), 128)
+    path = tmp_path / "encoder.safetensors"
+    write_weights(path, encoder.state_dict(), export_encoder(encoder))
+    for start in (path, tmp_path):
+        model = build(start)
+        assert model.shape.pretrained_grid == 8
+        assert torch.equal(model.image_encoder.pos_embed, encoder.pos_embed)
+        assert model.image_encoder.pos_embed.requires_grad
+        theirs = encoder.blocks[1].mlp.fc1.weight
+        assert torch.equal(model.image_encoder.blocks[1].mlp.fc1.weight, theirs)
+    with pytest.raises(UserError, match="encoder.checkpoint .* should be"):
+        build(path, width=32)
+
+
+def test_starts_from_a_model(tmp_path):
     model = EfficientSam(SMALL)
-    start_from_encoder(model, encoder)
-    assert torch.equal(model.image_encoder.pos_embed, encoder.pos_embed)
-    assert model.image_encoder.pos_embed.requires_grad
-    theirs = encoder.blocks[1].mlp.fc1.weight
-    assert torch.equal(model.image_encoder.blocks[1].mlp.fc1.weight, theirs)
-    with pytest.raises(UserError, match="width 64 .* asks for 32"):
-        start_from_encoder(EfficientSam(ModelShape(width=32, depth=2, heads=2)), encoder)
+    path = tmp_path / "model.safetensors"
+    write_weights(path, model.state_dict(), export_header(model))
+    whole = build(path, path).state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
+    assert not any(p.requires_grad for p in build(freeze="encoder").image_encoder.parameters())
+    assert not any(p.requires_grad for p in build(freeze="decoder").mask_decoder.parameters())
+    unused = build().mask_decoder.output_hypernetworks_mlps
+    assert [n.fc.weight.requires_grad for n in unused] == [False, True, True, True]
+
+
+def test_starts_from_sams_decoder(tmp_path):
+    """Every tensor of SAM's that has a place finds it."""
+    sam = sam_model_registry["vit_b"]()
+    torch.save(sam.state_dict(), tmp_path / "sam.pth")
+    model = build(decoder=tmp_path / "sam.pth").state_dict()
+    pairs = {
+        "prompt_encoder.not_a_point_embed.weight": "prompt_encoder.invalid_points.weight",
+        "prompt_encoder.point_embeddings.3.weight": (
+            "prompt_encoder.bbox_bottom_right_embeddings.weight"
+        ),
+        "mask_decoder.transformer.layers.1.mlp.lin2.weight": (
+            "mask_decoder.transformer.layers.1.mlp.fc.weight"
+        ),
+        "mask_decoder.output_upscaling.3.weight": (
+            "mask_decoder.final_output_upscaling_layers.1.0.weight"
+        ),
+        "mask_decoder.iou_prediction_head.layers.1.bias": (
+            "mask_decoder.iou_prediction_head.layers.1.0.bias"
+        ),
+        "mask_decoder.output_hypernetworks_mlps.2.layers.2.weight": (
+            "mask_decoder.output_hypernetworks_mlps.2.fc.weight"
+        ),
+    }
+    theirs = sam.state_dict()
+    for name, ours in pairs.items():
+        assert torch.equal(theirs[name], model[ours]), name
+
+
+def test_heights_for_the_layer_decay():
+    heights = {name: height_of(name, 2) for name, _ in EfficientSam(SMALL).named_parameters()}
+    assert heights["image_encoder.pos_embed"] == heights["image_encoder.patch_embed.proj.bias"] == 3
+    assert heights["image_encoder.blocks.0.norm1.bias"] == 2
+    assert heights["image_encoder.blocks.1.attn.qkv.weight"] == 1
+    assert heights["image_encoder.neck.0.weight"] == 0 == heights["mask_decoder.iou_token.weight"]
+    assert height_of("model.image_encoder.blocks.0.norm1.bias", 2) == 2
 
 
 @pytest.mark.parametrize("spoilt", ["missing", "text", "other tensors", "sam", "other safetensors"])
