@@ -28,8 +28,6 @@ from sami.core.images import open_image, resize_stored
 from sami.core.order import sample_rng
 from sami.core.shards import PICTURE, RawSample
 
-LOSS_STRIDE = 4  # pixels of the input per pixel of the mask decoder's output
-
 
 @dataclass
 class DataConfig:
@@ -125,6 +123,7 @@ class Prompted:
 
     seed: int
     image_size: int
+    loss_size: int  # side of the mask decoder's output
     resize: str
     masks_per_image: int
     hflip: bool
@@ -137,11 +136,12 @@ class Prompted:
     fields: ClassVar[tuple[str, ...]] = (PICTURE, "json")
 
     @staticmethod
-    def of(data: DataConfig, prompt: PromptConfig, seed: int) -> "Prompted":
+    def of(data: DataConfig, prompt: PromptConfig, loss_size: int, seed: int) -> "Prompted":
         """Of a configuration."""
         return Prompted(
             seed,
             data.image_size,
+            loss_size,
             data.resize,
             data.masks_per_image,
             data.hflip,
@@ -169,7 +169,7 @@ class Prompted:
         frame = frame_of(self.image_size, self.resize, *size)
         picture = np.zeros((self.image_size, self.image_size, 3), np.uint8)
         picture[: frame[0], : frame[1]] = resize_stored(image, *frame)
-        rows, columns, inside = loss_pixels(self.image_size, frame, size)
+        rows, columns, inside = loss_pixels(self.image_size, self.loss_size, frame, size)
         masks = np.zeros((len(chosen), *inside.shape), bool)
         points, labels = [], []
         for number, ends in enumerate(chosen):
@@ -248,12 +248,13 @@ class Prompted:
 
 
 def loss_pixels(
-    image_size: int, frame: tuple[int, int], size: tuple[int, int]
+    image_size: int, loss_size: int, frame: tuple[int, int], size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the loss looks at a picture.
 
     Args:
         image_size: side of the model's input.
+        loss_size: side of the mask decoder's output.
         frame: height and width that the picture has in it.
         size: height and width of the picture itself.
 
@@ -261,13 +262,12 @@ def loss_pixels(
         The picture's rows [h'] and columns [w'] under the centres of the loss's pixels, and
         ``inside`` bool [h, h]: which pixels of the loss have one.
     """
-    side = image_size // LOSS_STRIDE
-    centres = (np.arange(side) + 0.5) * LOSS_STRIDE
+    centres = (np.arange(loss_size) + 0.5) * image_size / loss_size
     lines = []
     for span, full in zip(frame, size, strict=True):
         within = centres[centres < span]
         lines.append(np.minimum((within * full / span).astype(np.int64), full - 1))
-    inside = np.zeros((side, side), bool)
+    inside = np.zeros((loss_size, loss_size), bool)
     inside[: len(lines[0]), : len(lines[1])] = True
     return lines[0], lines[1], inside
 

@@ -165,22 +165,37 @@ def score(model: EfficientSam, judged: Judged, device: torch.device) -> torch.Te
     """IoU of each object by protocol, fp64 [protocols, K], at the picture's size."""
     height, width = judged.size
     embedding = model.get_image_embeddings(judged.image.to(device)[None])
-    found = []
-    for start in range(0, len(judged.ends), AT_ONCE):
-        part = slice(start, start + AT_ONCE)
-        truth = torch.stack([paint(ends, height, width) for ends in judged.ends[part]]).to(device)
-        for points, labels in zip(
-            judged.points[:, part].to(device), judged.labels[:, part].to(device), strict=True
-        ):
-            logits, iou = model.predict_masks(
-                embedding, points[None], labels[None], True, height, width
-            )
-            best = iou.argmax(2, keepdim=True)[..., None, None]
-            chosen = logits.take_along_dim(best, 2).float()
-            full = model.resize_logits(chosen, (height, width), (height, width))
-            found.append(mask_iou(full[0, :, 0] > 0, truth).double())
-    rows = [torch.cat(found[n :: len(PROTOCOLS)]) for n in range(len(PROTOCOLS))]
+    rows = []
+    for protocol in range(len(PROTOCOLS)):
+        found = []
+        for start in range(0, len(judged.ends), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            truth = torch.stack([paint(ends, height, width) for ends in judged.ends[part]])
+            masks = _predict(model, embedding, judged, protocol, part)
+            found.append(mask_iou(masks, truth.to(device)).double())
+        rows.append(torch.cat(found))
     return torch.stack(rows)
+
+
+@torch.no_grad()
+def masks_of(
+    model: EfficientSam, judged: Judged, device: torch.device, protocol: int
+) -> torch.Tensor:
+    """The masks of all objects by one of PROTOCOLS, bool [K, H, W] on the CPU."""
+    embedding = model.get_image_embeddings(judged.image.to(device)[None])
+    return _predict(model, embedding, judged, protocol, slice(None)).cpu()
+
+
+def _predict(
+    model: EfficientSam, embedding: torch.Tensor, judged: Judged, protocol: int, part: slice
+) -> torch.Tensor:
+    """Of three masks the one with the highest predicted IoU, bool [K, H, W]."""
+    points = judged.points[protocol, part].to(embedding.device)
+    labels = judged.labels[protocol, part].to(embedding.device)
+    logits, iou = model.predict_masks(embedding, points[None], labels[None], True, *judged.size)
+    best = iou.argmax(2, keepdim=True)[..., None, None]
+    chosen = logits.take_along_dim(best, 2).float()
+    return model.resize_logits(chosen, judged.size, judged.size)[0, :, 0] > 0
 
 
 def paint(ends: np.ndarray, height: int, width: int) -> torch.Tensor:

@@ -81,6 +81,11 @@ class ModelShape:
         """Side of the image embedding."""
         return self.image_size // self.patch_size
 
+    @property
+    def mask_size(self) -> int:
+        """Side of the mask decoder's output."""
+        return 4 * self.grid
+
     def frame(self, height: int, width: int) -> tuple[int, int]:
         """Height and width in pixels that a picture has within the model's input."""
         return frame_of(self.image_size, self.resize, height, width)

@@ -78,9 +78,9 @@ def correction_clicks(
     logits: torch.Tensor,
     truth: torch.Tensor,
     image_size: int,
-    generator: torch.Generator,
     background: bool,
     inside: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One click for each object, uniform over the pixels that were predicted wrongly.
 

@@ -50,15 +50,15 @@ def maker(**options):
     data = {"image_size": 64, "masks_per_image": 64} | options
     prompt = {k: data.pop(k) for k in ("boxes", "clicks") if k in data}
     seed = data.pop("seed", 0)
-    return Prompted.of(DataConfig(**data), PromptConfig(**prompt), seed)
+    return Prompted.of(DataConfig(**data), PromptConfig(**prompt), data["image_size"] // 4, seed)
 
 
 def test_loss_pixels_lie_under_their_centres():
-    rows, columns, inside = loss_pixels(64, (64, 64), (HEIGHT, WIDTH))
+    rows, columns, inside = loss_pixels(64, 16, (64, 64), (HEIGHT, WIDTH))
     assert rows.tolist() == [int((i + 0.5) * HEIGHT / 16) for i in range(16)]
     assert columns.tolist() == [int((i + 0.5) * WIDTH / 16) for i in range(16)]
     assert inside.all()
-    rows, columns, inside = loss_pixels(64, (45, 64), (HEIGHT, WIDTH))
+    rows, columns, inside = loss_pixels(64, 16, (45, 64), (HEIGHT, WIDTH))
     assert rows.tolist() == [int((i + 0.5) * 4 * HEIGHT / 45) for i in range(11)]
     assert inside[:11].all() and not inside[11:].any()
 
@@ -69,7 +69,7 @@ def test_masks_and_prompts_belong_to_their_objects(resize, hflip):
     masks = list(discs())
     views, flips = maker(resize=resize, hflip=hflip, boxes=0.5), 0
     frame = (64, 64) if resize == "square" else (45, 64)
-    rows, columns, _ = loss_pixels(64, frame, (HEIGHT, WIDTH))
+    rows, columns, _ = loss_pixels(64, 16, frame, (HEIGHT, WIDTH))
     expected = [mask[np.ix_(rows, columns)] for mask in masks]
     for epoch in range(40):
         _, picture, inside, found, points, labels = views.decode(raw(masks), epoch, False)
@@ -124,7 +124,7 @@ def test_which_masks_are_used():
     for epoch in range(200):
         found = views.decode(raw([*masks, whole]), epoch, False)[3]
         assert len(found) == 3 and not found.all((1, 2)).any()  # never what covers everything
-        rows, columns, _ = loss_pixels(64, (64, 64), (HEIGHT, WIDTH))
+        rows, columns, _ = loss_pixels(64, 16, (64, 64), (HEIGHT, WIDTH))
         small = [mask[np.ix_(rows, columns)] for mask in masks]
         for mask in found:
             counts[[np.array_equal(mask, one) for one in small].index(True)] += 1
@@ -206,7 +206,7 @@ def test_real_pictures(tmp_path):
         _, picture, _, masks, points, labels = views.decode(sample, 0, False)
         told = json.loads(sample.parts["json"])
         size = told["image"]["height"], told["image"]["width"]
-        rows, columns, _ = loss_pixels(256, (256, 256), size)
+        rows, columns, _ = loss_pixels(256, 64, (256, 256), size)
         painted = [
             coco_mask.decode(entry["segmentation"])[np.ix_(rows, columns)].astype(bool).tobytes()
             for entry in told["annotations"]

@@ -44,7 +44,7 @@ def test_corrections_fall_uniformly_on_what_is_wrong():
     generator = torch.Generator().manual_seed(0)
     hits = torch.zeros(2, 3, 8, 8)
     for _ in range(2000):
-        points, labels = correction_clicks(logits, truth, 32, generator, background=True)
+        points, labels = correction_clicks(logits, truth, 32, background=True, generator=generator)
         assert points.shape == (2, 3, 1, 2) and labels.shape == (2, 3, 1)
         for b in range(2):
             for k in range(3):
@@ -62,12 +62,12 @@ def test_corrections_fall_uniformly_on_what_is_wrong():
 def test_without_background_only_what_was_missed_is_clicked():
     logits, truth = masks()
     generator = torch.Generator().manual_seed(0)
-    points, labels = correction_clicks(logits, truth, 32, generator, background=False)
+    points, labels = correction_clicks(logits, truth, 32, False, generator=generator)
     assert labels.squeeze(2).tolist() == [[1, -1, -1], [-1, -1, 1]]
     assert points[0, 1].tolist() == [[-1, -1]]
     inside = torch.ones(2, 8, 8, dtype=torch.bool)
     inside[0, :4] = False
-    _, labels = correction_clicks(logits, truth, 32, generator, False, inside)
+    _, labels = correction_clicks(logits, truth, 32, False, inside, generator)
     assert labels[0, 0].item() == -1
 
 

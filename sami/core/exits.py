@@ -35,7 +35,8 @@ def user_error(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, torch.OutOfMemoryError):
         return UserError(
-            "the GPU's memory is full; lower train.micro_batch_size (the result stays the same)"
+            "the GPU's memory is full; lower train.micro_batch_size (the result stays the same), "
+            "in stage 2 also data.masks_per_image or set train.checkpointing true"
         )
     full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError) and error.errno in full or "No space left" in str(error):

@@ -104,6 +104,12 @@ def resize_stored(image: Image.Image, height: int, width: int) -> np.ndarray:
         return np.asarray(pixels.resize((width, height), Image.Resampling.BILINEAR))
 
 
+def resize_array(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W, 3] to uint8 [height, width, 3], antialiased bilinear."""
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+
+
 class Normalise(nn.Module):
     """Pictures to zero mean and unit variance by ImageNet's (and SAM's) statistics."""
 

@@ -1,0 +1,266 @@
+"""Stage 2: finetune EfficientSAM on masks of SA-1B's layout, and measure it.
+
+accelerate launch finetune/train.py --config configs/finetune/efficient_sam_ti.yaml
+                                    [--group.field value ...]
+"""
+
+import contextlib
+import sys
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from finetune.data import DataConfig, Prompted
+from finetune.evaluation import EvalConfig, Pictures, evaluate
+from finetune.losses import LossConfig
+from finetune.model import DecoderConfig, EfficientSam, build_model, export_header, height_of
+from finetune.objective import Objective
+from finetune.pictures import draw_masks
+from finetune.prompts import PromptConfig
+from sami.core.checkpoint import write_weights
+from sami.core.config import load_config, require, to_dict
+from sami.core.exits import FINISHED, run_entry
+from sami.core.optim import OptimConfig, TrainConfig, poison
+from sami.core.order import Layout, Order
+from sami.core.run import Run, RunConfig, is_due
+from sami.core.shards import Shard, fingerprint
+from sami.core.state import State
+from sami.core.stream import Batches, open_data, take_up
+from sami.encoder import EncoderConfig
+
+SHOWN = 4  # pictures in a picture
+# What may change between two starts of one run; see sami/pretrain.py.
+FREE = {f"run.{item.name}" for item in fields(RunConfig) if item.name != "seed"} | {
+    "eval",
+    "data.workers",
+    "data.shards",
+    "data.val_shards",
+    "data.max_bad_fraction",
+    "encoder.checkpoint",
+    "decoder.checkpoint",
+    "train.micro_batch_size",
+    "train.checkpointing",
+    "train.compile",
+    "train.precision",
+    "train.max_bad_steps",
+}
+
+
+@dataclass
+class LengthConfig(TrainConfig):
+    """How long, and in which pieces.
+
+    Attributes:
+        checkpointing: recompute the encoder's blocks in the backward pass: less memory, more time.
+    """
+
+    checkpointing: bool = False
+
+
+@dataclass
+class FinetuneConfig:
+    """Stage 2: the encoder of stage 1 with SAM's mask decoder, trained together on SA-1B."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=4e-4,
+            base_batch=128,
+            betas=(0.9, 0.999),
+            weight_decay=0.1,
+            schedule="linear",
+            warmup=250,
+        )
+    )
+    train: LengthConfig = field(default_factory=lambda: LengthConfig(epochs=5, batch_size=128))
+
+
+def main(argv: list[str] | None = None) -> int:
+    cfg = load_config(FinetuneConfig, argv)
+    with Run(cfg.run, cfg.train.precision) as run:
+        return train(cfg, run)
+
+
+def train(cfg: FinetuneConfig, run: Run) -> int:
+    # ---- What it is trained on
+    sources, held_out = open_data(cfg.data, run)
+    order = Order(
+        sources,
+        fields=Prompted.fields,
+        batch_size=cfg.train.batch_size,
+        seed=cfg.run.seed,
+        buffer_bytes=cfg.data.shuffle_mb * 1_000_000,
+        epoch_samples=cfg.data.epoch_samples,
+    )
+    require(
+        order.steps_per_epoch > 0,
+        f"data.shards hold {order.samples} pictures, less than one train.batch_size of "
+        f"{cfg.train.batch_size}; lower it or give more shards",
+    )
+    layout = Layout(
+        batch_size=cfg.train.batch_size,
+        micro_batch_size=cfg.train.micro_batch(run.processes),
+        processes=run.processes,
+        workers=max(1, cfg.data.workers),
+    )
+    steps = cfg.train.total_steps(order.steps_per_epoch)
+
+    # ---- What is trained
+    model = build_model(
+        cfg.encoder, cfg.decoder, cfg.data.image_size, cfg.data.resize, cfg.train.checkpointing
+    )
+    objective = Objective(model, cfg.loss, cfg.prompt).to(run.device)
+    depth = model.shape.depth
+    state = State(objective, cfg.optim, cfg.train, run, lambda name: height_of(name, depth))
+    samples = Prompted.of(cfg.data, cfg.prompt, model.shape.mask_size, cfg.run.seed)
+    facts = {
+        "data": {
+            "pictures": order.samples,
+            "fingerprint": fingerprint(sources),
+            "weights": [source.weight for source in sources],
+        }
+    }
+
+    # ---- Where training stands
+    identity = {"config": to_dict(cfg), "facts": facts}
+    step, legs = state.resume(identity, FREE)
+    if step == steps and run.is_finished():
+        run.say(f"{run.dir} is finished; start another with --run.dir, or delete the folder")
+        return FINISHED
+    run.begin(cfg, step, facts)
+    legs = take_up(run, order, layout, step, legs)
+    announce(cfg, run, order, layout, steps, step, model)
+    if cfg.train.compile:
+        model.image_encoder = torch.compile(model.image_encoder)
+    wrapped = run.accelerator.prepare(objective)
+    batches = Batches(
+        order, samples, legs, rank=run.rank, step=step, workers=cfg.data.workers, device=run.device
+    )
+
+    while step < steps:
+        # ---- One optimizer step
+        state.begin_step(step, steps)
+        run.seed_step(step)
+        for part in range(layout.micro_batches_per_step):
+            with state.clock.wait():
+                batch, bad = next(batches)
+            state.note_bad(bad)
+            batch = batch.to(run.device)
+            last_part = part == layout.micro_batches_per_step - 1
+            with contextlib.nullcontext() if last_part else run.accelerator.no_sync(wrapped):
+                losses = wrapped(batch)
+                run.accelerator.backward(poison(losses["loss"]) / layout.micro_batches_per_step)
+            for name, value in losses.items():
+                state.window.add(name, value)
+        state.update()
+        step += 1
+
+        # ---- What is due after it
+        last = step == steps
+        measure = bool(held_out) and is_due(step, cfg.eval.every or steps, last)
+        if is_due(step, cfg.run.log_every, last) or measure:
+            record = state.read_metrics(step)
+            if measure:
+                with state.averaged():
+                    measures = evaluate(run, model, held_out, cfg.eval, cfg.data.workers)
+                record.update({f"val_{name}": value for name, value in measures.items()})
+            run.record(step, steps, record)
+        whole = step % order.steps_per_epoch == 0
+        if is_due(step, cfg.run.log_every, last or whole):
+            state.stop_if_hopeless(step, cfg.data.max_bad_fraction, whole)
+        run.advance(step, steps)
+        state.clock.pause()
+        if is_due(step, cfg.run.picture_every, last):
+            with state.averaged():
+                draw(run, model, held_out or order.shards, step)
+        stop, by_clock = run.stop_and_save()
+        if is_due(step, cfg.run.save_every, last) or by_clock or stop:
+            state.save(step, identity, batches.position(step))
+            if stop and not last:
+                return run.leave_asked(step, **state.bad_summary())
+
+    # ---- What is left behind
+    finish(cfg, run, steps, model, state)
+    return FINISHED
+
+
+def draw(run: Run, model: EfficientSam, shards: list[Shard], step: int) -> None:
+    """Masks by box and by click on a few pictures, as ``pictures/masks-<step>.png``; rank 0."""
+    if not run.is_main:
+        return
+    positions = range(min(SHOWN, sum(shard.count for shard in shards)))
+    path = run.dir / "pictures" / f"masks-{step:07d}.png"
+    shown = list(Pictures(shards, model, positions, masks=8, seed=0))
+    if shown:
+        model.eval()
+        with run.accelerator.autocast():
+            draw_masks(path, model, shown, run.device, f"{run.dir.name}, step {step}")
+        model.train()
+        run.picture(path, step)
+
+
+def announce(
+    cfg: FinetuneConfig,
+    run: Run,
+    order: Order,
+    layout: Layout,
+    steps: int,
+    step: int,
+    model: EfficientSam,
+) -> None:
+    """Say what is about to happen."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    run.say(
+        f"{run.dir}: {cfg.encoder.name}, {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M "
+        f"trained, on {order.samples} pictures, {order.steps_per_epoch} steps an epoch, {steps} "
+        f"steps, now at {step}"
+    )
+    run.say(
+        f"{run.processes} process(es) on {run.device.type}, {'bf16' if run.bf16 else 'fp32'}, "
+        f"batch {cfg.train.batch_size} = {run.processes} x {layout.micro_batch_size} x "
+        f"{layout.micro_batches_per_step}, {torch.get_num_threads()} thread(s) each"
+    )
+    start = cfg.encoder.checkpoint or "random weights"
+    decoder = cfg.decoder.checkpoint or "random weights"
+    run.say(f"encoder from {start}, decoder from {decoder}")
+    modules = sorted({name.rpartition(".")[0] for name in frozen})
+    run.say(f"never trained: {', '.join(modules)}")
+    if not cfg.data.val_shards:
+        run.say("no data.val_shards: nothing will be measured")
+
+
+def finish(cfg: FinetuneConfig, run: Run, steps: int, model: EfficientSam, state: State) -> None:
+    """Export the model and close the summary."""
+    bad = state.bad_summary()
+    if not run.is_main:
+        return
+    weights = "last" if state.ema is None else "ema"
+    with state.averaged():
+        header = export_header(model, weights=weights, training={"steps": steps})
+        write_weights(run.dir / "model.safetensors", model.state_dict(), header)
+    final = next((line for line in reversed(run.metrics.read()) if line["step"] == steps), {})
+    held_out = {k.removeprefix("val_"): v for k, v in final.items() if k.startswith("val_")}
+    run.summarise(
+        status="finished",
+        exit_code=FINISHED,
+        steps=steps,
+        loss=final.get("loss"),
+        weights=weights,
+        evaluation=held_out or None,
+        **bad,
+    )
+    if bad["bad_samples"]:
+        run.say(f"bad samples: {bad['bad_samples']}")
+    run.say(f"finished: {run.dir}/model.safetensors, metrics.jsonl and pictures/ beside it")
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))
