@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -37,6 +38,7 @@ def draw_masks(
             axis.set_title(columns[number], fontsize=9)
             if number:
                 _draw_prompts(axis, judged, number - 1, scale)
+                axis.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
     figure.suptitle(title)
     figure.savefig(path, dpi=80)
 
@@ -59,7 +61,7 @@ def overlay(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
     return result.round().astype(np.uint8)
 
 
-def _draw_prompts(axis, judged: Judged, protocol: int, scale: float) -> None:
+def _draw_prompts(axis: Axes, judged: Judged, protocol: int, scale: float) -> None:
     for points, labels in zip(judged.points[protocol], judged.labels[protocol], strict=True):
         used = (points[labels >= 0] * scale).numpy()
         if (labels == 2).any():

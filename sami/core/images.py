@@ -96,8 +96,10 @@ def resize_stored(image: Image.Image, height: int, width: int) -> np.ndarray:
         uint8 [height, width, 3]; antialiased bilinear.
 
     Raises:
-        BadSample: the picture is damaged.
+        BadSample: the picture is damaged, or a TIFF with an orientation.
     """
+    if image.format == "TIFF" and _exif_orientation(image) != 1:
+        raise BadSample("turned TIFF")  # Pillow never gives it as it is stored
     with _decoding("damaged picture"):
         _draft(image, width, height)
         pixels = _to_rgb(image)
@@ -153,6 +155,11 @@ def _decoding(reason: str) -> Iterator[None]:
 
 
 def _orientation(image: Image.Image) -> int:
+    """How the decoded picture is still to be turned: Pillow turns a TIFF itself, and its size."""
+    return 1 if image.format == "TIFF" else _exif_orientation(image)
+
+
+def _exif_orientation(image: Image.Image) -> int:
     with _decoding("damaged picture"):
         return image.getexif().get(0x0112, 1)
 

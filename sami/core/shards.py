@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import webdataset as wds
@@ -32,6 +33,9 @@ PICTURE = "picture"
 FIELDS = (PICTURE, "json", "cls", "teacher.npz")  # the columns of an index
 EXTENSIONS = dict.fromkeys(IMAGE_EXTENSIONS, PICTURE) | {name: name for name in FIELDS[1:]}
 BLOCK = tarfile.BLOCKSIZE  # a member's header, just before its data
+MAX_MEMBER = 1 << 48  # bytes; positions behind it stay far below what seeking can take
+EXTENDED_HEADERS = (b"L", b"K", b"x", b"g", b"X")  # long names and the like
+MAX_EXTENDED = 1 << 20  # bytes
 UNREADABLE = (tarfile.TarError, OSError, EOFError, zlib.error)
 DAMAGED_INDEX = (OSError, ValueError, KeyError, zlib.error, zipfile.BadZipFile)
 SHOWN_NOTES = 10
@@ -48,8 +52,20 @@ class Shard:
     digest: str
 
     def members(self) -> "Members":
-        """Where its samples lie."""
-        return Members.load(self.index)
+        """Where its samples lie.
+
+        Raises:
+            UserError: the index is gone or damaged.
+        """
+        try:
+            return Members.load(self.index)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.index}, the index of {self.url}, is gone; bring back what was taken away "
+                "and start again"
+            ) from error
+        except DAMAGED_INDEX as error:
+            raise UserError(f"{self.index} is damaged; delete it and start again") from error
 
 
 @dataclass
@@ -245,7 +261,8 @@ def scan(url: str) -> Members:
     seekable = not is_url(url)
     try:
         with wds.gopen(url) as stream:
-            with tarfile.open(fileobj=stream, mode="r:*" if seekable else "r|*") as tar:
+            mode = "r:*" if seekable else "r|*"
+            with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Header) as tar:
                 seekable = seekable and tar.fileobj is stream  # not so if it is decompressed
                 for member in tar:
                     tar.members = []  # tarfile would keep them all
@@ -258,6 +275,11 @@ def scan(url: str) -> Members:
                         twice.append(member.name)
                     else:
                         row[named[1]] = (member.offset_data, member.size)
+                if _anything_left(tar.fileobj):
+                    notes.append(
+                        f"goes on after the mark that ends a tar, at byte {tar.offset}; nothing "
+                        "behind it counts; fetch it again or write it as one tar"
+                    )
     except UNREADABLE as error:
         words = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(":")
         if isinstance(error, OSError) and not rows:
@@ -289,10 +311,7 @@ def read_samples(shard: Shard, rows: np.ndarray, fields: tuple[str, ...]) -> Ite
 
     What cannot be read comes as a sample without parts, so that positions never shift.
     """
-    try:
-        members = shard.members()
-    except DAMAGED_INDEX as error:
-        raise UserError(f"{shard.index} is damaged; delete it and start again") from error
+    members = shard.members()
     read = _read_seeking if members.seekable else _read_through
     yield from read(shard, members, rows, [FIELDS.index(name) for name in fields])
 
@@ -339,6 +358,8 @@ def _read_seeking(
                 for column in columns:
                     start, size = int(members.starts[row, column]), int(members.sizes[row, column])
                     if start >= 0:
+                        if start + size > os.fstat(stream.fileno()).st_size:
+                            raise BadSample("cut off in shard")  # not after making room for it
                         stream.seek(start - BLOCK)
                         parts[FIELDS[column]] = _checked(stream.read(BLOCK + size), size)
             except OSError:
@@ -390,6 +411,40 @@ def _read_through(
         yield RawSample(
             _key(shard, members, row), parts[row] if whole else {}, "" if whole else reason
         )
+
+
+class _Header(tarfile.TarInfo):
+    """A header that must be whole: tarfile takes a damaged one for the end, without a word.
+
+    It also believes any size: a negative one sends it round in circles, a huge one overflows.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+        return cls._plausible(super().frombuf(buf, encoding, errors))
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Header":
+        try:
+            return cls._plausible(super().fromtarfile(tar))
+        except tarfile.EOFHeaderError:  # the mark that ends a tar
+            raise
+        except tarfile.EmptyHeaderError as error:
+            raise tarfile.ReadError("no end mark") from error
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+    @staticmethod
+    def _plausible(header: "_Header") -> "_Header":
+        extended = header.type in EXTENDED_HEADERS  # tarfile reads these into memory
+        if not 0 <= header.size < (MAX_EXTENDED if extended else MAX_MEMBER):
+            raise tarfile.InvalidHeaderError(f"a size of {header.size} bytes")
+        return header
+
+
+def _anything_left(stream: BinaryIO) -> bool:
+    """Whether there is more than padding up to the end of a stream."""
+    return any(block.strip(b"\0") for block in iter(lambda: stream.read(1 << 20), b""))
 
 
 def _checked(data: bytes, size: int) -> bytes:

@@ -336,6 +336,7 @@ def make_loader(dataset: IterableDataset, workers: int, device: torch.device) ->
         collate_fn=_as_it_is,
         num_workers=workers,
         worker_init_fn=_heed_the_parent_alone if workers else None,
+        generator=torch.Generator(),  # or it would draw from the one that a step has seeded
         pin_memory=device.type == "cuda",
     )
 

@@ -1,0 +1,160 @@
+"""Stage 2 as it is run: it learns, is killed and goes on, with one process and with two."""
+
+import json
+
+import pytest
+import torch
+
+from finetune.model import load_model
+from tests.runs import ROOT, kill, numbers, run, start, summary
+from tests.runs import command as stage1
+from tests.test_processes import launch, wait_for_step
+from tests.test_toy_shards import draw
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    done = draw(tmp_path_factory.mktemp("scenes"), "--shards", "3", "--pictures", "22")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(": ")[-1].strip()
+
+
+def arguments(folder, shards, **more):
+    options = {
+        "run.dir": folder,
+        "run.log_every": 1,
+        "run.save_every": 3,
+        "run.picture_every": 0,
+        "data.shards": shards,
+        "data.workers": 0,
+        "data.image_size": 64,
+        "data.masks_per_image": 4,
+        "encoder.name": "custom",
+        "encoder.width": 32,
+        "encoder.patch_size": 8,
+        "eval.samples": 3,
+        "optim.warmup": 2,
+        "train.steps": 8,
+        "train.batch_size": 4,
+        **more,
+    }
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+def command(words):
+    first, _, *rest = stage1(words)
+    return [first, str(ROOT / "finetune/train.py"), *rest]
+
+
+def test_run_folder(shards, tmp_path):
+    options = {"data.val_shards": shards, "eval.every": 4, "run.picture_every": 8, "optim.ema": 0.5}
+    done = run(command(arguments(tmp_path, shards, **options)))
+    assert done.returncode == 0, done.stderr
+    lines = numbers(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    names = {"loss", "lr", "iou", "loss_pixel", "loss_dice", "loss_iou", "grad_norm"}
+    assert names <= lines[0].keys()
+    assert {"val_miou_box", "val_miou_1_click", "val_miou_3_clicks"} <= lines[3].keys()
+    told = summary(tmp_path)
+    assert told["status"] == "finished" and told["evaluation"]["pictures"] == 3
+    assert told["weights"] == "ema" and "never trained: mask_decoder.output" in done.stdout
+    assert (tmp_path / "pictures" / "masks-0000008.png").exists()
+    model = load_model(tmp_path)
+    assert model.shape.image_size == 64 and not model.training
+
+
+@pytest.mark.timeout(400)
+def test_killed_and_stopped_it_goes_on_bit_for_bit(shards, tmp_path):
+    """With correction clicks, dropout and prefetching workers."""
+    options = {"prompt.corrections": 1, "decoder.dropout": 0.1, "data.workers": 1}
+    options |= {"train.steps": 14, "data.hflip": "true"}
+    whole = run(command(arguments(tmp_path / "whole", shards, **options)))
+    assert whole.returncode == 0, whole.stderr
+    words = command(arguments(tmp_path / "cut", shards, **options))
+    for step in (4, 8):
+        process = start(words)
+        wait_for_step(tmp_path / "cut", step, process)
+        kill(process)
+    assert run(words).returncode == 0
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    files = [tmp_path / name / "model.safetensors" for name in ("cut", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_accumulation_gives_the_losses_of_one_large_batch(shards, tmp_path):
+    for name, micro in (("one", 4), ("four", 1)):
+        words = arguments(tmp_path / name, shards, **{"train.micro_batch_size": micro})
+        assert run(command(words)).returncode == 0
+    one, four = (numbers(tmp_path / name) for name in ("one", "four"))
+    for a, b in zip(one, four, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_the_encoder_of_stage_one(shards, tmp_path):
+    options = {"run.dir": tmp_path / "sami", "data.shards": shards, "data.image_size": 64}
+    options |= {"data.workers": 0, "encoder.name": "custom", "encoder.width": 32}
+    options |= {"encoder.patch_size": 8, "target.kind": "pixels", "teacher.name": "none"}
+    options |= {"decoder.width": 32, "decoder.depth": 1, "decoder.heads": 2}
+    options |= {"train.steps": 2, "train.batch_size": 4, "run.picture_every": 0}
+    done = run(stage1([f"--{key}={value}" for key, value in options.items()]))
+    assert done.returncode == 0, done.stderr
+    more = {"encoder.checkpoint": tmp_path / "sami", "decoder.freeze": "encoder"}
+    done = run(command(arguments(tmp_path / "run", shards, **more, **{"train.steps": 1})))
+    assert done.returncode == 0, done.stderr
+    from sami.encoder import load_encoder
+
+    encoder, model = load_encoder(tmp_path / "sami"), load_model(tmp_path / "run")
+    assert torch.equal(
+        model.image_encoder.blocks[0].attn.qkv.weight, encoder.blocks[0].attn.qkv.weight
+    )
+    done = run(command(arguments(tmp_path / "b", shards, **more, **{"encoder.width": 64})))
+    assert done.returncode == 2 and "does not fit the configuration" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"prompt.boxes": 2}, "prompt.boxes 2.0 must be within 0..1"),
+        ({"prompt.clicks": 7}, "prompt.clicks 7 must be within 1..6"),
+        ({"data.masks_per_image": 0}, "data.masks_per_image 0"),
+        ({"data.image_size": 60}, "not divisible by encoder.patch_size 8"),
+        ({"encoder.checkpoint": "nowhere"}, "nowhere"),
+        ({"decoder.checkpoint": "nowhere.pth"}, "nowhere.pth"),
+        ({"loss.mask": "dice"}, "loss.mask must be one of focal, bce"),
+        ({"data.max_area": 0.00001}, "samples in a row are unusable"),
+    ],
+)
+def test_bad_input(words, says, shards, tmp_path):
+    done = run(command(arguments(tmp_path, shards, **words)))
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "config", sorted((ROOT / "configs/finetune").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_each_config_with_two_processes(shards, tmp_path, config):
+    """No parameter is without a gradient: DDP would stop at the second step."""
+    options = {"run.dir": tmp_path, "run.picture_every": 0, "data.shards": shards}
+    options |= {"data.val_shards": shards, "data.workers": 0, "data.image_size": 64}
+    options |= {"encoder.checkpoint": "null", "train.steps": 3, "train.batch_size": 4}
+    options |= {"eval.samples": 3, "optim.warmup": 1}
+    words = [f"--{key}={value}" for key, value in options.items()]
+    done = run(launch("cpu_2.yaml", "finetune/train.py", "--config", str(config), *words))
+    assert done.returncode == 0, done.stderr
+    told = summary(tmp_path)
+    assert told["steps"] == 3 and told["evaluation"]["pictures"] == 3
+    meta = json.loads((tmp_path / "checkpoints" / "step-3" / "meta.json").read_text())
+    assert len(meta["data"]["readers"]) == 2
+
+
+def test_it_learns(shards, tmp_path):
+    """The mask loss of a few scenes falls."""
+    options = {"train.steps": 60, "loss.mask": "bce", "optim.lr": 2e-3, "optim.base_batch": 4}
+    options |= {"optim.clip": 1, "run.save_every": 100}
+    done = run(command(arguments(tmp_path, shards, **options)))
+    assert done.returncode == 0, done.stderr
+    losses = [line["loss"] for line in numbers(tmp_path)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
