@@ -1,14 +1,37 @@
 """Set-up for all tests."""
 
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+
+from sami.core.exits import run_entry
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for tools.* and tests.*
 torch.set_num_threads(2)
+
+
+@pytest.fixture
+def in_process(capsys):
+    """Run an entry's main in this process: exit code, and what stood on stderr."""
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
+
+    def called(main: Callable[[list[str]], int], words: list[str]) -> tuple[int, str]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        code = run_entry(lambda: main(words))
+        return code, capsys.readouterr().err
+
+    yield called
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

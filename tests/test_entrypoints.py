@@ -4,17 +4,14 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
 from sami.core.config import load_config
-from sami.core.exits import run_entry
 from sami.encoder import load_encoder
 from sami.pretrain import PretrainConfig, main
 from tests.runs import ROOT, arguments, command, numbers, run, start, summary, write_shards
@@ -26,21 +23,9 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture
-def call(capsys):
+def call(in_process):
     """Run the entry in this process; returns exit code and what stood on stderr."""
-    handlers = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
-
-    def called(words: list[str]) -> tuple[int, str]:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        code = run_entry(lambda: main(words))
-        return code, capsys.readouterr().err
-
-    yield called
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return lambda words: in_process(main, words)
 
 
 def test_run_folder(shards, tmp_path, call):

@@ -14,6 +14,7 @@ from sami.core.images import (
     cut,
     open_image,
     patchify,
+    resize_stored,
     unpatchify,
     upright_size,
 )
@@ -107,6 +108,24 @@ def test_exif_orientation():
     (view,) = cut(image, (0, 0, 40, 60), [60], False)
     turned = np.asarray(Image.fromarray(np.rot90(picture, -1)).resize((60, 60), Image.BICUBIC))
     assert np.abs(view.astype(int) - turned).mean() < 2
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_tiff_is_turned_by_pillow(orientation):
+    """So it must not be taken to lie on its side still; as it is stored it cannot be had."""
+    picture = coordinates(60, 40)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture, "TIFF", exif=exif)
+    expected = np.rot90(picture, {3: 2, 6: -1}[orientation])
+    assert upright_size(open_image(data)) == expected.shape[1::-1]
+    (view,) = cut(open_image(data), (0, 0, 40, 40), [40], False)
+    assert np.array_equal(view, expected[:40, :40])
+    with pytest.raises(BadSample, match="turned TIFF"):
+        resize_stored(open_image(data), 20, 30)
+    exif[0x0112] = 1
+    stored = resize_stored(open_image(encode(picture, "TIFF", exif=exif)), 40, 60)
+    assert np.array_equal(stored, picture)
 
 
 def test_one_pixel():
