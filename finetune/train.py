@@ -122,6 +122,7 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
     facts = {
         "data": {
             "pictures": order.samples,
+            "shards": len(order.shards),
             "fingerprint": fingerprint(sources),
             "weights": [source.weight for source in sources],
         }

@@ -140,4 +140,7 @@ def measure(
     model.train()
     for tensor in sums.tensors():
         tensor.copy_(run.accelerator.reduce(tensor, "sum"))
+    unusable = len(positions) - int(sums.pictures)
+    if unusable:
+        run.say(f"{unusable} of {len(positions)} held-out pictures unusable")
     return sums.measures(model.loss_config.tokens)

@@ -131,6 +131,7 @@ def train(cfg: PretrainConfig, run: Run) -> int:
         "teacher": describe_teacher(cfg.teacher, teacher) if teacher and run.is_main else None,
         "data": {
             "pictures": order.samples,
+            "shards": len(order.shards),
             "fingerprint": fingerprint(sources),
             "weights": [source.weight for source in sources],
         },

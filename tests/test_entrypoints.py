@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from finetune.train import FinetuneConfig
 from sami.core.config import load_config
 from sami.encoder import load_encoder
 from sami.pretrain import PretrainConfig, main
@@ -326,17 +327,24 @@ def test_the_readme_says_what_works():
             assert (ROOT / script).exists(), line
         configs = [word for word in words if word.startswith("configs/")]
         assert all((ROOT / config).exists() for config in configs), line
-        if "sami/pretrain.py" in words:
-            load_config(PretrainConfig, words[words.index("sami/pretrain.py") + 1 :])
-            entries += 1
-        elif scripts and scripts[0].endswith(".py"):
+        for entry, kind in (
+            ("sami/pretrain.py", PretrainConfig),
+            ("finetune/train.py", FinetuneConfig),
+        ):
+            if entry in words:
+                load_config(kind, words[words.index(entry) + 1 :])
+                entries += 1
+                break
+        else:
+            if not scripts or not scripts[0].endswith(".py"):
+                continue
             text = subprocess.run(
                 command([])[:1] + [str(ROOT / scripts[0]), "--help"], capture_output=True, text=True
             )
             assert text.returncode == 0, text.stderr
             known = set(re.findall(r"--[a-z-]+", text.stdout))
             assert {word for word in words if word.startswith("--")} <= known, line
-    assert entries >= 2
+    assert entries >= 4
 
 
 def test_the_demo(tmp_path):
