@@ -201,7 +201,7 @@ def test_what_is_no_shard(tmp_path):
     ):
         with pytest.raises(UserError, match=f"{name}.tar {words}"):
             samples_of(tmp_path / f"{name}.tar", tmp_path)
-    with pytest.raises(UserError, match="pipe:false is not a readable tar|pipe:false cannot be"):
+    with pytest.raises(UserError, match=r"pipe:false .*(empty file|ended with 1\))"):
         samples_of("pipe:false", tmp_path)
 
 

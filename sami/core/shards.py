@@ -282,6 +282,8 @@ def scan(url: str) -> Members:
                     )
     except UNREADABLE as error:
         words = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(":")
+        ended = re.search(r"exit (\d+) \(read\)", words)  # webdataset's words are its whole call
+        words = f"the program that opens it ended with {ended[1]}" if ended else words
         if isinstance(error, OSError) and not rows:
             raise UserError(f"{url} cannot be read ({words}); mend it or leave it out") from error
         if not rows:
