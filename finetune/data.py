@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from finetune.losses import Targets
-from finetune.model import frame_of
 from finetune.prompts import BOX_NOISE_LIMIT, PromptConfig, as_box, as_clicks, noisy_box
 from finetune.rle import (
     Annotations,
@@ -22,6 +21,7 @@ from finetune.rle import (
     random_points,
 )
 from finetune.rle import sample as sample_runs
+from finetune.sam import frame_of
 from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.images import open_image, resize_stored

@@ -1,20 +1,31 @@
-"""mIoU of a model that segments: by box, by one click and by three (EfficientSAM, section 4.3).
+"""mIoU of a model that segments.
 
-Clicks are drawn uniformly in the mask, a box is the mask's tight one; of the three masks the one
-with the highest predicted IoU is scored, at the picture's own size.
+By box and by clicks drawn in the mask (EfficientSAM, section 4.3), and by clicks on what is still
+wrong, the centre first (Segment Anything, section 7.1 and appendix D.1).
+
+A box is the mask's tight one. Masks are compared at the picture's own size. Scored are the mask
+that the model itself thinks best, and the oracle, the best of three against the truth.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from scipy.ndimage import distance_transform_edt
 from torch.utils.data import IterableDataset, get_worker_info
 
 from finetune.losses import mask_iou
-from finetune.model import EfficientSam
-from finetune.prompts import as_box, as_clicks
+from finetune.prompt_encoder import (
+    BACKGROUND,
+    BOTTOM_RIGHT,
+    FOREGROUND,
+    PADDING,
+    TOP_LEFT,
+)
 from finetune.rle import area, box, decode_counts, parse_annotations, random_points
+from finetune.sam import ModelShape, Sam
 from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.images import open_image, resize_stored
@@ -23,8 +34,9 @@ from sami.core.run import Run
 from sami.core.shards import PICTURE, RawSample, Shard, read_range
 from sami.core.stream import make_loader
 
-PROTOCOLS = ("box", "1 click", "3 clicks")
-AT_ONCE = 16  # masks of a picture that are brought to its size together
+CHOICES = ("predicted", "oracle")  # which of three masks is scored
+DECODED_AT_ONCE = 64  # prompts of a picture
+PIXELS_AT_ONCE = 2**25  # of masks that are compared together
 
 
 @dataclass
@@ -47,92 +59,185 @@ class EvalConfig:
         require(self.masks > 0, f"eval.masks {self.masks} must be positive, such as 64")
 
 
+@dataclass(frozen=True)
+class Prompting:
+    """How each object is prompted.
+
+    Attributes:
+        kind: box; random, clicks drawn uniformly in the mask; centre, a click farthest from the
+            mask's boundary, and each later one likewise in what is still wrong.
+        clicks: how many.
+        draw: which of a picture's random draws. Fewer clicks are the first of more.
+    """
+
+    kind: Literal["box", "random", "centre"]
+    clicks: int = 0
+    draw: int = 0
+
+    @property
+    def name(self) -> str:
+        """As tables say it."""
+        if self.kind == "box":
+            return "box"
+        clicks = f"{self.clicks} click" + "s" * (self.clicks > 1)
+        return clicks if self.kind == "random" else f"{clicks}, centre first"
+
+    @staticmethod
+    def parse(word: str, seeds: int) -> list["Prompting"]:
+        """``box``, ``3`` (random clicks, in ``seeds`` draws) or ``centre-3``.
+
+        Raises:
+            ValueError: none of them.
+        """
+        if word == "box":
+            return [Prompting("box")]
+        kind, number = ("centre", word[7:]) if word.startswith("centre-") else ("random", word)
+        if not number.isdecimal() or int(number) < 1:
+            raise ValueError(word)
+        draws = seeds if kind == "random" else 1
+        return [Prompting(kind, int(number), draw) for draw in range(draws)]
+
+
+PROMPTINGS = (Prompting("box"), Prompting("random", 1), Prompting("random", 3))  # while training
+
+
 @dataclass
 class Judged:
     """A picture to be evaluated on, with K objects.
 
-    ``image`` uint8 [3, h, w], within the model's input; ``size`` the picture's own; ``ends`` the
-    run ends of its masks; ``points`` [protocols, K, 6, 2] in pixels of the picture, and ``labels``
-    [protocols, K, 6].
+    ``image`` uint8 [3, h, w], within the model's input; ``size`` the picture's own height and
+    width; ``ends`` the run ends of its masks. In pixels of the picture: ``boxes`` [K, 4],
+    ``clicks`` [draws, K, P, 2], and ``centres`` [K, 2], NaN if they were not asked for.
     """
 
     key: str
     image: torch.Tensor
     size: tuple[int, int]
     ends: list[np.ndarray]
-    points: torch.Tensor
-    labels: torch.Tensor
+    boxes: torch.Tensor
+    clicks: torch.Tensor
+    centres: torch.Tensor
+
+    def prompts(self, prompting: Prompting) -> tuple[torch.Tensor, torch.Tensor]:
+        """Points [K, P, 2] and labels [K, P]; of ``centre`` the first click alone."""
+        if prompting.kind == "box":
+            points, label = self.boxes.view(-1, 2, 2), [TOP_LEFT, BOTTOM_RIGHT]
+        elif prompting.kind == "centre":
+            points, label = self.centres[:, None], [FOREGROUND]
+        else:
+            points = self.clicks[prompting.draw, :, : prompting.clicks]
+            label = [FOREGROUND] * prompting.clicks
+        return points, torch.tensor(label).expand(len(points), -1)
 
 
-def prompts_of(
-    ends: np.ndarray, height: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """An object's prompts in the order of PROTOCOLS: points [3, 6, 2] and labels [3, 6]."""
-    corners = np.array(box(ends, height), float).reshape(2, 2)
-    clicks = random_points(ends, height, 3, rng)
-    prompts = [as_box(corners), as_clicks(clicks[:1]), as_clicks(clicks)]
-    points, labels = zip(*prompts, strict=True)
-    return np.stack(points), np.stack(labels)
+class Source(Protocol):
+    """Where encoded samples come from, in fixed order."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, number: int, of: int) -> Iterator[RawSample]:
+        """Every ``of``-th part of them, or the like: each sample is in one part."""
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """Some samples of shards."""
+
+    shards: list[Shard]
+    positions: range
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def read(self, number: int, of: int) -> Iterator[RawSample]:
+        yield from read_range(self.shards, deal(self.positions, number, of), (PICTURE, "json"))
 
 
 class Pictures(IterableDataset):
-    """The held-out pictures of one rank, in fixed order; those that cannot be used are left out."""
+    """Pictures with their objects and prompts; those that cannot be used are left out."""
 
     def __init__(
-        self, shards: list[Shard], model: EfficientSam, positions: range, masks: int, seed: int
+        self,
+        source: Source,
+        shape: ModelShape,
+        promptings: tuple[Prompting, ...] = PROMPTINGS,
+        masks: int | None = None,
+        seed: int = 0,
     ) -> None:
-        """``masks``: at most so many of a picture, drawn with ``seed``."""
-        self.shards, self.shape, self.positions = shards, model.shape, positions
-        self.masks, self.seed = masks, seed
+        """``masks``: at most so many of a picture, drawn with ``seed``; None for all."""
+        self.source, self.shape, self.masks, self.seed = source, shape, masks, seed
+        random = [prompting for prompting in promptings if prompting.kind == "random"]
+        self.draws = max((prompting.draw + 1 for prompting in random), default=1)
+        self.clicks = max((prompting.clicks for prompting in random), default=1)
+        self.centres = any(prompting.kind == "centre" for prompting in promptings)
 
     def __iter__(self) -> Iterator[Judged]:
         info = get_worker_info()
         number, of = (0, 1) if info is None else (info.id, info.num_workers)
-        positions = deal(self.positions, number, of)
-        for sample in read_range(self.shards, positions, (PICTURE, "json")):
+        for sample in self.source.read(number, of):
             try:
                 yield self._judged(sample)
             except BadSample:
                 continue
 
     def _judged(self, sample: RawSample) -> Judged:
-        rng = sample_rng(self.seed, -1, sample.key)
         image, told = open_image(sample.part(PICTURE)), parse_annotations(sample.part("json"))
         size = (told.height, told.width)
         if image.size != size[::-1]:
             raise BadSample("annotation of another picture size")
-        ends, prompts = [], []
+        rng = sample_rng(self.seed, -1, sample.key)
+        ends = []
         for number in rng.permutation(len(told.masks)):
             found = decode_counts(told.masks[number].counts, *size)
             if area(found) > 0:
                 ends.append(found)
-                prompts.append(prompts_of(found, size[0], rng))
             if len(ends) == self.masks:
                 break
         if not ends:
             raise BadSample("no usable mask")
-        points, labels = (np.stack(column, 1) for column in zip(*prompts, strict=True))
+        clicks = []
+        for draw in range(self.draws):
+            rng = sample_rng(self.seed, -2 - draw, sample.key)
+            clicks.append([random_points(e, size[0], self.clicks, rng) for e in ends])
+        centres = np.full((len(ends), 2), np.nan)
+        if self.centres:
+            centres = np.array([centre_of(paint(e, *size)) for e in ends], float)
         picture = resize_stored(image, *self.shape.frame(*size)).transpose(2, 0, 1)
         return Judged(
             sample.key,
             torch.from_numpy(np.ascontiguousarray(picture)),
             size,
             ends,
-            torch.from_numpy(points),
-            torch.from_numpy(labels),
+            torch.tensor([box(e, size[0]) for e in ends], dtype=torch.float32),
+            torch.from_numpy(np.array(clicks, np.float32)),
+            torch.from_numpy(centres.astype(np.float32)),
         )
+
+
+def centre_of(region: np.ndarray) -> tuple[int, int] | None:
+    """The pixel x, y of a region, bool [H, W], that is farthest from what is not; None if empty.
+
+    What lies outside of the picture is not of the region (Segment Anything, appendix D.1).
+    """
+    rows, columns = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
+    if len(rows) == 0:
+        return None
+    top, left = rows[0], columns[0]
+    around = np.pad(region[top : rows[-1] + 1, left : columns[-1] + 1], 1)
+    y, x = np.unravel_index(distance_transform_edt(around).argmax(), around.shape)
+    return int(x + left - 1), int(y + top - 1)
 
 
 @torch.no_grad()
 def evaluate(
     run: Run,
-    model: EfficientSam,
+    model: Sam,
     shards: list[Shard],
     config: EvalConfig,
     workers: int,
     seed: int = 0,
 ) -> dict[str, float | None]:
-    """Mean IoU over objects by protocol, the same on all ranks. Collective.
+    """Mean IoU over objects by PROMPTINGS, the same on all ranks. Collective.
 
     Args:
         model: unwrapped.
@@ -142,63 +247,141 @@ def evaluate(
         nothing could be measured.
     """
     positions = range(min(config.samples, sum(shard.count for shard in shards)))
-    mine = deal(positions, run.rank, run.processes)
-    dataset = Pictures(shards, model, mine, config.masks, seed)
-    sums = torch.zeros(len(PROTOCOLS) + 2, dtype=torch.float64, device=run.device)
+    source = ShardSource(shards, deal(positions, run.rank, run.processes))
+    dataset = Pictures(source, model.shape, PROMPTINGS, config.masks, seed)
+    sums = torch.zeros(len(PROMPTINGS) + 2, dtype=torch.float64, device=run.device)
     model.eval()
     for judged in make_loader(dataset, workers, run.device):
         with run.accelerator.autocast():
-            iou = score(model, judged, run.device)
+            iou = score(model, judged, run.device, PROMPTINGS, CHOICES[:1])[:, 0]
         sums += torch.cat([iou.sum(1), iou.new_tensor([1, iou.shape[1]])])
     model.train()
     *totals, pictures, objects = run.accelerator.reduce(sums, "sum").tolist()
     if pictures < len(positions):
         run.say(f"{len(positions) - int(pictures)} of {len(positions)} held-out pictures unusable")
-    names = [f"miou_{name.replace(' ', '_')}" for name in PROTOCOLS]
+    names = [f"miou_{prompting.name.replace(' ', '_')}" for prompting in PROMPTINGS]
     means = {
         n: total / objects if objects else None for n, total in zip(names, totals, strict=True)
     }
     return means | {"pictures": pictures, "objects": objects}
 
 
-def score(model: EfficientSam, judged: Judged, device: torch.device) -> torch.Tensor:
-    """IoU of each object by protocol, fp64 [protocols, K], at the picture's size."""
-    height, width = judged.size
+@torch.no_grad()
+def score(
+    model: Sam,
+    judged: Judged,
+    device: torch.device,
+    promptings: tuple[Prompting, ...],
+    choices: tuple[str, ...] = CHOICES,
+) -> torch.Tensor:
+    """IoU of each object, fp64 [promptings, choices, K] on the device, at the picture's size.
+
+    Of ``centre`` promptings of several lengths each is begun anew.
+    """
     embedding = model.get_image_embeddings(judged.image.to(device)[None])
-    rows = []
-    for protocol in range(len(PROTOCOLS)):
+    height, width = judged.size
+    step = max(1, PIXELS_AT_ONCE // (3 * height * width))
+    table = []
+    for prompting in promptings:
         found = []
-        for start in range(0, len(judged.ends), AT_ONCE):
-            part = slice(start, start + AT_ONCE)
-            truth = torch.stack([paint(ends, height, width) for ends in judged.ends[part]])
-            masks = _predict(model, embedding, judged, protocol, part)
-            found.append(mask_iou(masks, truth.to(device)).double())
-        rows.append(torch.cat(found))
-    return torch.stack(rows)
+        for part in _parts(len(judged.ends), DECODED_AT_ONCE):
+            logits, best = _decode(model, embedding, judged, prompting, part)
+            for inner in _parts(len(logits), step):
+                ends = judged.ends[part][inner]
+                truth = torch.stack([torch.from_numpy(paint(e, height, width)) for e in ends])
+                truth = truth.to(device)[:, None]
+                rows = []
+                for choice in choices:
+                    masks = logits[inner, 1:]
+                    if choice == "predicted":
+                        masks = logits[inner].take_along_dim(best[inner, None, None, None], 1)
+                    iou = mask_iou(_at_full_size(model, masks, judged.size), truth)
+                    rows.append(iou.double().max(1).values)
+                found.append(torch.stack(rows))
+        table.append(torch.cat(found, 1))
+    return torch.stack(table)
 
 
 @torch.no_grad()
 def masks_of(
-    model: EfficientSam, judged: Judged, device: torch.device, protocol: int
+    model: Sam, judged: Judged, device: torch.device, prompting: Prompting
 ) -> torch.Tensor:
-    """The masks of all objects by one of PROTOCOLS, bool [K, H, W] on the CPU."""
+    """The masks that the model thinks best, of all objects, bool [K, H, W] on the CPU."""
     embedding = model.get_image_embeddings(judged.image.to(device)[None])
-    return _predict(model, embedding, judged, protocol, slice(None)).cpu()
+    logits, best = _decode(model, embedding, judged, prompting, slice(None))
+    chosen = logits.take_along_dim(best[:, None, None, None], 1)
+    return torch.cat([_at_full_size(model, c[None], judged.size)[0].cpu() for c in chosen])
 
 
-def _predict(
-    model: EfficientSam, embedding: torch.Tensor, judged: Judged, protocol: int, part: slice
-) -> torch.Tensor:
-    """Of three masks the one with the highest predicted IoU, bool [K, H, W]."""
-    points = judged.points[protocol, part].to(embedding.device)
-    labels = judged.labels[protocol, part].to(embedding.device)
-    logits, iou = model.predict_masks(embedding, points[None], labels[None], True, *judged.size)
-    best = iou.argmax(2, keepdim=True)[..., None, None]
-    chosen = logits.take_along_dim(best, 2).float()
-    return model.resize_logits(chosen, judged.size, judged.size)[0, :, 0] > 0
+def _decode(
+    model: Sam, embedding: torch.Tensor, judged: Judged, prompting: Prompting, part: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All four masks' logits [K, 4, 4h, 4w], and the number [K] of the one thought best.
+
+    Of ``centre`` with several clicks: after the last one. SAM's own decoder is given the mask of
+    the click before; EfficientSAM, which knows no background, only clicks where it missed.
+    """
+    points, labels = (x[part].to(embedding.device) for x in judged.prompts(prompting))
+    logits, best = _ask(model, embedding, judged.size, points, labels)
+    for _ in range(prompting.clicks - 1 if prompting.kind == "centre" else 0):
+        points, labels = _correct(model, logits, best, judged, part, points, labels)
+        earlier = logits.take_along_dim(best[:, None, None, None], 1)[None, :, 0]
+        earlier = earlier if model.takes_background else None
+        logits, best = _ask(model, embedding, judged.size, points, labels, earlier)
+    return logits, best
 
 
-def paint(ends: np.ndarray, height: int, width: int) -> torch.Tensor:
+def _ask(
+    model: Sam,
+    embedding: torch.Tensor,
+    size: tuple[int, int],
+    points: torch.Tensor,
+    labels: torch.Tensor,
+    earlier: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One pass of the decoder for prompts [K, P, 2] and [K, P]; see :func:`_decode`."""
+    logits, iou = model.predict_all(embedding, points[None], labels[None], *size, earlier)
+    best = iou.float().masked_fill(~model.asked(labels[None]), -torch.inf).argmax(2)
+    return logits[0].float(), best[0]
+
+
+def _correct(
+    model: Sam,
+    logits: torch.Tensor,
+    best: torch.Tensor,
+    judged: Judged,
+    part: slice,
+    points: torch.Tensor,
+    labels: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts [K, P, 2] and [K, P] with one more click, in the middle of what is wrong."""
+    clicks, kinds = [], []
+    for ends, masks, number in zip(judged.ends[part], logits, best, strict=True):
+        truth = paint(ends, *judged.size)
+        mask = _at_full_size(model, masks[None, number, None], judged.size)[0, 0].cpu().numpy()
+        wrong = truth != mask if model.takes_background else truth & ~mask
+        place = centre_of(wrong)
+        clicks.append(place or (-1, -1))
+        kinds.append(PADDING if place is None else FOREGROUND if truth[place[::-1]] else BACKGROUND)
+    more = torch.tensor(clicks, dtype=points.dtype, device=points.device)
+    more_labels = torch.tensor(kinds, dtype=labels.dtype, device=points.device)
+    return (
+        torch.cat([points, more[:, None]], 1),
+        torch.cat([labels, more_labels[:, None]], 1),
+    )
+
+
+def _at_full_size(model: Sam, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Logits [K, M, 4h, 4w] to bool masks [K, M, H, W]."""
+    return model.resize_logits(logits.float()[None], size, size)[0] > 0
+
+
+def _parts(count: int, most: int) -> Iterator[slice]:
+    for start in range(0, count, most):
+        yield slice(start, start + most)
+
+
+def paint(ends: np.ndarray, height: int, width: int) -> np.ndarray:
     """A whole mask of its run ends, bool [H, W]."""
     inside = np.repeat(np.arange(len(ends)) % 2 == 1, np.diff(ends, prepend=0))
-    return torch.from_numpy(inside.reshape(width, height).T.copy())
+    return inside.reshape(width, height).T.copy()

@@ -1,7 +1,7 @@
 """What stage 2 minimises (Segment Anything, appendix A): focal and dice 20 : 1, and IoU by MSE.
 
-Of the three masks of a prompt only the one with the lowest mask loss is trained; the IoU head is
-trained on all three. The mean is over the objects of a picture and then over pictures, so that a
+Of the masks of a prompt only the one with the lowest mask loss is trained; the IoU head is trained
+on all of them. The mean is over the objects of a picture and then over pictures, so that a
 batch gives the same loss however it is cut into micro-batches.
 """
 
@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 from torch.nn import functional as F
+
+from sami.core.config import require
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss (Lin et al. 2017), as in SAM
 FOCAL_WEIGHT, DICE_WEIGHT = 20.0, 1.0
@@ -22,9 +24,24 @@ class LossConfig:
     Attributes:
         mask: focal, 20 : 1 with dice as in the paper; or bce, 1 : 1 with dice, which learns faster
             from scratch.
+        size: side in pixels of the masks that are compared; null for the decoder's own, a quarter
+            of the input's. Larger ones are what it predicts, brought there bilinearly.
+        iou: mse or l1, between predicted and true IoU.
+        iou_masks: all, the IoU head learns from every mask; chosen, from the trained one alone.
+        single_mask: train mask 0 too: it alone, where a prompt has more than one point or box.
     """
 
     mask: Literal["focal", "bce"] = "focal"
+    size: int | None = None
+    iou: Literal["mse", "l1"] = "mse"
+    iou_masks: Literal["all", "chosen"] = "all"
+    single_mask: bool = False
+
+    def check(self) -> None:
+        require(
+            self.size is None or self.size > 0,
+            f"loss.size {self.size} must be positive, such as 1024, or null",
+        )
 
 
 @dataclass
@@ -41,29 +58,39 @@ class Targets:
 
 
 def stage2_losses(
-    logits: torch.Tensor, iou: torch.Tensor, targets: Targets, kind: str
+    logits: torch.Tensor,
+    iou: torch.Tensor,
+    targets: Targets,
+    config: LossConfig,
+    asked: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """All losses of a batch, in fp32.
 
     Args:
         logits: [B, K, M, h, w].
         iou: predicted, [B, K, M].
-        kind: focal or bce.
+        asked: bool [B, K, M], which masks a prompt asks for; None for all. Others are not trained.
 
     Returns:
         0-dim tensors: ``loss``, its parts ``loss_pixel``, ``loss_dice`` and ``loss_iou``, and
         without gradients ``iou``, the trained masks' true IoU.
     """
-    truth = targets.masks.unsqueeze(2)
+    kind, truth = config.mask, targets.masks.unsqueeze(2)
     inside = None if targets.inside is None else targets.inside[:, None, None]
     with torch.no_grad():
         # In pieces: only what is chosen needs its intermediate results for the backward pass.
         pixel, dice = _per_mask(logits, truth, inside, kind)
-        chosen = (_weight(kind) * pixel + DICE_WEIGHT * dice).argmin(2, keepdim=True)
+        total = _weight(kind) * pixel + DICE_WEIGHT * dice
+        asked = torch.ones_like(total, dtype=torch.bool) if asked is None else asked
+        chosen = total.masked_fill(~asked, torch.inf).argmin(2, keepdim=True)
         true_iou = mask_iou(logits > 0, truth, inside)
     best = logits.take_along_dim(chosen[..., None, None], 2)
     pixel, dice = (part.squeeze(2) for part in _per_mask(best, truth, inside, kind))
-    score = (iou.float() - true_iou).square().mean(2)
+    score = (iou.float() - true_iou).abs() if config.iou == "l1" else (iou.float() - true_iou) ** 2
+    if config.iou_masks == "chosen":
+        score = score.gather(2, chosen).squeeze(2)
+    else:
+        score = torch.where(asked, score, 0.0).sum(2) / asked.sum(2)
     parts = {
         "loss": _weight(kind) * pixel + DICE_WEIGHT * dice + score,
         "loss_pixel": pixel.detach(),

@@ -14,7 +14,33 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from finetune.prompt_encoder import PromptEncoder, pad_points
+
 HEADS, MLP_WIDTH, DEPTH = 8, 2048, 2
+
+
+def predict(
+    prompt_encoder: PromptEncoder,
+    mask_decoder: "MaskDecoder",
+    embeddings: torch.Tensor,
+    points: torch.Tensor,
+    labels: torch.Tensor,
+    masks: None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All four masks of prompts; those of SAM's own head are in :mod:`finetune.sam_head`.
+
+    Args:
+        embeddings: of pictures, [B, C, h, w].
+        points: [B, Q, P, 2] in pixels of the model's square input; behind the sixth they are
+            dropped.
+        labels: [B, Q, P]: 1 click, 2 and 3 corners of a box, -1 none.
+        masks: None; this prompt encoder takes none.
+
+    Returns:
+        Logits [B, Q, 4, 4h, 4w] and predicted IoU [B, Q, 4].
+    """
+    tokens = prompt_encoder.embed(*pad_points(points, labels))
+    return mask_decoder.predict(embeddings, prompt_encoder.get_dense_pe(), tokens)
 
 
 class Attention(nn.Module):
@@ -126,9 +152,14 @@ class MaskDecoder(nn.Module):
 
     MASKS = 4
 
-    def __init__(self, width: int, dropout: float = 0.0) -> None:
-        """``dropout``: behind the tokens' attention and MLP, while training."""
+    def __init__(self, width: int, dropout: float = 0.0, single_mask: bool = False) -> None:
+        """
+        Args:
+            dropout: behind the tokens' attention and MLP, while training.
+            single_mask: whether mask 0 is trained.
+        """
         super().__init__()
+        self.single_mask = single_mask
         self.transformer = TwoWayTransformer(width, dropout)
         self.iou_token = nn.Embedding(1, width)
         self.mask_tokens = nn.Embedding(self.MASKS, width)
@@ -188,8 +219,8 @@ class MaskDecoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What segment_anything's predictor calls: prompts [Q, P, D] of one picture [1, D, h, w].
 
-        Without ``multimask_output`` it is the mask of 1..3 with the highest predicted IoU: mask 0
-        is not trained.
+        Without ``multimask_output`` it is mask 0 if that was trained, otherwise the mask of 1..3
+        with the highest predicted IoU.
 
         Returns:
             Logits [Q, 3 or 1, 4h, 4w] and predicted IoU [Q, 3 or 1].
@@ -197,8 +228,13 @@ class MaskDecoder(nn.Module):
         logits, iou = self.predict(
             image_embeddings, image_pe, sparse_prompt_embeddings.unsqueeze(0)
         )
+        if self.single_mask and not multimask_output:
+            return logits[0, :, :1], iou[0, :, :1]
         logits, iou = logits[0, :, 1:], iou[0, :, 1:]
-        if not multimask_output:
-            best = iou.argmax(1, keepdim=True)
-            logits, iou = logits.take_along_dim(best[..., None, None], 1), iou.gather(1, best)
-        return logits, iou
+        return (logits, iou) if multimask_output else best_of(logits, iou)
+
+
+def best_of(logits: torch.Tensor, iou: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of masks [Q, M, h, w] the one with the highest predicted IoU [Q, M]: [Q, 1, h, w], [Q, 1]."""
+    best = iou.argmax(1, keepdim=True)
+    return logits.take_along_dim(best[..., None, None], 1), iou.gather(1, best)

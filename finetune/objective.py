@@ -2,41 +2,73 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from finetune.data import Batch
 from finetune.losses import LossConfig, stage2_losses
-from finetune.model import EfficientSam
+from finetune.prompt_encoder import PADDING
 from finetune.prompts import PromptConfig, append_clicks, correction_clicks
+from finetune.sam import Sam
 
 
 class Objective(nn.Module):
     """First prompts, and rounds of correction clicks where they are asked for.
 
-    The loss is the mean over the rounds. Randomness (dropout, correction clicks) comes from
-    torch's default generator, which the loop seeds by the step.
+    The loss is the mean over the rounds. SAM's own decoder is also given the mask of the round
+    before, and clicks on what was wrongly taken for the object. Randomness (dropout, correction
+    clicks) comes from torch's default generator, which the loop seeds by the step.
     """
 
-    def __init__(self, model: EfficientSam, loss: LossConfig, prompt: PromptConfig) -> None:
+    def __init__(self, model: Sam, loss: LossConfig, prompt: PromptConfig) -> None:
         super().__init__()
         self.model, self.loss, self.prompt = model, loss, prompt
+        if self.model.takes_background and not prompt.corrections:
+            model.prompt_encoder.mask_downscaling.requires_grad_(False)  # no mask is ever given
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Losses of a batch on the device; see :func:`stage2_losses`."""
         points, labels, total = batch.points, batch.labels, {}
+        both = self.model.takes_background
+        if self.model.max_points is None:  # room for every click
+            more = self.prompt.corrections
+            points = F.pad(points, (0, 0, 0, more), value=-1.0)
+            labels = F.pad(labels, (0, more), value=PADDING)
         embeddings = self.model.get_image_embeddings(batch.images)
-        rounds = 1 + self.prompt.corrections
+        rounds, masks = 1 + self.prompt.corrections, None
         for turn in range(rounds):
-            logits, iou = self.model.predict_low_resolution(embeddings, points, labels)
-            logits, iou = logits[:, :, 1:], iou[:, :, 1:]
-            losses = stage2_losses(logits, iou, batch.targets, self.loss.mask)
+            logits, iou = self.model.predict_low_resolution(embeddings, points, labels, masks)
+            asked = self.model.asked(labels)
+            if not self.loss.single_mask:
+                logits, iou, asked = logits[:, :, 1:], iou[:, :, 1:], asked[:, :, 1:]
+            losses = stage2_losses(
+                resize(logits, batch.masks.shape[2]), iou, batch.targets, self.loss, asked
+            )
             for name, value in losses.items():
                 total[name] = total.get(name, 0.0) + value / rounds
             if turn + 1 < rounds:
-                best = iou.argmax(2, keepdim=True)[..., None, None]
-                chosen = logits.detach().take_along_dim(best, 2).squeeze(2)
+                best = iou.masked_fill(~asked, -torch.inf).argmax(2, keepdim=True)
+                chosen = logits.detach().take_along_dim(best[..., None, None], 2).squeeze(2)
                 size = self.model.shape.image_size
                 more = correction_clicks(
-                    chosen, batch.masks, size, background=False, inside=batch.inside
+                    resize(chosen, batch.masks.shape[2]),
+                    batch.masks,
+                    size,
+                    background=both,
+                    inside=batch.inside,
                 )
                 points, labels = append_clicks(points, labels, *more)
+                masks = chosen.float() if both else None
+        # A batch without, say, boxes leaves their embedding out; several processes have to agree on
+        # which parameters have a gradient, if only of zero.
+        prompts = [p for p in self.model.prompt_encoder.parameters() if p.requires_grad]
+        total["loss"] = total["loss"] + sum(0.0 * p.sum() for p in prompts)
         return total
+
+
+def resize(logits: torch.Tensor, size: int) -> torch.Tensor:
+    """Logits [B, K, ..., h, h] at another side, bilinear."""
+    if logits.shape[-1] == size:
+        return logits
+    flat = logits.flatten(1, -3)
+    flat = F.interpolate(flat, (size, size), mode="bilinear", align_corners=False)
+    return flat.view(*logits.shape[:-2], size, size)

@@ -8,18 +8,19 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from finetune.evaluation import PROTOCOLS, Judged, masks_of, paint
-from finetune.model import EfficientSam
+from finetune.evaluation import PROMPTINGS, Judged, Prompting, masks_of, paint
+from finetune.sam import Sam
 from sami.core.images import resize_array
 
 SIDE = 320  # pixels of a tile's longer side
+SHOWN = PROMPTINGS[:2]  # box and one click
 
 
 def draw_masks(
-    path: Path, model: EfficientSam, pictures: list[Judged], device: torch.device, title: str
+    path: Path, model: Sam, pictures: list[Judged], device: torch.device, title: str
 ) -> None:
     """A row for each picture: true masks, then the masks by box and by one click, with prompts."""
-    columns = ("true", *PROTOCOLS[:2])
+    columns = ("true", *(prompting.name for prompting in SHOWN))
     figure = Figure(figsize=(3.2 * len(columns), 3.0 * len(pictures)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(pictures), len(columns), squeeze=False)
@@ -30,14 +31,14 @@ def draw_masks(
         scale = SIDE / max(height, width)
         size = max(1, round(height * scale)), max(1, round(width * scale))
         image = resize_array(image, *size)
-        truth = torch.stack([paint(ends, height, width) for ends in judged.ends])
-        found = [masks_of(model, judged, device, protocol) for protocol in range(2)]
+        truth = torch.from_numpy(np.stack([paint(ends, height, width) for ends in judged.ends]))
+        found = [masks_of(model, judged, device, prompting) for prompting in SHOWN]
         for number, (axis, masks) in enumerate(zip(row, [truth, *found], strict=True)):
             axis.imshow(overlay(image, shrink(masks, size)))
             axis.set_axis_off()
             axis.set_title(columns[number], fontsize=9)
             if number:
-                _draw_prompts(axis, judged, number - 1, scale)
+                _draw_prompts(axis, judged, SHOWN[number - 1], scale)
                 axis.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
     figure.suptitle(title)
     figure.savefig(path, dpi=80)
@@ -61,9 +62,9 @@ def overlay(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
     return result.round().astype(np.uint8)
 
 
-def _draw_prompts(axis: Axes, judged: Judged, protocol: int, scale: float) -> None:
-    for points, labels in zip(judged.points[protocol], judged.labels[protocol], strict=True):
-        used = (points[labels >= 0] * scale).numpy()
+def _draw_prompts(axis: Axes, judged: Judged, prompting: Prompting, scale: float) -> None:
+    for points, labels in zip(*judged.prompts(prompting), strict=True):
+        used = (points * scale).numpy()
         if (labels == 2).any():
             (x0, y0), (x1, y1) = used
             axis.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], "w-", linewidth=0.6)

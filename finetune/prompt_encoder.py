@@ -13,6 +13,17 @@ MAX_POINTS = 6  # of a prompt; a box is two
 PADDING, BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3  # labels of points
 
 
+class Positions(PositionEmbeddingRandom):
+    """segment-anything's random Fourier features, in fp32 whatever autocast says.
+
+    In bf16 a coordinate of a 1024-px picture would be off by up to four pixels.
+    """
+
+    def _pe_encoding(self, coords: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(coords.device.type, enabled=False):
+            return super()._pe_encoding(coords.float())
+
+
 class PromptEncoder(nn.Module):
     """Points with labels to embeddings of ``width`` channels."""
 
@@ -25,7 +36,7 @@ class PromptEncoder(nn.Module):
         super().__init__()
         self.grid, self.image_size = grid, image_size
         self.frame: tuple[int, int] | None = None  # SamPredictor's picture: height, width
-        self.pe_layer = PositionEmbeddingRandom(width // 2)
+        self.pe_layer = Positions(width // 2)
         self.invalid_points = nn.Embedding(1, width)
         self.point_embeddings = nn.Embedding(1, width)
         self.bbox_top_left_embeddings = nn.Embedding(1, width)

@@ -22,7 +22,7 @@ class PromptConfig:
     Attributes:
         boxes: share of the objects that are prompted by a box; the rest by clicks.
         clicks: at most so many clicks; 1 to this many are drawn, each number equally often.
-        corrections: rounds with one more click in the region that was predicted wrongly.
+        corrections: rounds with one more click in the region that was predicted wrongly; 8 in SAM.
     """
 
     boxes: float = 0.5
@@ -35,10 +35,7 @@ class PromptConfig:
             1 <= self.clicks <= MAX_POINTS,
             f"prompt.clicks {self.clicks} must be within 1..{MAX_POINTS}",
         )
-        require(
-            0 <= self.corrections < MAX_POINTS,
-            f"prompt.corrections {self.corrections} must be within 0..{MAX_POINTS - 1}",
-        )
+        require(self.corrections >= 0, f"prompt.corrections {self.corrections} must be 0 or more")
 
 
 def noisy_box(

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from finetune.data import DataConfig, Prompted
-from finetune.evaluation import EvalConfig, Pictures, evaluate
+from finetune.evaluation import EvalConfig, Pictures, ShardSource, evaluate
 from finetune.losses import LossConfig
-from finetune.model import DecoderConfig, EfficientSam, build_model, export_header, height_of
+from finetune.model import DecoderConfig, build_model, export_header, height_of
 from finetune.objective import Objective
 from finetune.pictures import draw_masks
+from finetune.prompt_encoder import MAX_POINTS
 from finetune.prompts import PromptConfig
+from finetune.sam import Sam
 from sami.core.checkpoint import write_weights
 from sami.core.config import load_config, require, to_dict
 from sami.core.exits import FINISHED, run_entry
@@ -80,6 +82,14 @@ class FinetuneConfig:
     )
     train: LengthConfig = field(default_factory=lambda: LengthConfig(epochs=5, batch_size=128))
 
+    def check(self) -> None:
+        """What no group can see alone."""
+        require(
+            self.decoder.kind == "sam" or self.prompt.corrections < MAX_POINTS,
+            f"prompt.corrections {self.prompt.corrections} must be under {MAX_POINTS}, which is "
+            "all that a prompt of EfficientSAM holds; or set decoder.kind sam",
+        )
+
 
 def main(argv: list[str] | None = None) -> int:
     cfg = load_config(FinetuneConfig, argv)
@@ -113,12 +123,19 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
 
     # ---- What is trained
     model = build_model(
-        cfg.encoder, cfg.decoder, cfg.data.image_size, cfg.data.resize, cfg.train.checkpointing
+        cfg.encoder,
+        cfg.decoder,
+        cfg.data.image_size,
+        cfg.data.resize,
+        cfg.train.checkpointing,
+        cfg.loss.single_mask,
     )
     objective = Objective(model, cfg.loss, cfg.prompt).to(run.device)
-    depth = model.shape.depth
+    depth = model.shape.encoder.depth
     state = State(objective, cfg.optim, cfg.train, run, lambda name: height_of(name, depth))
-    samples = Prompted.of(cfg.data, cfg.prompt, model.shape.mask_size, cfg.run.seed)
+    samples = Prompted.of(
+        cfg.data, cfg.prompt, cfg.loss.size or model.shape.mask_size, cfg.run.seed
+    )
     facts = {
         "data": {
             "pictures": order.samples,
@@ -191,13 +208,13 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
     return FINISHED
 
 
-def draw(run: Run, model: EfficientSam, shards: list[Shard], step: int) -> None:
+def draw(run: Run, model: Sam, shards: list[Shard], step: int) -> None:
     """Masks by box and by click on a few pictures, as ``pictures/masks-<step>.png``; rank 0."""
     if not run.is_main:
         return
     positions = range(min(SHOWN, sum(shard.count for shard in shards)))
     path = run.dir / "pictures" / f"masks-{step:07d}.png"
-    shown = list(Pictures(shards, model, positions, masks=8, seed=0))
+    shown = list(Pictures(ShardSource(shards, positions), model.shape, masks=8))
     if shown:
         model.eval()
         with run.accelerator.autocast():
@@ -213,7 +230,7 @@ def announce(
     layout: Layout,
     steps: int,
     step: int,
-    model: EfficientSam,
+    model: Sam,
 ) -> None:
     """Say what is about to happen."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -233,12 +250,13 @@ def announce(
     decoder = cfg.decoder.checkpoint or "random weights"
     run.say(f"encoder from {start}, decoder from {decoder}")
     modules = sorted({name.rpartition(".")[0] for name in frozen})
-    run.say(f"never trained: {', '.join(modules)}")
+    if modules:
+        run.say(f"never trained: {', '.join(modules)}")
     if not cfg.data.val_shards:
         run.say("no data.val_shards: nothing will be measured")
 
 
-def finish(cfg: FinetuneConfig, run: Run, steps: int, model: EfficientSam, state: State) -> None:
+def finish(cfg: FinetuneConfig, run: Run, steps: int, model: Sam, state: State) -> None:
     """Export the model and close the summary."""
     bad = state.bad_summary()
     if not run.is_main:

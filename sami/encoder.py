@@ -20,13 +20,15 @@ from torch.nn import functional as F
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.images import patchify
+from sami.sam_encoder import SAM_SHAPES
 
-# width, depth, heads: EfficientSAM's released Ti and S, and the paper's B
+# width, depth, heads: EfficientSAM's released Ti and S, the paper's B, and SAM's own
 SHAPES = {
     "vit_ti": (192, 12, 3),
     "vit_s": (384, 12, 6),
     "vit_b": (768, 12, 12),
     "custom": (64, 2, 2),
+    **SAM_SHAPES,
 }
 
 
@@ -35,12 +37,14 @@ class EncoderConfig:
     """The student.
 
     Attributes:
-        name: vit_ti, vit_s, vit_b, or custom, whose defaults suit a test on a CPU.
+        name: vit_ti, vit_s, vit_b, or custom, whose defaults suit a test on a CPU; in stage 2
+            also SAM's own sam_vit_b, sam_vit_l and sam_vit_h.
         width: of the tokens; null for the name's own (likewise depth and heads).
         depth: number of blocks.
         heads: attention heads per block.
         patch_size: side of a patch in pixels.
-        checkpoint: encoder.safetensors, or a run folder with one, to start from; null for none.
+        checkpoint: encoder.safetensors, or a run folder with one, to start from; in stage 2 also
+            a model (model.safetensors, released .pt, SAM's .pth); null for none.
     """
 
     name: str = "vit_ti"

@@ -33,6 +33,7 @@ from sami.model import (
     pixel_target,
 )
 from sami.pictures import draw_reconstruction
+from sami.sam_encoder import SAM_SHAPES
 from sami.teacher import Teacher, TeacherConfig, describe_teacher, load_teacher, to_grid
 
 SHOWN = 4  # pictures in a picture
@@ -72,6 +73,11 @@ class PretrainConfig:
 
     def check(self) -> None:
         """What no group can see alone."""
+        require(
+            self.encoder.name not in SAM_SHAPES,
+            f"encoder.name {self.encoder.name} can only be finetuned; for stage 1 choose vit_ti, "
+            "vit_s, vit_b or custom",
+        )
         tokens = (self.data.image_size // self.encoder.patch_size) ** 2
         visible = visible_count(tokens, self.mask.ratio)
         require(
@@ -124,7 +130,7 @@ def train(cfg: PretrainConfig, run: Run) -> int:
     teacher = None
     if cfg.target.kind == "teacher":
         teacher = load_teacher(cfg.teacher)
-    channels = 3 * cfg.encoder.patch_size**2 if teacher is None else cfg.teacher.channels
+    channels = 3 * cfg.encoder.patch_size**2 if teacher is None else teacher.channels
     model = MaskedReconstruction(encoder, cfg.decoder, cfg.loss, channels, cfg.mask.ratio)
     state = State(model.to(run.device), cfg.optim, cfg.train, run)
     facts = {

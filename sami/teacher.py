@@ -1,44 +1,29 @@
-"""SAM's image encoder as a frozen teacher.
-
-The modules and weights are segment-anything's; the forward pass here is the same function (to
-1e-4, tested) at any picture size, with ``scaled_dot_product_attention`` instead of an explicit
-softmax over all pairs of tokens.
-"""
+"""A frozen teacher: SAM's image encoder, or that of a model of ours."""
 
 import hashlib
 import pickle
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from einops import rearrange
-from segment_anything.modeling.image_encoder import (
-    Attention,
-    Block,
-    ImageEncoderViT,
-    get_rel_pos,
-    window_partition,
-    window_unpartition,
-)
 from torch import nn
 from torch.nn import functional as F
 
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.images import Normalise
+from sami.image_encoder import find_model, load_image_encoder
+from sami.sam_encoder import NATIVE_SIZE, PATCH_SIZE, SAM_SHAPES, SamEncoder
 
-# width, depth, heads, blocks with global attention, official file
-SIZES = {
-    "sam_vit_h": (1280, 32, 16, (7, 15, 23, 31), "sam_vit_h_4b8939.pth"),
-    "sam_vit_l": (1024, 24, 16, (5, 11, 17, 23), "sam_vit_l_0b3195.pth"),
-    "sam_vit_b": (768, 12, 12, (2, 5, 8, 11), "sam_vit_b_01ec64.pth"),
-}
 DOWNLOADS = "https://dl.fbaipublicfiles.com/segment_anything/"
+OFFICIAL = {  # SAM's files
+    "sam_vit_h": "sam_vit_h_4b8939.pth",
+    "sam_vit_l": "sam_vit_l_0b3195.pth",
+    "sam_vit_b": "sam_vit_b_01ec64.pth",
+}
 CUSTOM = (64, 4, 4)  # width, depth, heads of "custom"
-NATIVE_SIZE = 1024  # pixels; SAM's own input, for which its absolute positions are stored
-PATCH_SIZE, NECK_CHANNELS, WINDOW = 16, 256, 14
 
 
 @dataclass
@@ -48,7 +33,8 @@ class TeacherConfig:
     Attributes:
         name: sam_vit_h, sam_vit_l, sam_vit_b; custom, the same architecture at width, depth and
             heads (small by default); none, where the target is pixels.
-        checkpoint: the official .pth; or random, which a run reports loudly.
+        checkpoint: the official .pth; a run folder of stage 2, or its model.safetensors, with
+            custom, which then takes its shape from there; or random, which a run reports loudly.
         image_size: side in pixels of the picture that the teacher sees.
         layer: neck, 256 channels; trunk, the last block's output at the encoder's width.
         pool: how its grid is brought to the student's. area averages (torch's adaptive average
@@ -91,31 +77,30 @@ class TeacherConfig:
     def shape(self) -> tuple[int, int, int]:
         """Width, depth and heads."""
         if self.name != "custom":
-            return SIZES[self.name][:3]
+            return SAM_SHAPES[self.name]
         return tuple(
             own if given is None else given
             for own, given in zip(CUSTOM, (self.width, self.depth, self.heads), strict=True)
         )
-
-    @property
-    def channels(self) -> int:
-        """Of the features: 256 after the neck, the width of the trunk before it."""
-        return NECK_CHANNELS if self.layer == "neck" else self.shape[0]
 
 
 class Teacher(nn.Module):
     """From pictures to features: frozen, without gradients, in eval mode whatever happens."""
 
     def __init__(
-        self, encoder: ImageEncoderViT, layer: str = "neck", image_size: int = NATIVE_SIZE
+        self, encoder: nn.Module, layer: str = "neck", image_size: int = NATIVE_SIZE
     ) -> None:
+        """``encoder``: as :mod:`sami.image_encoder` describes it."""
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
         self.layer, self.image_size = layer, image_size
         self.normalise = Normalise()
-        self._tables: dict[tuple, list[tuple[torch.Tensor, torch.Tensor] | None]] = {}
-        self._positions: dict[tuple, torch.Tensor] = {}
         super().train(False)
+
+    @property
+    def channels(self) -> int:
+        """Of the features: 256 after SAM's neck, the width of the trunk before it."""
+        return self.encoder.channels if self.layer == "neck" else self.encoder.width
 
     def train(self, mode: bool = True) -> "Teacher":
         """Does nothing: a teacher stays in eval mode."""
@@ -130,7 +115,7 @@ class Teacher(nn.Module):
                 after normalisation, as SAM does.
 
         Returns:
-            [B, C, s, s] with s = image_size / 16; C is 256 (neck) or the trunk's width.
+            [B, C, s, s] with s = image_size / 16 for SAM; C is ``channels``.
         """
         height, width = images.shape[2:]
         if max(height, width) > self.image_size:
@@ -146,48 +131,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """The encoder itself: normalised [B, 3, H, W], sides multiples of 16, to [B, C, h, w]."""
-        vit = self.encoder
-        x = vit.patch_embed(images)  # [B, h, w, D]
-        x = x + self._absolute_positions(x)
-        for block, tables in zip(vit.blocks, self._relative_positions(x), strict=True):
-            x = _block(block, x, tables)
-        x = x.permute(0, 3, 1, 2)
-        return vit.neck(x) if self.layer == "neck" else x
-
-    def _absolute_positions(self, x: torch.Tensor) -> torch.Tensor:
-        """SAM's positions [1, 64, 64, D] resized (bicubic) to the grid of ``x`` [B, h, w, D]."""
-        stored = self.encoder.pos_embed
-        key = (*x.shape[1:3], x.device, x.dtype, stored.data_ptr(), stored._version)
-        if key not in self._positions:
-            self._positions = {
-                key: resize_positions(self.encoder.pos_embed, *x.shape[1:3]).to(x.dtype)
-            }
-        return self._positions[key]
-
-    def _relative_positions(self, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Per block the tables [q, k, d] of rows and columns, interpolated by ``get_rel_pos``."""
-        stored = [b.attn.rel_pos_h for b in self.encoder.blocks]
-        key = (*x.shape[1:3], x.device, tuple((t.data_ptr(), t._version) for t in stored))
-        if key not in self._tables:
-            tables = []
-            for block in self.encoder.blocks:
-                height, width = (block.window_size,) * 2 if block.window_size else x.shape[1:3]
-                with torch.autocast(x.device.type, enabled=False):
-                    rows = get_rel_pos(height, height, block.attn.rel_pos_h)
-                    columns = get_rel_pos(width, width, block.attn.rel_pos_w)
-                tables.append((rows, columns))
-            self._tables = {key: tables}
-        return self._tables[key]
-
-
-def resize_positions(positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Absolute positions [1, H, W, D] at another grid [1, height, width, D], bicubic."""
-    if positions.shape[1:3] == (height, width):
-        return positions
-    resized = F.interpolate(
-        positions.permute(0, 3, 1, 2), (height, width), mode="bicubic", align_corners=False
-    )
-    return resized.permute(0, 2, 3, 1)
+        return self.encoder(images) if self.layer == "neck" else self.encoder.trunk(images)
 
 
 def to_grid(features: torch.Tensor, grid: int, pool: str) -> torch.Tensor:
@@ -196,26 +140,6 @@ def to_grid(features: torch.Tensor, grid: int, pool: str) -> torch.Tensor:
         options = {"mode": "area"} if pool == "area" else {"mode": "bilinear", "antialias": True}
         features = F.interpolate(features.float(), (grid, grid), **options)
     return rearrange(features, "b c h w -> b (h w) c")
-
-
-def build_sam_encoder(
-    width: int, depth: int, heads: int, global_blocks: tuple[int, ...]
-) -> ImageEncoderViT:
-    """segment-anything's image encoder as its own ``build_sam`` puts it together."""
-    return ImageEncoderViT(
-        img_size=NATIVE_SIZE,
-        patch_size=PATCH_SIZE,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=4,
-        out_chans=NECK_CHANNELS,
-        qkv_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=WINDOW,
-        global_attn_indexes=global_blocks,
-    )
 
 
 def load_teacher(config: TeacherConfig) -> Teacher:
@@ -228,20 +152,17 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         config.name != "none",
         "teacher.name none gives no features; choose sam_vit_h, sam_vit_l or sam_vit_b",
     )
-    width, depth, heads = config.shape
-    blocks = (
-        SIZES[config.name][3]
-        if config.name in SIZES
-        else tuple((i + 1) * depth // 4 - 1 for i in range(4))
-    )
+    model = find_model(config.checkpoint)
     if config.checkpoint == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # one and the same random teacher in every run and process
-            encoder = build_sam_encoder(width, depth, heads, blocks)
+            encoder = SamEncoder(*config.shape)
+    elif model is not None:
+        encoder = _load_ours(config, model)
     else:
         path = _checkpoint_path(config)
         with torch.device("meta"):
-            encoder = build_sam_encoder(width, depth, heads, blocks)
+            encoder = SamEncoder(*config.shape)
         _load_strictly(encoder, path, config.name)
     return Teacher(encoder, config.layer, config.image_size)
 
@@ -258,7 +179,7 @@ def describe_teacher(config: TeacherConfig, teacher: Teacher) -> dict[str, objec
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy().tobytes())
     else:
-        with open(config.checkpoint, "rb") as file:
+        with open(find_model(config.checkpoint) or config.checkpoint, "rb") as file:
             digest = hashlib.file_digest(file, "sha256")
     return {
         "name": config.name,
@@ -270,13 +191,37 @@ def describe_teacher(config: TeacherConfig, teacher: Teacher) -> dict[str, objec
     }
 
 
+def _load_ours(config: TeacherConfig, path: Path) -> nn.Module:
+    """The image encoder of a model of stage 2."""
+    encoder = load_image_encoder(path)
+    own = (encoder.width, encoder.depth, encoder.shape.heads)
+    for name, value in zip(("width", "depth", "heads"), own, strict=True):
+        given = getattr(config, name)
+        require(
+            given in (None, value),
+            f"teacher.{name} {given} differs from the {value} of teacher.checkpoint "
+            f"{config.checkpoint}; leave it out",
+        )
+    require(
+        config.name == "custom" or own == config.shape,
+        f"teacher.checkpoint {config.checkpoint} is no {config.name}; set teacher.name custom for "
+        "a model of your own",
+    )
+    require(
+        config.image_size % encoder.patch_size == 0,
+        f"teacher.image_size {config.image_size} is not divisible by the teacher's patches of "
+        f"{encoder.patch_size} pixels",
+    )
+    return encoder
+
+
 def _checkpoint_path(config: TeacherConfig) -> Path:
-    file = SIZES[config.name][4] if config.name in SIZES else "a checkpoint of that shape"
+    file = OFFICIAL.get(config.name)
     remedy = (
         f"fetch {DOWNLOADS}{file}, put it at checkpoints/{file} and set teacher.checkpoint to "
         "that path"
-        if config.name in SIZES
-        else "give the .pth of a SAM of that shape"
+        if file
+        else "give the .pth of a SAM of that shape, or a run folder of stage 2"
     )
     ask_random = "(or ask for an untrained teacher by name: teacher.checkpoint=random)"
     require(bool(config.checkpoint), f"teacher.checkpoint is empty; {remedy} {ask_random}")
@@ -285,11 +230,11 @@ def _checkpoint_path(config: TeacherConfig) -> Path:
     return path
 
 
-def _load_strictly(encoder: ImageEncoderViT, path: Path, name: str) -> None:
+def _load_strictly(encoder: SamEncoder, path: Path, name: str) -> None:
     """Official SAM weights into the encoder; every tensor has to be there in its shape."""
     right = (
-        f"for {name} fetch {DOWNLOADS}{SIZES[name][4]}"
-        if name in SIZES
+        f"for {name} fetch {DOWNLOADS}{OFFICIAL[name]}"
+        if name in OFFICIAL
         else "give a SAM of the configured shape"
     )
     right += " and point teacher.checkpoint at it"
@@ -321,41 +266,3 @@ def _load_strictly(encoder: ImageEncoderViT, path: Path, name: str) -> None:
     encoder.load_state_dict(
         {key: value.float().clone() for key, value in tensors.items()}, assign=True
     )
-
-
-def _block(
-    block: Block, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """segment-anything's ``Block.forward`` on [B, h, w, D] with the attention below."""
-    normed = block.norm1(x)
-    if block.window_size > 0:
-        windows, padded = window_partition(normed, block.window_size)
-        attended = window_unpartition(
-            _attention(block.attn, windows, tables), block.window_size, padded, x.shape[1:3]
-        )
-    else:
-        attended = _attention(block.attn, normed, tables)
-    x = x + attended
-    return x + block.mlp(block.norm2(x))
-
-
-def _attention(
-    attn: Attention, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """segment-anything's ``Attention.forward`` on [B, h, w, D], its decomposed bias as a mask."""
-    batch, height, width, _ = x.shape
-    qkv = rearrange(
-        attn.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=attn.num_heads
-    )
-    q, k, v = qkv.unbind(0)
-    rows, columns = (table.to(q.dtype) for table in tables)
-    grid = q.unflatten(2, (height, width))  # [B, n, h, w, d]
-    by_row = grid @ rows.transpose(1, 2)  # [B, n, h, w, kh]
-    by_column = (
-        (grid.transpose(2, 3) @ columns.transpose(1, 2)).transpose(2, 3).contiguous()
-    )  # [B, n, h, w, kw]
-    bias = (by_row.unsqueeze(-1) + by_column.unsqueeze(-2)).reshape(
-        batch, attn.num_heads, height * width, -1
-    )
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return attn.proj(rearrange(out, "b n (h w) d -> b h w (n d)", h=height))

@@ -6,25 +6,28 @@ import torch
 from pycocotools import mask as coco_mask
 
 from finetune.evaluation import (
+    PROMPTINGS,
     EvalConfig,
-    Judged,
     Pictures,
+    Prompting,
+    ShardSource,
+    centre_of,
     evaluate,
     masks_of,
     paint,
-    prompts_of,
     score,
 )
 from finetune.losses import mask_iou
-from finetune.model import EfficientSam, ModelShape
 from finetune.pictures import draw_masks, overlay, shrink
 from finetune.rle import decode_counts
+from finetune.sam import ModelShape, Sam
+from sami.image_encoder import ImageEncoderShape
 from tests.runs import ROOT, opened
 from tests.test_data_stage2 import HEIGHT, WIDTH, discs, raw
 from tests.test_toy_shards import draw
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools, NumPy 2
-SHAPE = ModelShape(width=32, depth=1, heads=1, image_size=64)
+SHAPE = ModelShape(ImageEncoderShape(width=32, depth=1, heads=1, image_size=64))
 CPU = torch.device("cpu")
 
 
@@ -45,93 +48,169 @@ def test_iou_is_pycocotools():
 
 def test_masks_are_painted_whole():
     for mask in discs(6):
-        assert np.array_equal(paint(ends_of(mask), HEIGHT, WIDTH).numpy(), mask)
+        assert np.array_equal(paint(ends_of(mask), HEIGHT, WIDTH), mask)
 
 
 def test_prompts_of_an_object():
+    hits = [np.zeros((HEIGHT, WIDTH)) for _ in range(6)]
+    masks = list(discs(6))
+    for seed in range(50):
+        promptings = (*Prompting.parse("box", 1), *Prompting.parse("3", 2))
+        (judged,) = Pictures(Given([raw(masks)]), SHAPE, promptings, seed=seed)
+        order = [[np.array_equal(paint(e, HEIGHT, WIDTH), m) for m in masks] for e in judged.ends]
+        assert np.array(order).sum() == 6
+        boxes, labels = judged.prompts(Prompting("box"))
+        assert labels.tolist() == [[2, 3]] * 6
+        one, _ = judged.prompts(Prompting("random", 1))
+        three, labels = judged.prompts(Prompting("random", 3))
+        other, _ = judged.prompts(Prompting("random", 3, draw=1))
+        assert labels.tolist() == [[1, 1, 1]] * 6 and not torch.equal(three, other)
+        assert torch.equal(one[:, 0], three[:, 0])
+        for row, which in enumerate(np.argmax(order, 1)):
+            ys, xs = np.nonzero(masks[which])
+            assert boxes[row].flatten().tolist() == [
+                xs.min(),
+                ys.min(),
+                xs.max() + 1,
+                ys.max() + 1,
+            ]
+            for x, y in torch.cat([three[row], other[row]]).int().tolist():
+                hits[which][y, x] += 1
+    for mask, found in zip(masks, hits, strict=True):
+        assert not found[~mask].any() and (found > 0).sum() > min(30, mask.sum() // 2)
+
+
+def farthest(region):
+    """Slow and obvious: the distance of each pixel to each that is not of the region."""
+    around = np.pad(region, 1)
+    out = np.argwhere(~around)
+    best, place = 0.0, None
+    for y, x in np.argwhere(around):
+        distance = ((out - (y, x)) ** 2).sum(1).min() ** 0.5
+        if distance > best:
+            best, place = distance, (x - 1, y - 1)
+    return place
+
+
+def test_the_centre_is_farthest_from_the_boundary():
     rng = np.random.default_rng(0)
-    for mask in discs(6):
-        ys, xs = np.nonzero(mask)
-        hits = np.zeros(mask.shape)
-        for _ in range(50):
-            points, labels = prompts_of(ends_of(mask), HEIGHT, rng)
-            assert points[0, :2].tolist() == [
-                [xs.min(), ys.min()],
-                [xs.max() + 1, ys.max() + 1],
-            ]
-            assert labels.tolist() == [
-                [2, 3, -1, -1, -1, -1],
-                [1, -1, -1, -1, -1, -1],
-                [1, 1, 1, -1, -1, -1],
-            ]
-            assert points[1, 0].tolist() == points[2, 0].tolist()
-            for x, y in points[2, :3].astype(int):
-                hits[y, x] += 1
-        assert not hits[~mask].any() and (hits > 0).sum() > min(30, mask.sum() // 2)
+    assert centre_of(np.zeros((4, 5), bool)) is None
+    for _ in range(30):
+        region = rng.random((rng.integers(1, 12), rng.integers(1, 12))) < rng.uniform(0.5, 1)
+        assert centre_of(region) == farthest(region)
+    whole = np.ones((9, 5), bool)  # the picture's border is a boundary
+    assert centre_of(whole)[0] == 2 and centre_of(whole)[1] in range(2, 7)
 
 
-class Oracle(EfficientSam):
-    """Answers a prompt with what was put into ``answers``; mask 1 claims to be the best."""
+def test_words_for_promptings():
+    assert Prompting.parse("box", 3) == [Prompting("box")]
+    assert [p.draw for p in Prompting.parse("3", 3)] == [0, 1, 2]
+    assert Prompting.parse("centre-2", 3) == [Prompting("centre", 2)]
+    assert Prompting("centre", 2).name == "2 clicks, centre first"
+    for word in ("", "0", "centre", "centre-", "centre-0", "x", "-1", "1.5"):
+        with pytest.raises(ValueError):
+            Prompting.parse(word, 1)
 
-    def predict_masks(self, embeddings, points, labels, multimask_output, *size):
+
+class Given:
+    """A source of samples in memory."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def read(self, number, of):
+        yield from self.samples[number::of]
+
+
+class Oracle(Sam):
+    """Answers each prompt with what was put into ``answers``; mask 1 claims to be the best."""
+
+    def predict_low_resolution(self, embeddings, points, labels, masks=None):
+        self.seen.append((points, labels))
         logits = self.answers[None, : points.shape[1]].float() * 8 - 4
-        logits = torch.stack([-logits, logits, -logits], 2)
-        iou = torch.tensor([0.1, 0.9, 0.5]).expand(1, points.shape[1], 3)
+        logits = torch.stack([logits.roll(1, 2), -logits, logits, logits.roll(3, 3)], 2)
+        iou = torch.tensor([1.5, 0.1, 0.9, 0.5]).expand(1, points.shape[1], 4)
         return logits, iou
 
 
-def judged_of(masks):
-    ends = [ends_of(mask) for mask in masks]
-    points, labels = (
-        np.stack(column, 1)
-        for column in zip(
-            *[prompts_of(e, HEIGHT, np.random.default_rng(0)) for e in ends], strict=True
-        )
-    )
-    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    return Judged(
-        "k", image, (HEIGHT, WIDTH), ends, torch.from_numpy(points), torch.from_numpy(labels)
-    )
+def small(mask):
+    """A mask at the nearest pixels of a grid of 16."""
+    rows = (np.arange(16) * HEIGHT / 16 + HEIGHT / 32).astype(int)
+    columns = (np.arange(16) * WIDTH / 16 + WIDTH / 32).astype(int)
+    return mask[np.ix_(rows, columns)]
+
+
+def oracle_of(shape, judged):
+    model = Oracle(shape).eval()
+    painted = [small(paint(ends, HEIGHT, WIDTH)) for ends in judged.ends]
+    model.answers, model.seen = torch.from_numpy(np.stack(painted)), []
+    return model
+
+
+def whole(logits):
+    full = torch.nn.functional.interpolate(logits[None, None], (HEIGHT, WIDTH), mode="bicubic")
+    return full[0, 0].numpy() > 0
 
 
 @torch.no_grad()
-def test_the_mask_with_the_highest_predicted_iou_is_scored_at_the_pictures_size():
-    masks = list(discs(20, seed=3))
-    model = Oracle(SHAPE).eval()
-    rows = (np.arange(16) * HEIGHT / 16 + HEIGHT / 32).astype(int)
-    columns = (np.arange(16) * WIDTH / 16 + WIDTH / 32).astype(int)
-    model.answers = torch.from_numpy(np.stack([m[np.ix_(rows, columns)] for m in masks[:16]]))
-    judged = judged_of(masks[:16])
-    found = score(model, judged, CPU)
-    assert found.shape == (3, 16)
-    for number in range(16):
-        small = model.answers[number].float()[None, None] * 8 - 4
-        full = torch.nn.functional.interpolate(small, (HEIGHT, WIDTH), mode="bicubic")[0, 0] > 0
-        mask = masks[number]
-        expected = (full.numpy() & mask).sum() / (full.numpy() | mask).sum()
-        assert found[:, number].tolist() == pytest.approx([expected] * 3, abs=1e-6)
-    assert found.mean() > 0.6
+def test_what_is_scored_and_at_which_size():
+    """Every size, prompting and choice against loops over single masks."""
+    promptings = (Prompting("box"), Prompting("random", 2, 1), Prompting("centre", 1))
+    (judged,) = Pictures(Given([raw(list(discs(20, seed=3)))]), SHAPE, promptings)
+    model = oracle_of(SHAPE, judged)
+    found = score(model, judged, CPU, promptings)
+    assert found.shape == (3, 2, 20)
+    for number, ends in enumerate(judged.ends):
+        mask = paint(ends, HEIGHT, WIDTH)
+        logits = model.predict_low_resolution(None, torch.zeros(1, 20, 1, 2), None)[0][0, number]
+        iou = [(whole(z) & mask).sum() / (whole(z) | mask).sum() for z in logits]
+        assert found[:, 0, number].tolist() == pytest.approx([iou[2]] * 3, abs=1e-6)
+        assert found[:, 1, number].tolist() == pytest.approx([max(iou[1:])] * 3, abs=1e-6)
+    assert found[:, 0].mean() > 0.6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["efficientsam", "sam"])
+def test_later_clicks_go_to_the_middle_of_what_is_wrong(kind):
+    shape = ModelShape(SHAPE.encoder, kind)
+    promptings = (Prompting("centre", 3),)
+    (judged,) = Pictures(Given([raw(list(discs(5)))]), shape, promptings)
+    model = oracle_of(shape, judged)
+    score(model, judged, CPU, promptings)
+    points, labels = model.seen[-1]
+    assert points.shape == (1, 5, 3, 2) and len(model.seen) == 3
+    scale = torch.tensor([WIDTH / 64, HEIGHT / 64])
+    for number, ends in enumerate(judged.ends):
+        mask = paint(ends, HEIGHT, WIDTH)
+        answer = whole(model.answers[number].float() * 8 - 4)
+        wrong = mask != answer if kind == "sam" else mask & ~answer
+        clicks = (points[0, number] * scale).round().int().tolist()
+        assert tuple(clicks[0]) == farthest(mask)
+        assert tuple(clicks[1]) == farthest(wrong) == tuple(clicks[2])
+        assert labels[0, number].tolist()[1:] == [mask[clicks[1][1], clicks[1][0]]] * 2
 
 
 def test_pictures_in_fixed_order_without_bad_ones(tmp_path):
     done = draw(tmp_path, "--shards", "2")
     (source,) = opened(done.stdout.split(": ")[-1].strip(), tmp_path)
-    model = EfficientSam(SHAPE)
-    found = list(Pictures(source.shards, model, range(10), 3, 0))
+    found = list(Pictures(ShardSource(source.shards, range(10)), SHAPE, masks=3))
     assert len({one.key for one in found}) == 10
-    again = list(Pictures(source.shards, model, range(4, 6), 3, 0))
+    again = list(Pictures(ShardSource(source.shards, range(4, 6)), SHAPE, masks=3))
     for a, b in zip(found[4:6], again, strict=True):
-        assert a.key == b.key and torch.equal(a.points, b.points)
+        assert a.key == b.key and torch.equal(a.clicks, b.clicks)
         assert a.image.shape == (3, 64, 64) and 1 <= len(a.ends) <= 3
-    other = list(Pictures(source.shards, model, range(10), 3, 1))
-    assert any(not torch.equal(a.points, b.points) for a, b in zip(found, other, strict=True))
+    other = list(Pictures(ShardSource(source.shards, range(10)), SHAPE, masks=3, seed=1))
+    assert any(not torch.equal(a.clicks, b.clicks) for a, b in zip(found, other, strict=True))
 
 
 def test_overlays(tmp_path):
     torch.manual_seed(0)
-    model, masks = EfficientSam(SHAPE).eval(), list(discs(3))
-    judged = judged_of(masks)
-    assert masks_of(model, judged, CPU, 0).shape == (3, HEIGHT, WIDTH)
+    model, masks = Sam(SHAPE).eval(), list(discs(3))
+    (judged,) = Pictures(Given([raw(masks)]), SHAPE)
+    assert masks_of(model, judged, CPU, Prompting("box")).shape == (3, HEIGHT, WIDTH)
     draw_masks(tmp_path / "a.png", model, [judged], CPU, "title")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     grey = np.full((HEIGHT, WIDTH, 3), 100, np.uint8)
@@ -168,14 +247,13 @@ def test_means_are_over_objects(tmp_path):
                 tar.addfile(member, BytesIO(data))
     (source,) = opened(str(tmp_path / "s.tar"), tmp_path)
     torch.manual_seed(0)
-    model, run = EfficientSam(SHAPE), Alone()
+    model, run = Sam(SHAPE), Alone()
     told = evaluate(run, model, source.shards, EvalConfig(), 0)
     assert told["pictures"] == 2 and told["objects"] == 7
     assert run.said == ["1 of 3 held-out pictures unusable"]
     model.eval()
-    pictures = Pictures(source.shards, model, range(3), 64, 0)
-    with torch.no_grad():
-        each = torch.cat([score(model, one, CPU) for one in pictures], 1)
+    pictures = Pictures(ShardSource(source.shards, range(3)), SHAPE, PROMPTINGS, 64)
+    each = torch.cat([score(model, one, CPU, PROMPTINGS)[:, 0] for one in pictures], 1)
     assert told["miou_box"] == pytest.approx(each[0].mean().item())
     assert told["miou_3_clicks"] == pytest.approx(each[2].mean().item())
 
@@ -185,5 +263,5 @@ def test_real_annotations_are_readable(tmp_path):
     if not real.exists():
         pytest.skip("the real tars (../shared/data/sa1b_layout) are not here")
     (source,) = opened(str(real), tmp_path)
-    found = list(Pictures(source.shards, EfficientSam(SHAPE), range(source.count), 4, 0))
+    found = list(Pictures(ShardSource(source.shards, range(source.count)), SHAPE, masks=4))
     assert len(found) == source.count

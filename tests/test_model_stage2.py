@@ -8,23 +8,18 @@ import pytest
 import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 
-from finetune.model import (
-    DecoderConfig,
-    EfficientSam,
-    ModelShape,
-    build_model,
-    export_header,
-    height_of,
-    load_model,
-)
+from finetune.model import DecoderConfig, build_model, export_header, height_of, load_model
+from finetune.sam import ModelShape, Sam
 from sami.core.checkpoint import write_weights
 from sami.core.errors import UserError
 from sami.encoder import EncoderConfig, build_encoder
 from sami.encoder import export_header as export_encoder
+from sami.image_encoder import ImageEncoderShape
 from tests.runs import ROOT
 
 PARITY = ROOT.parent / "shared" / "parity"
-SMALL = ModelShape(width=64, depth=2, heads=2, image_size=128)
+TINY = ImageEncoderShape(width=64, depth=2, heads=2, image_size=128)
+SMALL = ModelShape(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +71,19 @@ def test_the_released_models_function(parity, released):
 
 def test_names_and_shapes_are_the_released_ones(released):
     shapes = json.loads((PARITY / "efficient_sam_ti_shapes.json").read_text())
-    ours = EfficientSam(ModelShape()).state_dict()
+    ours = Sam(ModelShape()).state_dict()
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == {
         name: list(shape) for name, shape in shapes.items()
     }
-    small = EfficientSam(ModelShape(width=384, heads=6))
+    small = Sam(ModelShape(ImageEncoderShape(width=384, heads=6)))
     assert sum(p.numel() for p in small.parameters()) == 26_413_028
-    assert sum(p.numel() for p in EfficientSam(ModelShape()).parameters()) == 10_223_204
+    assert sum(p.numel() for p in Sam(ModelShape()).parameters()) == 10_223_204
 
 
 @torch.no_grad()
 def test_round_trip(tmp_path):
     torch.manual_seed(0)
-    model = EfficientSam(SMALL).eval()
+    model = Sam(SMALL).eval()
     write_weights(tmp_path / "model.safetensors", model.state_dict(), export_header(model, steps=3))
     again = load_model(tmp_path)
     images = torch.rand(2, 3, 50, 70)
@@ -109,7 +104,7 @@ def test_starts_from_stage_one(tmp_path):
     write_weights(path, encoder.state_dict(), export_encoder(encoder))
     for start in (path, tmp_path):
         model = build(start)
-        assert model.shape.pretrained_grid == 8
+        assert model.shape.encoder.grid == 8
         assert torch.equal(model.image_encoder.pos_embed, encoder.pos_embed)
         assert model.image_encoder.pos_embed.requires_grad
         theirs = encoder.blocks[1].mlp.fc1.weight
@@ -119,7 +114,7 @@ def test_starts_from_stage_one(tmp_path):
 
 
 def test_starts_from_a_model(tmp_path):
-    model = EfficientSam(SMALL)
+    model = Sam(SMALL)
     path = tmp_path / "model.safetensors"
     write_weights(path, model.state_dict(), export_header(model))
     whole = build(path, path).state_dict()
@@ -159,7 +154,7 @@ def test_starts_from_sams_decoder(tmp_path):
 
 
 def test_heights_for_the_layer_decay():
-    heights = {name: height_of(name, 2) for name, _ in EfficientSam(SMALL).named_parameters()}
+    heights = {name: height_of(name, 2) for name, _ in Sam(SMALL).named_parameters()}
     assert heights["image_encoder.pos_embed"] == heights["image_encoder.patch_embed.proj.bias"] == 3
     assert heights["image_encoder.blocks.0.norm1.bias"] == 2
     assert heights["image_encoder.blocks.1.attn.qkv.weight"] == 1
@@ -175,7 +170,7 @@ def test_what_is_no_model(spoilt, tmp_path):
     elif spoilt == "other tensors":
         torch.save({"a": torch.zeros(3)}, path)
     elif spoilt == "sam":
-        names = EfficientSam(SMALL).state_dict()
+        names = Sam(SMALL).state_dict()
         torch.save({"model": {n: t for n, t in names.items() if "iou_token" not in n}}, path)
     elif spoilt == "other safetensors":
         path = tmp_path / "x.safetensors"
@@ -188,7 +183,7 @@ def test_what_is_no_model(spoilt, tmp_path):
 def test_prompts_and_pictures_are_independent():
     """Batched prompts give what each gives alone; unequal numbers are padded."""
     torch.manual_seed(0)
-    model = EfficientSam(SMALL).eval()
+    model = Sam(SMALL).eval()
     embeddings = model.get_image_embeddings(torch.rand(2, 3, 128, 128))
     points = torch.rand(2, 3, 4, 2) * 120
     labels = torch.tensor([[1, 1, 1, 1], [2, 3, -1, -1], [1, -1, -1, -1]]).expand(2, 3, 4)
@@ -212,7 +207,7 @@ def test_prompts_and_pictures_are_independent():
 @pytest.fixture
 def predictor():
     torch.manual_seed(0)
-    model = EfficientSam(SMALL).eval()
+    model = Sam(SMALL).eval()
     for parameter in model.prompt_encoder.parameters():
         torch.nn.init.normal_(parameter)
     return SamPredictor(model)
@@ -222,7 +217,7 @@ def predictor():
 @pytest.mark.parametrize("resize", ["square", "longest"])
 def test_sam_predictor(resize):
     torch.manual_seed(0)
-    model = EfficientSam(ModelShape(64, 2, 2, image_size=128, resize=resize)).eval()
+    model = Sam(ModelShape(TINY, resize=resize)).eval()
     predictor = SamPredictor(model)
     image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     predictor.set_image(image)
@@ -275,7 +270,7 @@ def test_checkpointing_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = EfficientSam(SMALL, checkpointing)
+        model = Sam(SMALL, checkpointing)
         images = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
         model.get_image_embeddings(images).square().mean().backward()
         gradients.append([p.grad for p in model.image_encoder.parameters()])

@@ -3,17 +3,17 @@
 import pytest
 import torch
 from einops import rearrange
-from segment_anything.modeling import Sam
+from segment_anything.modeling import ImageEncoderViT, Sam
 from torch.nn import functional as F
 
 from sami.core.errors import UserError
 from sami.encoder import EncoderConfig, build_encoder
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
+from sami.sam_encoder import SAM_SHAPES, SamEncoder
 from sami.teacher import (
-    SIZES,
+    OFFICIAL,
     Teacher,
     TeacherConfig,
-    build_sam_encoder,
     describe_teacher,
     load_teacher,
     to_grid,
@@ -22,7 +22,7 @@ from sami.teacher import (
 
 def random_encoder(width, heads, depth=2, global_blocks=(1,)):
     """Every tensor random: segment-anything leaves all positions at zero."""
-    encoder = build_sam_encoder(width, depth, heads, global_blocks).eval()
+    encoder = SamEncoder(width, depth, heads, global_blocks=global_blocks).eval()
     torch.manual_seed(3)
     for name, parameter in encoder.named_parameters():
         if "pos" in name:
@@ -45,7 +45,7 @@ def oracle_at(encoder, size):
     def run(images):
         encoder.pos_embed = torch.nn.Parameter(resized, requires_grad=False)
         try:
-            return encoder(images)
+            return ImageEncoderViT.forward(encoder, images)
         finally:
             encoder.pos_embed = stored
 
@@ -56,10 +56,10 @@ def relative(ours, theirs):
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", OFFICIAL)
 @pytest.mark.parametrize("size", [224, 1024])
 def test_equal_to_segment_anything(name, size):
-    width, _, heads, _, _ = SIZES[name]
+    width, _, heads = SAM_SHAPES[name]
     encoder = random_encoder(width, heads)
     images = torch.randn(1, 3, size, size)
     assert relative(Teacher(encoder).features(images), oracle_at(encoder, size)(images)) <= 1e-4
@@ -203,12 +203,12 @@ def test_damaged_files_name_what_to_fetch(official, damage):
         load_teacher(TeacherConfig("sam_vit_b", str(path)))
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", OFFICIAL)
 @pytest.mark.parametrize("path", ["", "nowhere.pth"])
 def test_a_missing_file_names_what_to_fetch_and_where_it_goes(name, path):
     with pytest.raises(UserError) as caught:
         load_teacher(TeacherConfig(name, path))
-    file = SIZES[name][4]
+    file = OFFICIAL[name]
     assert f"segment_anything/{file}" in str(caught.value)
     assert f"checkpoints/{file}" in str(caught.value)
 

@@ -54,8 +54,10 @@ def call(in_process):
     return lambda words: in_process(main, words)
 
 
-def test_run_folder(shards, tmp_path, call):
+@pytest.mark.parametrize("kind", ["efficientsam", "sam"])
+def test_run_folder(shards, tmp_path, call, kind):
     options = {"data.val_shards": shards, "eval.every": 4, "run.picture_every": 8, "optim.ema": 0.5}
+    options |= {"decoder.kind": kind, "prompt.corrections": 2, "decoder.width": 64}
     code, error = call(arguments(tmp_path, shards, **options))
     assert code == 0, error
     lines = numbers(tmp_path)
@@ -70,6 +72,16 @@ def test_run_folder(shards, tmp_path, call):
     assert (tmp_path / "pictures" / "masks-0000008.png").exists()
     model = load_model(tmp_path)
     assert model.shape.image_size == 64 and not model.training
+    assert model.shape.decoder == kind and model.shape.encoder.channels == 64
+
+
+def test_masks_larger_than_the_decoders(shards, tmp_path, call):
+    options = {"loss.size": 64, "loss.iou": "l1", "loss.iou_masks": "chosen", "train.steps": 2}
+    options |= {"loss.single_mask": "true", "prompt.corrections": 1, "data.resize": "longest"}
+    code, error = call(arguments(tmp_path, shards, **options))
+    assert code == 0, error
+    assert load_model(tmp_path).shape.single_mask
+    assert "never trained" not in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.timeout(400)
@@ -123,6 +135,10 @@ def test_the_encoder_of_stage_one(shards, tmp_path, call):
     [
         ({"prompt.boxes": 2}, "prompt.boxes 2.0 must be within 0..1"),
         ({"prompt.clicks": 7}, "prompt.clicks 7 must be within 1..6"),
+        ({"prompt.corrections": 6}, "prompt.corrections 6 must be under 6"),
+        ({"decoder.kind": "sam", "decoder.dropout": 0.1}, "mask decoder has no dropout"),
+        ({"decoder.width": 100}, "decoder.width 100 must be a positive multiple of 16"),
+        ({"loss.size": 0}, "loss.size 0 must be positive"),
         ({"data.masks_per_image": 0}, "data.masks_per_image 0"),
         ({"data.image_size": 60}, "not divisible by encoder.patch_size 8"),
         ({"encoder.checkpoint": "nowhere"}, "nowhere"),
@@ -145,6 +161,7 @@ def test_each_config_with_two_processes(shards, tmp_path, config):
     options = {"run.dir": tmp_path, "run.picture_every": 0, "data.shards": shards}
     options |= {"data.val_shards": shards, "data.workers": 0, "data.image_size": 64}
     options |= {"encoder.checkpoint": "null", "train.steps": 3, "train.batch_size": 4}
+    options |= {"decoder.checkpoint": "null"}
     options |= {"eval.samples": 3, "optim.warmup": 1}
     words = [f"--{key}={value}" for key, value in options.items()]
     done = run(launch("cpu_2.yaml", "finetune/train.py", "--config", str(config), *words))

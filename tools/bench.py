@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import webdataset as wds
 from PIL import Image
+from segment_anything.modeling import ImageEncoderViT
 from torch.utils.flop_counter import FlopCounterMode
 
 from sami.core.errors import UserError
@@ -28,7 +29,8 @@ from sami.core.stream import Batches, Samples
 from sami.data import Views
 from sami.encoder import EncoderConfig, build_encoder
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction, pixel_target
-from sami.teacher import SIZES, TeacherConfig, load_teacher
+from sami.sam_encoder import SAM_SHAPES
+from sami.teacher import TeacherConfig, load_teacher
 
 Step = Callable[[], None]
 
@@ -88,7 +90,7 @@ def teacher_passes(
     @torch.no_grad()
     def theirs() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            teacher.encoder(normalised)
+            ImageEncoderViT.forward(teacher.encoder, normalised)
 
     passes: dict[str, Step] = {f"{args.teacher} {size} px, ours": ours}
     if size == 1024:  # segment-anything takes no other size
@@ -305,7 +307,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--batch", type=int, default=16, help="pictures of a training step")
     parser.add_argument("--encoder", default="vit_ti", help="vit_ti, vit_s or vit_b")
-    parser.add_argument("--teacher", default="sam_vit_b", choices=list(SIZES))
+    parser.add_argument("--teacher", default="sam_vit_b", choices=list(SAM_SHAPES))
     parser.add_argument("--teacher-batch", type=int, default=1)
     parser.add_argument("--teacher-sizes", type=int, nargs="+", default=[1024, 224])
     parser.add_argument(

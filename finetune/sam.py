@@ -1,0 +1,289 @@
+"""A promptable model: image encoder, prompt encoder and mask decoder, released EfficientSAM's or
+SAM's own."""
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from finetune import mask_decoder, sam_head
+from finetune.mask_decoder import MaskDecoder
+from finetune.prompt_encoder import (
+    BACKGROUND,
+    FOREGROUND,
+    MAX_POINTS,
+    TOP_LEFT,
+    PromptEncoder,
+    refuse_background,
+    rescale,
+)
+from finetune.sam_head import SamMaskDecoder, SamPromptEncoder
+from sami.core.images import Normalise
+from sami.encoder import initialise
+from sami.image_encoder import ImageEncoderShape, VitEncoder, build_image_encoder
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All that rebuilds a model; the JSON header of ``model.safetensors``.
+
+    Attributes:
+        encoder: the image encoder.
+        decoder: the prompt encoder and mask decoder: efficientsam, or SAM's own.
+        resize: square, the whole input whatever the picture's aspect, as released; longest, as SAM
+            resizes, the rest is padding on the right and below.
+        single_mask: whether mask 0 is trained.
+    """
+
+    encoder: ImageEncoderShape = ImageEncoderShape()
+    decoder: Literal["efficientsam", "sam"] = "efficientsam"
+    resize: Literal["square", "longest"] = "square"
+    single_mask: bool = False
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the input."""
+        return self.encoder.image_size
+
+    @property
+    def grid(self) -> int:
+        """Side of the image embedding."""
+        return self.image_size // self.encoder.patch_size
+
+    @property
+    def mask_size(self) -> int:
+        """Side of the mask decoder's output."""
+        return 4 * self.grid
+
+    def frame(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels that a picture has within the model's input."""
+        return frame_of(self.image_size, self.resize, height, width)
+
+    def header(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def frame_of(image_size: int, resize: str, height: int, width: int) -> tuple[int, int]:
+    """Height and width in pixels that a picture has within a square input.
+
+    ``square``: all of it, whatever the picture's aspect, as released. ``longest``: as SAM
+    resizes, the rest is padding on the right and below.
+    """
+    if resize == "square":
+        return image_size, image_size
+    scale = image_size / max(height, width)
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+class Sam(nn.Module):
+    """The released model's interface, and that of segment_anything's ``Sam``.
+
+    ``SamPredictor(model)`` and ``SamAutomaticMaskGenerator(model)`` work.
+    """
+
+    mask_threshold, image_format = 0.0, "RGB"
+
+    def __init__(
+        self, shape: ModelShape, checkpointing: bool = False, dropout: float = 0.0
+    ) -> None:
+        """
+        Args:
+            checkpointing: recompute the encoder's blocks in the backward pass.
+            dropout: of EfficientSAM's mask decoder, while training; SAM's own has none.
+        """
+        super().__init__()
+        self.shape = shape
+        channels = shape.encoder.channels
+        self.image_encoder = build_image_encoder(shape.encoder)
+        self.image_encoder.checkpointing = checkpointing
+        own = shape.decoder == "efficientsam"
+        self.prompt_encoder = (PromptEncoder if own else SamPromptEncoder)(
+            channels, shape.grid, shape.image_size
+        )
+        if own:
+            self.mask_decoder = MaskDecoder(channels, dropout, shape.single_mask)
+        else:
+            self.mask_decoder = SamMaskDecoder(channels, shape.single_mask)
+        self.normalise = Normalise()
+        for part in (self.image_encoder, self.prompt_encoder, self.mask_decoder):
+            if isinstance(part, (VitEncoder, PromptEncoder, MaskDecoder)):
+                part.apply(initialise)  # SAM's modules keep their own initialisation
+
+    @property
+    def takes_background(self) -> bool:
+        """Whether clicks on the background (label 0) and masks can be prompts."""
+        return self.shape.decoder == "sam"
+
+    @property
+    def max_points(self) -> int | None:
+        """Of a prompt, a box counted as two; None for any number."""
+        return None if self.shape.decoder == "sam" else MAX_POINTS
+
+    # -- the released model's interface -------------------------------------------------------
+
+    def forward(
+        self, images: torch.Tensor, points: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Three masks for each prompt, at the pictures' size.
+
+        Args:
+            images: [B, 3, H, W], uint8 or 0..1.
+            points: [B, Q, P, 2], x and y in pixels of these pictures.
+            labels: [B, Q, P]: 1 click, 2 and 3 corners of a box, -1 none.
+
+        Returns:
+            Logits [B, Q, 3, H, W] and predicted IoU [B, Q, 3], unsorted.
+        """
+        size = tuple(images.shape[2:])
+        embeddings = self.get_image_embeddings(images)
+        return self.predict_masks(embeddings, points, labels, True, *size, *size)
+
+    def get_image_embeddings(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, H, W], uint8 or 0..1, to embeddings [B, 256, h, w]."""
+        frame = self.shape.frame(*images.shape[2:])
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        if images.shape[2:] != frame:
+            images = F.interpolate(images, frame, mode="bilinear", align_corners=False)
+        return self.image_encoder(self._pad(self.normalise(images)))
+
+    def predict_masks(
+        self,
+        embeddings: torch.Tensor,
+        points: torch.Tensor,
+        labels: torch.Tensor,
+        multimask_output: bool,
+        input_h: int,
+        input_w: int,
+        output_h: int = -1,
+        output_w: int = -1,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks of prompts, from embeddings made once.
+
+        Args:
+            embeddings: [B, 256, h, w].
+            points: [B, Q, P, 2] in pixels of a picture of ``input_h`` x ``input_w``; EfficientSAM
+                drops those behind the sixth.
+            labels: [B, Q, P]: 1 click, 2 and 3 corners of a box, -1 none, and for SAM's own
+                decoder 0 for the background.
+            multimask_output: masks 1..3; otherwise mask 0, which the released weights, and ours
+                without ``loss.single_mask``, never trained.
+            output_h, output_w: size of the logits; without one they come as they are, four times
+                the embedding's.
+
+        Returns:
+            Logits [B, Q, M, H, W] and predicted IoU [B, Q, M]; M is 3 or 1.
+
+        Raises:
+            ValueError: a background click that the decoder does not know.
+        """
+        if not self.takes_background:
+            refuse_background(labels)
+        if not multimask_output and not self.shape.single_mask:
+            logging.getLogger(__name__).warning(
+                "multimask_output=False asks for mask 0, which was never trained; take the best "
+                "of three by its predicted IoU"
+            )
+        logits, iou = self.predict_all(embeddings, points, labels, input_h, input_w)
+        logits, iou = (x[:, :, 1:] if multimask_output else x[:, :, :1] for x in (logits, iou))
+        if output_h > 0 and output_w > 0:
+            logits = self.resize_logits(logits, (input_h, input_w), (output_h, output_w))
+        return logits, iou
+
+    def predict_all(
+        self,
+        embeddings: torch.Tensor,
+        points: torch.Tensor,
+        labels: torch.Tensor,
+        input_h: int,
+        input_w: int,
+        masks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All four masks, as :meth:`predict_low_resolution`, of points in pixels of a picture."""
+        height, width = self.shape.frame(input_h, input_w)
+        scale = points.new_tensor([width / input_w, height / input_h])
+        return self.predict_low_resolution(embeddings, rescale(points, scale), labels, masks)
+
+    def asked(self, labels: torch.Tensor) -> torch.Tensor:
+        """Which of four masks prompts [B, Q, P] ask for, bool [B, Q, 4].
+
+        1..3; or 0 alone, where it is trained and a prompt of several points or boxes leaves less
+        doubt (Segment Anything, appendix A).
+        """
+        given = (labels == FOREGROUND) | (labels == BACKGROUND) | (labels == TOP_LEFT)
+        single = (given.sum(2) > 1) & self.shape.single_mask
+        number = torch.arange(4, device=labels.device)
+        return (number == 0) == single.unsqueeze(2)
+
+    def predict_low_resolution(
+        self,
+        embeddings: torch.Tensor,
+        points: torch.Tensor,
+        labels: torch.Tensor,
+        masks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All four masks [B, Q, 4, 4h, 4w] and their predicted IoU [B, Q, 4].
+
+        Args:
+            points: [B, Q, P, 2] in pixels of the model's own square input.
+            masks: logits [B, Q, 4h, 4w] of earlier masks, as prompts for SAM's own decoder.
+        """
+        head = sam_head if self.shape.decoder == "sam" else mask_decoder
+        return head.predict(
+            self.prompt_encoder, self.mask_decoder, embeddings, points, labels, masks
+        )
+
+    # -- the interface of segment_anything's Sam ----------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def preprocess(self, x: torch.Tensor) -> torch.Tensor:
+        """What SamPredictor resized, [1, 3, H, W] in 0..255, as the encoder takes it."""
+        size, frame = self.shape.image_size, tuple(x.shape[2:])
+        images = x.float() / 255
+        if self.shape.resize == "square":
+            self.prompt_encoder.frame = frame
+            images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
+        return self._pad(self.normalise(images))
+
+    def postprocess_masks(
+        self, masks: torch.Tensor, input_size: tuple[int, int], original_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Logits [Q, M, 4h, 4w] at the size of the picture, [Q, M, H, W]."""
+        return self.resize_logits(masks.unsqueeze(0), original_size, original_size)[0]
+
+    # -- geometry -----------------------------------------------------------------------------
+
+    def _pad(self, images: torch.Tensor) -> torch.Tensor:
+        """Zeros on the right and below, up to the model's input."""
+        size = self.shape.image_size
+        return F.pad(images, (0, size - images.shape[3], 0, size - images.shape[2]))
+
+    def resize_logits(
+        self, logits: torch.Tensor, picture: tuple[int, int], size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Logits [B, Q, M, 4h, 4w] of a picture at another size, without its padding.
+
+        Args:
+            picture: height and width of the picture in pixels.
+            size: wanted height and width.
+        """
+        pictures = len(logits)
+        logits = rearrange(logits, "b q m h w -> (b q) m h w")
+        if self.shape.resize == "longest":
+            full = self.shape.image_size
+            logits = F.interpolate(logits, (full, full), mode="bilinear", align_corners=False)
+            height, width = self.shape.frame(*picture)
+            logits = F.interpolate(
+                logits[..., :height, :width], size, mode="bilinear", align_corners=False
+            )
+        else:
+            logits = F.interpolate(logits, size, mode="bicubic", align_corners=False)
+        return rearrange(logits, "(b q) m h w -> b q m h w", b=pictures)
