@@ -7,6 +7,8 @@ COCO, LVIS and what labelling tools export: ``images`` with id, file_name, width
 import json
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from pycocotools import mask as coco_mask
 
 from finetune.rle import area, box, decode_counts
 from sami.core.errors import BadSample, UserError
+from sami.core.shards import PICTURE, RawSample
 
 
 def read_coco(path: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
@@ -40,12 +43,74 @@ def read_coco(path: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]
                 type(image[side]) is int and image[side] > 0 for side in ("height", "width")
             ):
                 raise ValueError(f"image {image['id']} has no size")
-        return {str(i["file_name"]): (i, by_image[i["id"]]) for i in told["images"]}
+        return {_file_of(image): (image, by_image[image["id"]]) for image in told["images"]}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"--coco {path} is not in COCO's format ({type(error).__name__}: {error}); it needs "
             "images (id, file_name, width, height) and annotations (image_id, segmentation)"
         ) from error
+
+
+def _file_of(image: dict[str, Any]) -> str:
+    """The picture's path below its folder; LVIS tells it by the address alone."""
+    if "file_name" not in image and "coco_url" in image:
+        return "/".join(image["coco_url"].split("/")[-2:])  # such as val2017/000000000139.jpg
+    return str(image["file_name"])
+
+
+@dataclass(frozen=True)
+class CocoSource:
+    """Pictures in a folder with their annotations, as samples of SA-1B's layout."""
+
+    folder: Path
+    entries: list[tuple[str, dict[str, Any], list[dict[str, Any]]]]
+
+    @staticmethod
+    def of(
+        told: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]],
+        file: Path,
+        folder: Path,
+        most: int | None = None,
+    ) -> "CocoSource":
+        """Of what :func:`read_coco` found, the pictures with annotations that are there.
+
+        Args:
+            file: for the message.
+            most: at most so many, in the order of their names.
+
+        Raises:
+            UserError: none of them is in the folder.
+        """
+        entries, missing = [], 0
+        annotated = sorted(name for name, (_, annotations) in told.items() if annotations)
+        for name in annotated:
+            found = [n for n in (name, Path(name).name) if (folder / n).is_file()]
+            missing += not found
+            if found:
+                entries.append((found[0], *told[name]))
+        first = next(iter(annotated), "none")
+        if not entries:
+            raise UserError(
+                f"{folder} holds none of the annotated pictures of {file} (the first is {first}); "
+                "name the folder that their file_name is relative to"
+            )
+        if missing:
+            print(f"{missing} of {len(annotated)} annotated pictures are not in {folder}")
+        return CocoSource(folder, entries[:most])
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(self, number: int, of: int) -> Iterator[RawSample]:
+        """Every ``of``-th, from ``number`` on."""
+        for name, image, annotations in self.entries[number::of]:
+            told, _ = to_sa1b(image, annotations, name)
+            try:
+                picture = (self.folder / name).read_bytes()
+            except OSError as error:
+                yield RawSample(name, reason=f"unreadable ({error.strerror})")
+                continue
+            yield RawSample(name, {PICTURE: picture, "json": json.dumps(told).encode()})
 
 
 def to_sa1b(

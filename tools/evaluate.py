@@ -1,0 +1,204 @@
+"""mIoU of a model that segments, on shards of SA-1B's layout or on COCO-format annotations.
+
+python tools/evaluate.py MODEL --shards PATTERN [PATTERN ...] [--out DIR] ...
+python tools/evaluate.py MODEL --coco FILE --pictures DIR [--out DIR] ...
+
+MODEL is a run folder of finetune/train.py, its model.safetensors, a released EfficientSAM .pt, or
+SAM's .pth. Prompts (--prompts): box, the mask's tight one; a number of clicks, drawn uniformly in
+the mask, as EfficientSAM's table 4 has it, in --seeds draws; centre-N, a click farthest from the
+mask's boundary and then N - 1 where most is wrong, as Segment Anything has it.
+
+Scored at the picture's own size are the mask with the highest predicted IoU, and the oracle, the
+best of three. Small, medium and large objects are COCO's: below 32 x 32 and 96 x 96 pixels. The
+brackets hold 95 % of 1,000 bootstrap samples of the pictures. --out gets evaluation.json and masks
+drawn over pictures.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from finetune.coco import CocoSource, read_coco
+from finetune.evaluation import Pictures, Prompting, ShardSource, Source, score
+from finetune.measures import PAPER, SIZES, SOURCE, Measured
+from finetune.model import load_model
+from finetune.pictures import draw_masks
+from finetune.rle import area
+from finetune.sam import Sam
+from sami.core.checkpoint import write_text
+from sami.core.config import require
+from sami.core.errors import UserError
+from sami.core.exits import run_entry
+from sami.core.shards import expand, open_sources
+from sami.core.stream import make_loader
+from sami.image_encoder import find_model
+
+RESULT = "evaluation.json"
+
+
+def open_source(args: argparse.Namespace, folder: Path) -> Source:
+    """The samples that a command line names, at most ``--samples`` of them.
+
+    Args:
+        folder: where shards without an index are indexed.
+    """
+    if args.coco is not None:
+        require(args.pictures is not None, "--coco needs --pictures, the folder of its pictures")
+        return CocoSource.of(read_coco(args.coco), args.coco, args.pictures, args.samples)
+    sources = open_sources(expand(args.shards, "--shards"), folder, print)
+    shards = [shard for source in sources for shard in source.shards]
+    count = sum(shard.count for shard in shards)
+    require(count > 0, f"--shards {' '.join(args.shards)} hold no samples")
+    return ShardSource(shards, range(min(count, args.samples or count)))
+
+
+def promptings_of(words: list[str], seeds: int, model: Sam) -> tuple[Prompting, ...]:
+    """What ``--prompts`` asks for.
+
+    Raises:
+        UserError: an unknown word, or more clicks than the model takes.
+    """
+    found: list[Prompting] = []
+    for word in dict.fromkeys(words):
+        try:
+            found += Prompting.parse(word, seeds)
+        except ValueError as error:
+            raise UserError(
+                f"--prompts {word} is none of box, a number of clicks such as 3, or centre-3"
+            ) from error
+        most = model.max_points
+        require(
+            most is None or found[-1].clicks <= most,
+            f"--prompts {word}: this model takes {most} points at most; ask for fewer",
+        )
+    return tuple(found)
+
+
+def measure(
+    model: Sam,
+    source: Source,
+    promptings: tuple[Prompting, ...],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> tuple[Measured, list]:
+    """Every picture's IoU, and the first few pictures to be drawn."""
+    dataset = Pictures(source, model.shape, promptings, args.masks, args.seed)
+    measured, shown = Measured(promptings), []
+    loader = make_loader(dataset, args.workers, device)
+    bf16 = args.precision == "bf16"
+    for judged in track(loader, "evaluating", total=len(source)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            iou = score(model, judged, device, promptings)
+        measured.add(iou.cpu().numpy(), np.array([area(ends) for ends in judged.ends]))
+        if len(shown) < args.overlays:
+            shown.append(judged)
+    require(bool(measured.areas), "none of the pictures could be used; are these SA-1B's JSON?")
+    return measured, shown
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Ours, and beside it the paper's figures for the same prompt."""
+    table = Table(title="mIoU in %, with 95 % intervals", caption=f"paper: {SOURCE}; not ours")
+    table.add_column("prompt")
+    table.add_column("mask")
+    for size in SIZES:
+        table.add_column(size, justify="right")
+    for model in PAPER:
+        table.add_column(f"paper: {model}", justify="right", style="dim")
+    for row in rows:
+        cells = []
+        for told in row["miou"].values():
+            if told["mean"] is None:
+                cells.append("-")
+            else:
+                low, high = 100 * told["low"], 100 * told["high"]
+                cells.append(f"{100 * told['mean']:.1f} ({low:.1f}-{high:.1f})")
+        for told in PAPER.values():
+            figures = told.get(row["prompt"]) if row["choice"] == "predicted" else None
+            cells.append("-" if figures is None else "{:.1f} / {:.1f}".format(*figures))
+        table.add_row(row["prompt"], row["choice"], *cells)
+    Console(width=None if sys.stdout.isatty() else 170).print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--shards", nargs="+", help="such as 'data/sa1b/sa_00099*.tar'")
+    data.add_argument("--coco", type=Path, help="annotations in COCO's or LVIS's format")
+    parser.add_argument("--pictures", type=Path, help="the folder of --coco's pictures")
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        default=["box", "1", "3", "centre-1", "centre-3"],
+        help="default: box 1 3 centre-1 centre-3",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="draws of random clicks")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    parser.add_argument("--samples", type=int, help="at most so many pictures, the first ones")
+    parser.add_argument("--masks", type=int, help="at most so many objects of a picture")
+    parser.add_argument("--out", type=Path, help="folder for the result and the pictures")
+    parser.add_argument("--overlays", type=int, default=8, help="pictures that are drawn")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:1; auto")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    args = parser.parse_args()
+    for name in ("seeds", "samples", "masks"):
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name} {value} must be positive")
+    for name in ("overlays", "workers", "seed"):
+        value = getattr(args, name)
+        require(value >= 0, f"--{name} {value} must be 0 or more")
+    require(
+        args.out is None or not (args.out / RESULT).exists(),
+        f"{args.out} holds an evaluation already; name another --out, or delete it",
+    )
+    cuda = torch.cuda.is_available()
+    device = torch.device(("cuda" if cuda else "cpu") if args.device == "auto" else args.device)
+    require(device.type == "cpu" or cuda, f"--device {args.device}: there is no GPU; take cpu")
+
+    model = load_model(args.model).to(device)
+    promptings = promptings_of(args.prompts, args.seeds, model)
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_source(args, Path(folder))
+        measured, shown = measure(model, source, promptings, args, device)
+    rows, pictures = measured.rows(args.seed), len(measured.areas)
+    objects = sum(map(len, measured.areas))
+    show(rows)
+    left_out = f", {len(source) - pictures} unusable" if pictures < len(source) else ""
+    print(f"{args.model}: {pictures} pictures{left_out}, {objects} objects")
+    if args.out is not None:
+        weights = find_model(args.model) or args.model
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        result = {
+            "model": {"path": str(args.model), "sha256": digest, **model.shape.header()},
+            "command": sys.argv,
+            "pictures": pictures,
+            "unusable": len(source) - pictures,
+            "objects": objects,
+            "results": rows,
+            "paper": {"source": SOURCE, "figures": PAPER},
+        }
+        args.out.mkdir(parents=True, exist_ok=True)
+        if shown:
+            draw_masks(args.out / "masks.png", model, shown, device, str(args.model))
+        write_text(args.out / RESULT, json.dumps(result, indent=1) + "\n")
+        print(f"{args.out}/{RESULT}" + f" and {args.out}/masks.png" * bool(shown))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))
