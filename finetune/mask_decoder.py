@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from finetune.prompt_encoder import PromptEncoder, pad_points
 
-HEADS, MLP_WIDTH, DEPTH = 8, 2048, 2
+HEADS, MLP_RATIO, DEPTH = 8, 8, 2
 
 
 def predict(
@@ -97,7 +97,7 @@ class TwoWayBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.cross_attn_token_to_image = Attention(width, width // 2)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, MLP_WIDTH, width, 1)
+        self.mlp = MLP(width, MLP_RATIO * width, width, 1)
         self.norm3 = nn.LayerNorm(width)
         self.norm4 = nn.LayerNorm(width)
         self.cross_attn_image_to_token = Attention(width, width // 2)

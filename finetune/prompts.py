@@ -99,8 +99,9 @@ def correction_clicks(
     best, place = torch.where(wrong, chance, -1.0).flatten(2).max(2)
     height, width = truth.shape[2:]
     y, x = place // width, place % width
-    scale = torch.tensor([image_size / width, image_size / height], device=wrong.device)
-    points = (torch.stack([x, y], -1) + 0.5) * scale - 0.5  # pixel centres to indices
+    # pixel centres to indices; plain numbers, because a tensor of them would wait for the device
+    x, y = (x + 0.5) * (image_size / width) - 0.5, (y + 0.5) * (image_size / height) - 0.5
+    points = torch.stack([x, y], -1)
     label = truth.flatten(2).gather(2, place.unsqueeze(2)).squeeze(2).long()
     found = best >= 0
     points = torch.where(found.unsqueeze(-1), points, -1.0)

@@ -13,7 +13,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from finetune.mask_decoder import best_of
 from finetune.prompt_encoder import BACKGROUND, FOREGROUND, TOP_LEFT, Positions
 
-HEADS, DEPTH, MLP_WIDTH, IOU_WIDTH = 8, 2, 2048, 256
+HEADS, DEPTH, MLP_RATIO = 8, 2, 8
 MASK_CHANNELS = 16  # of the mask prompt's first layers
 
 
@@ -54,8 +54,8 @@ class SamMaskDecoder(MaskDecoder):
         """``single_mask``: whether mask 0 is trained."""
         super().__init__(
             transformer_dim=width,
-            transformer=TwoWayTransformer(DEPTH, width, HEADS, MLP_WIDTH),
-            iou_head_hidden_dim=IOU_WIDTH,
+            transformer=TwoWayTransformer(DEPTH, width, HEADS, MLP_RATIO * width),
+            iou_head_hidden_dim=width,
         )
         self.single_mask = single_mask
 

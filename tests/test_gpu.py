@@ -3,11 +3,20 @@
 import pytest
 import torch
 
+from finetune.data import Batch
+from finetune.losses import LossConfig as Stage2Loss
+from finetune.model import DecoderConfig as Stage2Decoder
+from finetune.model import build_model
+from finetune.objective import Objective
+from finetune.prompts import PromptConfig
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
 from sami.encoder import EncoderConfig, build_encoder
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
 from sami.teacher import TeacherConfig, load_teacher, to_grid
 from tests.runs import arguments, command, numbers, run, summary, write_shards
+from tests.test_toy_shards import draw
+from tests.test_train import arguments as stage2_arguments
+from tests.test_train import command as stage2
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -52,3 +61,46 @@ def test_a_run_in_bf16(tmp_path, compiled):
     assert run(command(words)).returncode == 0
     for a, b in zip(numbers(tmp_path / "gpu"), numbers(tmp_path / "cpu"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+
+
+def test_a_step_of_stage_two_does_not_wait_for_the_device():
+    device = torch.device("cuda")
+    model = build_model(EncoderConfig(), Stage2Decoder(dropout=0.1), 1024, "square", False)
+    objective = Objective(model.to(device), Stage2Loss(), PromptConfig(corrections=1))
+    optimizer = build_optimizer(objective, OptimConfig())
+    host = Batch(
+        torch.randint(0, 256, (1, 3, 1024, 1024), dtype=torch.uint8),
+        torch.rand(1, 8, 256, 256) > 0.5,
+        torch.ones(1, 8, dtype=torch.bool),
+        torch.ones(1, 256, 256, dtype=torch.bool),
+        torch.rand(1, 8, 6, 2) * 1024,
+        torch.ones(1, 8, 6, dtype=torch.int64),
+    ).pin_memory()
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = objective(host.to(device))["loss"]
+        poison(loss).backward()
+        guarded_step(optimizer, 1.0)
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(2):
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", ["efficientsam", "sam"])
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_stage_two_in_bf16(tmp_path, kind, compiled):
+    done = draw(tmp_path / "scenes", "--shards", "2", "--pictures", "16")
+    shards = done.stdout.split(": ")[-1].strip()
+    options = {"decoder.kind": kind, "prompt.corrections": 1, "data.workers": 1}
+    for place, more in (("gpu", {"train.compile": compiled}), ("cpu", {"run.device": "cpu"})):
+        done = run(stage2(stage2_arguments(tmp_path / place, shards, **options, **more)))
+        assert done.returncode == 0, done.stderr
+    first = [numbers(tmp_path / place)[0]["loss"] for place in ("gpu", "cpu")]
+    assert first[0] == pytest.approx(first[1], rel=5e-2)  # later clicks depend on what was drawn

@@ -276,3 +276,16 @@ def test_checkpointing_gives_the_same_gradients():
         gradients.append([p.grad for p in model.image_encoder.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_where_a_prompt_is_does_not_depend_on_autocast():
+    """In bf16 a coordinate would be off by pixels."""
+    for kind in ("efficientsam", "sam"):
+        torch.manual_seed(0)
+        encoder = Sam(ModelShape(TINY, kind)).prompt_encoder
+        points = torch.rand(2, 3, 2) * 128
+        expected = encoder((points, torch.ones(2, 3)), None, None)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = encoder((points, torch.ones(2, 3)), None, None)[0]
+        assert torch.equal(found, expected)

@@ -1,0 +1,70 @@
+"""The whole chain, tiny, and the page that it ends with."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from tests.runs import ROOT, run
+from tests.test_toy_shards import draw
+
+
+def chain(out, shards, *more):
+    small = ["encoder.width=32", "encoder.depth=1", "encoder.heads=1", "data.workers=0"]
+    tuned = [*small, "decoder.width=32", "eval.samples=2", "train.steps=3", "run.log_every=1"]
+    pretrained = [*small, "decoder.width=32", "decoder.depth=1", "decoder.heads=1"]
+    pretrained += ["train.steps=4", "train.batch_size=4", "eval.samples=4", "run.log_every=1"]
+    words = [sys.executable, str(ROOT / "tools/chain.py"), str(out), "--train", shards]
+    words += ["--val", shards, "--inits", "random", "mae", "sami", "--seeds", "1", "--jobs", "1"]
+    words += ["--val-masks", "2", "--set-teacher", *tuned, "--set-finetune", *tuned]
+    return run([*words, "--set-pretrain", *pretrained, *more])
+
+
+@pytest.mark.timeout(400)
+def test_the_chain(tmp_path):
+    drawn = draw(tmp_path / "scenes", "--shards", "1", "--pictures", "8")
+    shards = drawn.stdout.split(": ")[-1].strip()
+    done = chain(tmp_path / "out", shards)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    rows = {row["start"]: row for row in found["rows"]}
+    assert list(rows) == ["sami", "mae", "random", "random, SAMI's time"]
+    long, short = rows["random, SAMI's time"], rows["random"]
+    assert long["steps"] > short["steps"] == 3
+    whole = rows["sami"]["pretraining_seconds"] + rows["sami"]["finetuning_seconds"]
+    expected = whole / short["finetuning_seconds"] * 3
+    assert long["steps"] == round(expected)
+    for one in found["differences"]:
+        a, b = rows["sami"][one["measure"]], rows[one["other"]][one["measure"]]
+        assert one["by_seed"] == [a[0] - b[0]] and one["mean"] == one["low"] == one["high"]
+    assert len(found["differences"]) == 9
+    summaries = {
+        name: json.loads((tmp_path / "out" / name / "summary.json").read_text())
+        for name in ("sami", "mae")
+    }
+    assert summaries["sami"]["teacher"]["random"] is False and summaries["mae"]["teacher"] is None
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 6
+    assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in page
+    for text in ("The SAMI-pretrained student is, by box: ", "Stage 1", "Evaluation", "ahead in"):
+        assert text in page
+    # the same command again: nothing is done twice
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/model.safetensors")}
+    again = chain(tmp_path / "out", shards)
+    assert again.returncode == 0, again.stderr
+    assert times == {p: p.stat().st_mtime_ns for p in times}
+
+
+def test_what_fails_is_said(tmp_path):
+    done = chain(tmp_path / "out", str(tmp_path / "nothing-*.tar"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "finetune/train.py for teacher left with 2" in done.stderr
+    assert "nothing-*.tar" in done.stderr and "logs/teacher.log" in done.stderr
+    done = chain(tmp_path / "out", "x", "--config", "none")
+    assert done.returncode == 2 and "--config none: there is no" in done.stderr
+
+
+def test_a_report_needs_runs(tmp_path):
+    done = run([sys.executable, str(ROOT / "tools/report.py"), str(tmp_path)])
+    assert done.returncode == 2 and "is not the folder of a run" in done.stderr

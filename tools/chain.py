@@ -1,0 +1,282 @@
+"""The paper's claim from end to end, at a size that fits the machine, with numbers.
+
+python tools/chain.py OUT --train PATTERN --val PATTERN [--config toy] [--inits sami random] ...
+
+Trains a teacher by stage 2 from scratch; pretrains a smaller student from its features (SAMI) and,
+with mae among --inits, from pixels (MAE); finetunes the student from each start and from random
+weights, for the same number of steps, under the teacher's mask decoder, with --seeds seeds;
+finetunes the random start once more for as long as SAMI's pretraining and finetuning took together;
+evaluates all of them; and writes OUT/comparison.json and OUT/report.html.
+
+The runs are those of configs/finetune/<config>_teacher.yaml, configs/pretrain/<config>.yaml and
+configs/finetune/<config>.yaml. Stopped or killed, the same command goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sami.core.checkpoint import write_text
+from sami.core.config import require
+from sami.core.errors import UserError
+from sami.core.exits import run_entry
+
+ROOT = Path(__file__).parents[1]
+INITS = ("sami", "mae", "random")
+LONG = "random, SAMI's time"
+MEASURES = ("box", "1 click", "3 clicks")
+MAE = ("target.kind=pixels", "teacher.name=none", "teacher.checkpoint=", "decoder.kind=self")
+
+
+class Chain:
+    """The runs of one folder."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, args.out
+        self.started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """With the time since the start, in minutes and seconds."""
+        passed = int(time.monotonic() - self.started)
+        print(f"{passed // 60:02d}:{passed % 60:02d}  {text}", flush=True)
+
+    def call(self, name: str, script: str, *words: str, threads: int) -> None:
+        """Run a script to its end; its output goes to OUT/logs.
+
+        Raises:
+            UserError: it failed, with its own last words.
+        """
+        log = self.out / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with log.open("w") as file:
+            done = subprocess.run(
+                [sys.executable, str(ROOT / script), *words],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+        if done.returncode:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
+            raise UserError(f"{script} for {name} left with {done.returncode}: {last[0]} ({log})")
+
+    def together(self, jobs: list[tuple]) -> None:
+        """Calls side by side, ``--jobs`` at a time, the cores shared evenly."""
+        threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            waiting = [pool.submit(self.call, *job, threads=threads) for job in jobs]
+            for one in waiting:
+                one.result()
+
+    def words(self, name: str, config: str, *more: str, seed: int = 0) -> list[str]:
+        """Of a training run of ours; ``more`` are overrides as group.field=value."""
+        options = [
+            f"run.dir={self.out / name}",
+            f"run.seed={seed}",
+            f"data.shards={self.args.train}",
+            f"data.val_shards={self.args.val}",
+            *more,
+        ]
+        return ["--config", str(ROOT / "configs" / config), *(f"--{word}" for word in options)]
+
+    def finetuning(self, name: str, start: str | None, seed: int, *more: str) -> tuple:
+        """A student's finetuning, for :meth:`together`."""
+        encoder = "null" if start is None else str(self.out / start)
+        words = (f"encoder.checkpoint={encoder}", f"decoder.checkpoint={self.out / 'teacher'}")
+        config = f"finetune/{self.args.config}.yaml"
+        words = self.words(name, config, *words, *more, *self.args.set_finetune, seed=seed)
+        return (name, "finetune/train.py", *words)
+
+    def evaluation(self, name: str) -> tuple | None:
+        """A model's evaluation, for :meth:`together`; None if it is there."""
+        out = self.out / name / "evaluation"
+        if (out / "evaluation.json").exists():
+            return None
+        words = [str(self.out / name), "--shards", self.args.val, "--prompts", "box", "1", "3"]
+        words += ["--out", str(out), "--overlays", "4", "--workers", "1"]
+        if self.args.val_masks:
+            words += ["--masks", str(self.args.val_masks)]
+        return (f"{name}-evaluation", "tools/evaluate.py", *words)
+
+    def seconds(self, name: str) -> float:
+        """What a run's steps took, without its start and its evaluations."""
+        before, total = 0, 0.0
+        for line in self.metrics(name):
+            total += line["seconds_per_step"] * (line["step"] - before)
+            before = line["step"]
+        return total
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        """The lines of a run's metrics.jsonl."""
+        lines = (self.out / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def train(self) -> dict[str, list[str]]:
+        """All trainings; the runs of each start, one per seed."""
+        args = self.args
+        everything = os.cpu_count() or 1
+        self.say("1/5  teacher: stage 2 from scratch")
+        words = self.words("teacher", f"finetune/{args.config}_teacher.yaml", *args.set_teacher)
+        self.call("teacher", "finetune/train.py", *words, threads=everything)
+        teacher = ("teacher.name=custom", f"teacher.checkpoint={self.out / 'teacher'}")
+        pretrained = [init for init in args.inits if init != "random"]
+        self.say(f"2/5  pretraining of the student: {', '.join(pretrained)}")
+        for init in pretrained:  # one after the other: their times are compared
+            how = (*MAE, "loss.tokens=masked") if init == "mae" else teacher
+            words = self.words(init, f"pretrain/{args.config}.yaml", *args.set_pretrain, *how)
+            self.call(init, "sami/pretrain.py", *words, threads=max(1, everything // args.jobs))
+        runs = {init: [f"{init}-{seed}" for seed in range(args.seeds)] for init in args.inits}
+        self.say(f"3/5  finetuning from {', '.join(args.inits)}, {args.seeds} seed(s) each")
+        jobs = [
+            self.finetuning(name, None if init == "random" else init, seed)
+            for seed in range(args.seeds)
+            for init, name in ((init, runs[init][seed]) for init in args.inits)
+        ]
+        self.together(jobs)
+        if "sami" in args.inits and "random" in args.inits:
+            steps = self.long_steps(runs)
+            self.say(f"4/5  random weights for SAMI's whole time: {steps} steps")
+            runs[LONG] = [f"random_long-{seed}" for seed in range(args.seeds)]
+            self.together(
+                [
+                    self.finetuning(name, None, seed, f"train.steps={steps}")
+                    for seed, name in enumerate(runs[LONG])
+                ]
+            )
+        return runs
+
+    def long_steps(self, runs: dict[str, list[str]]) -> int:
+        """Steps of the random start in the time of SAMI's pretraining and finetuning."""
+        stored = self.out / "long_steps.json"  # the same when the chain goes on after a stop
+        if not stored.exists():
+            tuned = statistics.mean(self.seconds(name) for name in runs["sami"])
+            random = statistics.mean(self.seconds(name) for name in runs["random"])
+            steps = self.metrics(runs["random"][0])[-1]["step"]
+            whole = (self.seconds("sami") + tuned) / random * steps
+            write_text(stored, json.dumps(round(whole)))
+        return json.loads(stored.read_text())
+
+    def compare(self, runs: dict[str, list[str]]) -> dict[str, Any]:
+        """mIoU of each start and its paired differences from SAMI's, by measure."""
+        self.say("5/5  evaluating")
+        names = ["teacher", *(name for group in runs.values() for name in group)]
+        self.together([job for job in map(self.evaluation, names) if job])
+        scores = {init: [self.scores(name) for name in group] for init, group in runs.items()}
+        rows = [
+            {"start": init, "steps": self.metrics(runs[init][0])[-1]["step"]}
+            | {"pretraining_seconds": self.seconds(init) if init in ("sami", "mae") else 0.0}
+            | {"finetuning_seconds": statistics.mean(self.seconds(n) for n in runs[init])}
+            | {measure: [one[measure] for one in told] for measure in MEASURES}
+            for init, told in scores.items()
+        ]
+        differences = [
+            {"other": other, "measure": measure}
+            | spread([s[measure] - o[measure] for s, o in zip(scores["sami"], told, strict=True)])
+            for other, told in scores.items()
+            if "sami" in scores and other != "sami"
+            for measure in MEASURES
+        ]
+        return {"teacher": self.scores("teacher"), "rows": rows, "differences": differences}
+
+    def scores(self, name: str) -> dict[str, float]:
+        """mIoU of a run by measure."""
+        told = json.loads((self.out / name / "evaluation" / "evaluation.json").read_text())
+        return {
+            row["prompt"]: row["miou"]["all"]["mean"]
+            for row in told["results"]
+            if row["choice"] == "predicted"
+        }
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean and range of what was found with each seed."""
+    return {
+        "by_seed": values,
+        "mean": statistics.mean(values),
+        "low": min(values),
+        "high": max(values),
+        "ahead": sum(value > 0 for value in values),
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """The comparison for a terminal."""
+    table = Table(title="mIoU in %: mean over seeds (lowest-highest)")
+    for column in ("start", "pretraining", "finetuning", *MEASURES):
+        table.add_column(column, justify="left" if column == "start" else "right")
+    table.add_row("teacher", "-", "-", *(f"{100 * found['teacher'][m]:.1f}" for m in MEASURES))
+    for row in found["rows"]:
+        cells = []
+        for measure in MEASURES:
+            told = spread(row[measure])
+            low, high = 100 * told["low"], 100 * told["high"]
+            cells.append(f"{100 * told['mean']:.1f} ({low:.1f}-{high:.1f})")
+        times = [f"{row[f'{stage}_seconds']:.0f} s" for stage in ("pretraining", "finetuning")]
+        table.add_row(row["start"], times[0], f"{row['steps']} steps, {times[1]}", *cells)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for one in found["differences"]:
+        count = len(one["by_seed"])
+        print(
+            f"sami against {one['other']}, {one['measure']}: {100 * one['mean']:+.1f} "
+            f"({100 * one['low']:+.1f} to {100 * one['high']:+.1f}), ahead in {one['ahead']} of "
+            f"{count} seeds"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder for all runs and the report")
+    parser.add_argument("--train", required=True, help="shards of SA-1B's layout")
+    parser.add_argument("--val", required=True, help="held-out shards")
+    parser.add_argument("--config", default="toy", help="name of the configs; default: toy")
+    parser.add_argument("--inits", nargs="+", default=["sami", "random"], choices=INITS)
+    parser.add_argument("--seeds", type=int, default=3, help="of the finetuning")
+    parser.add_argument("--jobs", type=int, default=2, help="finetunings side by side")
+    parser.add_argument("--val-masks", type=int, help="objects of a picture that are evaluated")
+    for stage in ("teacher", "pretrain", "finetune"):
+        parser.add_argument(
+            f"--set-{stage}",
+            nargs="+",
+            default=[],
+            metavar="group.field=value",
+            help=f"overrides of the {stage} config",
+        )
+    args = parser.parse_args()
+    for name in ("seeds", "jobs"):
+        require(getattr(args, name) > 0, f"--{name} {getattr(args, name)} must be positive")
+    args.inits = [init for init in INITS if init in args.inits]
+    for file in (f"finetune/{args.config}_teacher", f"pretrain/{args.config}"):
+        path = ROOT / "configs" / f"{file}.yaml"
+        require(path.exists(), f"--config {args.config}: there is no {path}")
+
+    chain = Chain(args)
+    found = chain.compare(chain.train())
+    found["command"] = shlex.join(sys.argv)
+    write_text(args.out / "comparison.json", json.dumps(found, indent=1) + "\n")
+    show(found)
+    runs = ["teacher", *(init for init in args.inits if init != "random")]
+    runs += [f"{init}-0" for init in args.inits]
+    runs += ["random_long-0"] * (args.out / "random_long-0").exists()
+    words = [str(args.out / name) for name in runs]
+    words += ["--comparison", str(args.out / "comparison.json")]
+    report = args.out / "report.html"
+    chain.call("report", "tools/report.py", *words, "--out", str(report), threads=1)
+    chain.say(f"the report: {report.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))
