@@ -352,9 +352,21 @@ def test_the_demo(tmp_path):
     if not (ROOT / ".venv" / "installed").exists():
         pytest.skip("runs where tools/test.sh set up .venv; here it would install one")
     environment = {"RUN": str(tmp_path / "run"), "DATA": str(tmp_path / "data")}
-    done = run(["bash", "tools/demo.sh", "--train.steps", "8"], **environment)
+    few = ["train.steps=2", "eval.samples=2"]
+    words = ["--set-teacher", *few, "--set-pretrain", *few, "--set-finetune", *few]
+    done = run(["bash", "tools/demo.sh", "--seeds", "1", *words], **environment)
     assert done.returncode == 0, done.stderr
-    assert "RANDOM" in done.stdout
-    for name in ("The picture:", "The metrics:", "The encoder:", "The summary:"):
-        path = re.search(rf"{name}\s+(\S+)", done.stdout)
-        assert path and Path(path.group(1)).exists(), done.stdout
+    assert "sami against random, box: " in done.stdout
+    path = re.search(r"the report: (\S+)", done.stdout)
+    assert path and Path(path.group(1)).read_text().count("data:image/png") > 5
+
+
+def test_the_benchmarks_run():
+    """Stage 2's, as small as they get; what they measure is not asserted."""
+    words = ["stage2", "--device", "cpu", "--rounds", "1", "--step-rounds", "1"]
+    words += ["--image-size", "64", "--masks", "2"]
+    done = run([*command([])[:1], str(ROOT / "tools/bench.py"), *words])
+    assert done.returncode == 0, done.stderr
+    assert "sample: ours is" in done.stdout and "vit_s, 2 masks" in done.stdout
+    done = run([*command([])[:1], str(ROOT / "tools/bench.py"), "stage2", "--rounds", "0"])
+    assert done.returncode == 2 and "--rounds 0 must be positive" in done.stderr

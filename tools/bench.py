@@ -2,10 +2,13 @@
 
 python tools/bench.py stage1 [--batch 16] [--rounds 11] [--device cpu] [--teacher sam_vit_b] ...
 python tools/bench.py stream [--shards PATTERN] [--rounds 11] [--batch 16]
+python tools/bench.py stage2 [--batch 1] [--masks 8 32 64] [--rounds 11] [--device cpu] ...
 """
 
 import argparse
 import io
+import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -17,14 +20,24 @@ import numpy as np
 import torch
 import webdataset as wds
 from PIL import Image
+from pycocotools import mask as coco_mask
 from segment_anything.modeling import ImageEncoderViT
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from sami.core.errors import UserError
+from finetune.data import Batch, DataConfig, Prompted
+from finetune.losses import LossConfig as MaskLossConfig
+from finetune.losses import dice_loss, pixel_loss, stage2_losses
+from finetune.model import DecoderConfig as HeadConfig
+from finetune.model import build_model
+from finetune.objective import Objective
+from finetune.prompts import PromptConfig, as_box, correction_clicks
+from finetune.rle import decode_counts, parse_annotations, sample_grid
+from sami.core.config import require
 from sami.core.exits import run_entry
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
 from sami.core.order import Layout, Order
-from sami.core.shards import PICTURE, Source, expand, open_sources
+from sami.core.shards import PICTURE, RawSample, Source, expand, open_sources
 from sami.core.stream import Batches, Samples
 from sami.data import Views
 from sami.encoder import EncoderConfig, build_encoder
@@ -231,7 +244,7 @@ def data_rates(args: argparse.Namespace) -> None:
 
 def stream(args: argparse.Namespace) -> None:
     """The raw stream against webdataset's own, with decoding, and the time to a first batch."""
-    views, batch = Views(0, 224, 224, 14, 0.75, (0.2, 1.0), True), args.batch
+    views, batch = Views(0, 224, 224, 14, 0.75, (0.2, 1.0), True), args.batch or 16
     with tempfile.TemporaryDirectory() as folder:
         source = open_or_draw(args, folder, 40, 500)
         urls = [shard.url for shard in source.shards]
@@ -264,18 +277,28 @@ def stream(args: argparse.Namespace) -> None:
             print(f"step {step:8} {spread(values, 1)} ms")
 
 
-def stage1(args: argparse.Namespace) -> None:
-    device = torch.device(args.device)
+def introduce(args: argparse.Namespace, device: torch.device) -> float:
+    """Say what it runs on; the card's matrix rate in FLOP/s, 0 for a CPU."""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}{threads}, torch {torch.__version__}, {args.rounds} interleaved rounds")
     peak = matrix_rate(device) if device.type == "cuda" else 0.0
     if peak:
         print(f"matrix rate: {peak / 1e12:.0f} TFLOP/s (bf16, 8192 x 8192 x 8192)")
-    kinds = (
-        [(False, False)] if device.type == "cpu" else [(False, False), (True, False), (True, True)]
-    )
-    for bf16, compiled in kinds:
+    return peak
+
+
+def kinds_of(device: torch.device) -> list[tuple[bool, bool]]:
+    """Whether in bf16, and whether compiled: what is measured on a device."""
+    on_cpu = [(False, False)]
+    return on_cpu if device.type == "cpu" else [(False, False), (True, False), (True, True)]
+
+
+def stage1(args: argparse.Namespace) -> None:
+    device = torch.device(args.device)
+    args.batch = args.batch or 16
+    peak = introduce(args, device)
+    for bf16, compiled in kinds_of(device):
         title = f"training step, {args.encoder}, batch {args.batch}, {'bf16' if bf16 else 'fp32'}"
         steps = stage1_steps(args, device, bf16, compiled)
         flops = count_flops(stage1_steps(args, device, bf16, False)) if peak else {}
@@ -298,14 +321,249 @@ def stage1(args: argparse.Namespace) -> None:
     data_rates(args)
 
 
+def draw_sample(rng: np.random.Generator, width: int = 2250, height: int = 1500) -> RawSample:
+    """A picture with 100 masks as SA-1B stores them: smooth outlines, some of them with holes."""
+    grain = rng.normal(0, 8, (height, width, 1))
+    coarse = Image.fromarray(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    buffer = io.BytesIO()
+    picture = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
+    picture.save(buffer, "JPEG", quality=90)
+    told = []
+    for _ in range(100):
+        side = int(np.exp(rng.uniform(np.log(30), np.log(900))))
+        blob = Image.fromarray(rng.random((7, 7), np.float32)).resize(
+            (side, side), Image.Resampling.BICUBIC
+        )
+        y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+        mask = np.zeros((height, width), np.uint8, order="F")
+        top, left = rng.integers(height - side), rng.integers(width - side)
+        shape = (np.asarray(blob) > 0.3) & (x**2 + y**2 < 1)
+        mask[top : top + side, left : left + side] = shape
+        runs = coco_mask.encode(mask)
+        told.append(
+            {
+                "segmentation": {"size": [height, width], "counts": runs["counts"].decode()},
+                "area": int(mask.sum()),
+                "predicted_iou": 0.95,
+                "stability_score": 0.95,
+            }
+        )
+    image = {"width": width, "height": height, "file_name": "sa_0.jpg", "image_id": 0}
+    document = json.dumps({"image": image, "annotations": told}).encode()
+    return RawSample("drawn", {PICTURE: buffer.getvalue(), "json": document})
+
+
+def sample_path(args: argparse.Namespace) -> None:
+    """From SA-1B's bytes to what stage 2 trains on, against the plain way, on one core."""
+    sample = draw_sample(np.random.default_rng(0))
+    picture, document = sample.part(PICTURE), sample.part("json")
+    told = parse_annotations(document)
+    size = (told.height, told.width)
+    runs = [mask.counts for mask in told.masks[:64]]
+    shapes = [{"size": list(size), "counts": counts.encode()} for counts in runs]
+    ours = Prompted.of(DataConfig(), PromptConfig(), 256, seed=0)
+
+    def our_masks() -> None:
+        np.stack([sample_grid(decode_counts(counts, *size), *size, 256) for counts in runs])
+
+    def their_masks() -> list[np.ndarray]:
+        masks = [Image.fromarray(coco_mask.decode(shape).T) for shape in shapes]  # T: no copy
+        return [np.asarray(mask.resize((256, 256), Image.Resampling.NEAREST)) for mask in masks]
+
+    def plain_picture() -> torch.Tensor:
+        pixels = np.array(Image.open(io.BytesIO(picture)).convert("RGB"))
+        image = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float() / 255
+        return F.interpolate(image, (1024, 1024), mode="bilinear", antialias=True)
+
+    def plain() -> None:
+        json.loads(document)
+        plain_picture()
+        np.stack(their_masks())
+
+    seconds = measure(
+        {
+            "64 masks: pycocotools, resize": their_masks,
+            "64 masks: ours": our_masks,
+            "sample: plain": plain,
+            "sample: ours": lambda: ours.decode(sample, 0, False),
+            "picture: plain": plain_picture,
+        },
+        args.rounds,
+        torch.device("cpu"),
+    )
+    print(
+        f"\nSA-1B sample, one core: JPEG of 2250 x 1500 px ({len(picture) / 1e6:.1f} MB), 100 "
+        f"masks ({sum(map(len, runs)) / 64000:.1f} kB each)\n"
+        "to 1024 x 1024 px and 64 masks of 256 x 256; the plain sample has no prompts yet"
+    )
+    for name, values in seconds.items():
+        print(f"{name:36} {spread([1000 * value for value in values], 1)} ms")
+    for what, slow, fast in (
+        ("masks", "64 masks: pycocotools, resize", "64 masks: ours"),
+        ("sample", "sample: plain", "sample: ours"),
+    ):
+        ratios = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
+        print(f"{what}: ours is {spread(ratios, 1)} times as fast")
+
+
+def draw_batch(batch: int, masks: int, size: int, device: torch.device) -> Batch:
+    """Random pictures, objects that are rectangles, and a box for each."""
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.random((batch, masks, 2, 2)) * size, axis=2)
+    line = (np.arange(size // 4) + 0.5) * 4
+    x = (line > corners[..., 0, :1]) & (line < corners[..., 1, :1])  # [B, K, w]
+    y = (line > corners[..., 0, 1:]) & (line < corners[..., 1, 1:])
+    prompts = [[as_box(corner) for corner in row] for row in corners]
+    return Batch(
+        images=torch.from_numpy(rng.integers(0, 256, (batch, 3, size, size), dtype=np.uint8)),
+        masks=torch.from_numpy(y[..., :, None] & x[..., None, :]),
+        there=torch.ones(batch, masks, dtype=torch.bool),
+        inside=torch.ones(batch, size // 4, size // 4, dtype=torch.bool),
+        points=torch.from_numpy(np.stack([[p for p, _ in row] for row in prompts])),
+        labels=torch.from_numpy(np.stack([[label for _, label in row] for row in prompts])),
+    ).to(device)
+
+
+def stage2_step(
+    encoder: str, batch: Batch, bf16: bool, compiled: bool, checkpointing: bool
+) -> Step:
+    """A whole training step."""
+    device, size = batch.images.device, batch.images.shape[-1]
+    model = build_model(EncoderConfig(encoder), HeadConfig(), size, "square", checkpointing)
+    objective = Objective(model, MaskLossConfig(), PromptConfig()).to(device)
+    optimizer = build_optimizer(objective, OptimConfig())
+    if compiled:
+        model.image_encoder = torch.compile(model.image_encoder)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = objective(batch)["loss"]
+        poison(loss).backward()
+        guarded_step(optimizer, 0.0)
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def peak_memory(
+    encoder: str, masks: int, args: argparse.Namespace, bf16: bool, checkpointing: bool
+) -> float:
+    """GB that a step adds to what the process holds; measured in a process of its own (on a
+    CPU: Linux alone tells)."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        device = (args.device, args.batch, args.image_size)
+        return pool.apply(_peak_memory, (encoder, masks, *device, bf16, checkpointing))
+
+
+def _peak_memory(
+    encoder: str,
+    masks: int,
+    device: str,
+    batch: int,
+    size: int,
+    bf16: bool,
+    checkpointing: bool,
+) -> float:
+    drawn = draw_batch(batch, masks, size, torch.device(device))
+    before = _highest()
+    step = stage2_step(encoder, drawn, bf16, False, checkpointing)
+    for _ in range(2):
+        step()
+    return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else _highest() - before
+
+
+def _highest() -> float:
+    """GB of main memory that this process had at most; Linux."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in status if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024 / 1e9
+
+
+def stage2_losses_and_clicks(args: argparse.Namespace, device: torch.device) -> None:
+    """The losses and the error-click sampler, each against the obvious way."""
+    masks = max(args.masks)
+    truth = draw_batch(args.batch, masks, args.image_size, device)
+    side = truth.masks.shape[-1]
+    logits = torch.randn(args.batch, masks, 3, side, side, device=device, requires_grad=True)
+    iou = torch.rand(args.batch, masks, 3, device=device, requires_grad=True)
+    config = MaskLossConfig()
+
+    def ours() -> None:
+        stage2_losses(logits, iou, truth.targets, config)["loss"].backward()
+
+    def every_mask() -> None:
+        wanted = truth.masks.unsqueeze(2).expand_as(logits)
+        focal = pixel_loss(logits, wanted, "focal").mean((-2, -1))
+        (20 * focal + dice_loss(logits, wanted)).min(2).values.mean().backward()
+
+    def clicks() -> None:
+        correction_clicks(logits[:, :, 0].detach(), truth.masks, args.image_size, True)
+
+    def looped() -> None:
+        rng = np.random.default_rng(0)
+        for mask, wanted in zip(
+            logits[:, :, 0].detach().flatten(0, 1), truth.masks.flatten(0, 1), strict=True
+        ):
+            y, x = np.nonzero(((mask > 0) != wanted).cpu().numpy())
+            at = rng.integers(len(y))
+            _ = (x[at], y[at])
+
+    for name, steps in (
+        (
+            "losses, forward and backward",
+            {"focal and dice of all masks": every_mask, "ours, with IoU": ours},
+        ),
+        ("error clicks", {"loop over masks": looped, "ours": clicks}),
+    ):
+        title = f"{name}, {args.batch} x {masks} objects at {side} x {side}"
+        report(title, measure(steps, args.rounds, device), args.batch, {}, 0.0)
+
+
+def stage2(args: argparse.Namespace) -> None:
+    device = torch.device(args.device)
+    args.batch = args.batch or (8 if device.type == "cuda" else 1)
+    threads = torch.get_num_threads()
+    peak = introduce(args, device)
+    torch.set_num_threads(1)
+    sample_path(args)
+    torch.set_num_threads(threads)
+    stage2_losses_and_clicks(args, device)
+    cases = [(name, masks) for name in ("vit_ti", "vit_s") for masks in args.masks]
+    flops: dict[str, float] = {}
+    for bf16, compiled in kinds_of(device):
+        dtype = "bf16" if bf16 else "fp32"
+        steps = {
+            f"{name}, {masks} masks": stage2_step(
+                name, draw_batch(args.batch, masks, args.image_size, device), bf16, compiled, False
+            )
+            for name, masks in cases
+        }
+        title = f"training step, {args.image_size} px, batch {args.batch}, {dtype}"
+        if peak and not compiled:  # the counter does not see into compiled code
+            flops = count_flops(steps)
+        seconds = measure(steps, args.step_rounds, device)
+        report(title + (", compiled" if compiled else ""), seconds, args.batch, flops, peak)
+        del steps
+        if not compiled:
+            for again in (False, True):
+                print(f"peak memory, GB{', encoder recomputed in the backward' * again}")
+                for name, masks in cases:
+                    gigabytes = peak_memory(name, masks, args, bf16, again)
+                    print(f"{name + f', {masks} masks':36} {gigabytes:9.2f}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["stage1", "stream"])
+    parser.add_argument("stage", choices=["stage1", "stream", "stage2"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--batch", type=int, default=16, help="pictures of a training step")
+    parser.add_argument("--batch", type=int, help="pictures of a training step")
+    parser.add_argument("--masks", type=int, nargs="+", default=[8, 32, 64], help="of stage2")
+    parser.add_argument("--image-size", type=int, default=1024, help="of stage2")
+    parser.add_argument("--step-rounds", type=int, default=5, help="of stage2's training steps")
     parser.add_argument("--encoder", default="vit_ti", help="vit_ti, vit_s or vit_b")
     parser.add_argument("--teacher", default="sam_vit_b", choices=list(SAM_SHAPES))
     parser.add_argument("--teacher-batch", type=int, default=1)
@@ -315,10 +573,11 @@ def main() -> int:
     )
     parser.add_argument("--buffer-mb", type=int, default=100, help="shuffle buffer of stream")
     args = parser.parse_args()
-    if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds} must be positive")
+    for name in ("rounds", "step_rounds"):
+        value = getattr(args, name)
+        require(value > 0, f"--{name.replace('_', '-')} {value} must be positive")
     torch.manual_seed(0)
-    {"stage1": stage1, "stream": stream}[args.stage](args)
+    {"stage1": stage1, "stream": stream, "stage2": stage2}[args.stage](args)
     return 0
 
 

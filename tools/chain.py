@@ -36,7 +36,13 @@ ROOT = Path(__file__).parents[1]
 INITS = ("sami", "mae", "random")
 LONG = "random, SAMI's time"
 MEASURES = ("box", "1 click", "3 clicks")
-MAE = ("target.kind=pixels", "teacher.name=none", "teacher.checkpoint=", "decoder.kind=self")
+MAE = (
+    "target.kind=pixels",
+    "teacher.name=none",
+    "teacher.checkpoint=",
+    "decoder.kind=self",
+    "loss.tokens=masked",
+)
 
 
 class Chain:
@@ -90,7 +96,15 @@ class Chain:
         ]
         return ["--config", str(ROOT / "configs" / config), *(f"--{word}" for word in options)]
 
-    def finetuning(self, name: str, start: str | None, seed: int, *more: str) -> tuple:
+    def pretraining(self, init: str) -> tuple:
+        """A student's pretraining, for :meth:`together`."""
+        how = ("teacher.name=custom", f"teacher.checkpoint={self.out / 'teacher'}")
+        if init == "mae":
+            how = MAE
+        config = f"pretrain/{self.args.config}.yaml"
+        return (init, "sami/pretrain.py", *self.words(init, config, *self.args.set_pretrain, *how))
+
+    def tuning(self, name: str, start: str | None, seed: int, *more: str) -> tuple:
         """A student's finetuning, for :meth:`together`."""
         encoder = "null" if start is None else str(self.out / start)
         words = (f"encoder.checkpoint={encoder}", f"decoder.checkpoint={self.out / 'teacher'}")
@@ -104,7 +118,8 @@ class Chain:
         if (out / "evaluation.json").exists():
             return None
         words = [str(self.out / name), "--shards", self.args.val, "--prompts", "box", "1", "3"]
-        words += ["--out", str(out), "--overlays", "4", "--workers", "1"]
+        words += ["--out", str(out), "--workers", "0"]
+        words += ["--overlays", "4" if name == "teacher" or name.endswith("-0") else "0"]
         if self.args.val_masks:
             words += ["--masks", str(self.args.val_masks)]
         return (f"{name}-evaluation", "tools/evaluate.py", *words)
@@ -126,50 +141,44 @@ class Chain:
         """All trainings; the runs of each start, one per seed."""
         args = self.args
         everything = os.cpu_count() or 1
-        self.say("1/5  teacher: stage 2 from scratch")
+        self.say("1/4  teacher: stage 2 from scratch")
         words = self.words("teacher", f"finetune/{args.config}_teacher.yaml", *args.set_teacher)
         self.call("teacher", "finetune/train.py", *words, threads=everything)
-        teacher = ("teacher.name=custom", f"teacher.checkpoint={self.out / 'teacher'}")
-        pretrained = [init for init in args.inits if init != "random"]
-        self.say(f"2/5  pretraining of the student: {', '.join(pretrained)}")
-        for init in pretrained:  # one after the other: their times are compared
-            how = (*MAE, "loss.tokens=masked") if init == "mae" else teacher
-            words = self.words(init, f"pretrain/{args.config}.yaml", *args.set_pretrain, *how)
-            self.call(init, "sami/pretrain.py", *words, threads=max(1, everything // args.jobs))
         runs = {init: [f"{init}-{seed}" for seed in range(args.seeds)] for init in args.inits}
-        self.say(f"3/5  finetuning from {', '.join(args.inits)}, {args.seeds} seed(s) each")
-        jobs = [
-            self.finetuning(name, None if init == "random" else init, seed)
-            for seed in range(args.seeds)
-            for init, name in ((init, runs[init][seed]) for init in args.inits)
+        pretrained = [init for init in args.inits if init != "random"]
+        tuned = [self.tuning(name, None, seed) for seed, name in enumerate(runs.get("random", []))]
+        self.say(f"2/4  students: {' and '.join(pretrained)} pretraining, random finetuned")
+        self.together([*map(self.pretraining, pretrained), *tuned])
+        tuned = [
+            self.tuning(name, init, seed)
+            for init in pretrained
+            for seed, name in enumerate(runs[init])
         ]
-        self.together(jobs)
-        if "sami" in args.inits and "random" in args.inits:
-            steps = self.long_steps(runs)
-            self.say(f"4/5  random weights for SAMI's whole time: {steps} steps")
+        words = f"3/4  students: {' and '.join(pretrained)} finetuned"
+        if {"sami", "random"} <= set(args.inits):
+            steps = self.long_steps(runs["random"])
             runs[LONG] = [f"random_long-{seed}" for seed in range(args.seeds)]
-            self.together(
-                [
-                    self.finetuning(name, None, seed, f"train.steps={steps}")
-                    for seed, name in enumerate(runs[LONG])
-                ]
-            )
+            words += f"; random for SAMI's whole time, {steps} steps"
+            tuned = [
+                self.tuning(name, None, seed, f"train.steps={steps}")
+                for seed, name in enumerate(runs[LONG])
+            ] + tuned  # the longest first, so that all end together
+        self.say(words)
+        self.together(tuned)
         return runs
 
-    def long_steps(self, runs: dict[str, list[str]]) -> int:
-        """Steps of the random start in the time of SAMI's pretraining and finetuning."""
+    def long_steps(self, random: list[str]) -> int:
+        """Steps of the random start in the time of SAMI's pretraining and as much finetuning."""
         stored = self.out / "long_steps.json"  # the same when the chain goes on after a stop
         if not stored.exists():
-            tuned = statistics.mean(self.seconds(name) for name in runs["sami"])
-            random = statistics.mean(self.seconds(name) for name in runs["random"])
-            steps = self.metrics(runs["random"][0])[-1]["step"]
-            whole = (self.seconds("sami") + tuned) / random * steps
-            write_text(stored, json.dumps(round(whole)))
+            tuned = statistics.mean(self.seconds(name) for name in random)
+            steps = self.metrics(random[0])[-1]["step"]
+            write_text(stored, json.dumps(round((self.seconds("sami") / tuned + 1) * steps)))
         return json.loads(stored.read_text())
 
     def compare(self, runs: dict[str, list[str]]) -> dict[str, Any]:
         """mIoU of each start and its paired differences from SAMI's, by measure."""
-        self.say("5/5  evaluating")
+        self.say("4/4  evaluating")
         names = ["teacher", *(name for group in runs.values() for name in group)]
         self.together([job for job in map(self.evaluation, names) if job])
         scores = {init: [self.scores(name) for name in group] for init, group in runs.items()}

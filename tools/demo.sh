@@ -8,4 +8,5 @@ echo "Drawing scenes with exact masks, in SA-1B's file layout"
 python tools/make_toy_shards.py "$data/train" --pictures 2048 --shards 4 --size 128 --seed 0
 python tools/make_toy_shards.py "$data/val" --pictures 64 --shards 1 --size 128 --seed 1
 
-exec python tools/chain.py "$out" --train "$data/train/sa_*.tar" --val "$data/val/sa_*.tar" "$@"
+exec python tools/chain.py "$out" --train "$data/train/sa_*.tar" --val "$data/val/sa_*.tar" \
+  --val-masks 4 "$@"
