@@ -44,7 +44,7 @@ def test_the_chain(tmp_path):
     }
     assert summaries["sami"]["teacher"]["random"] is False and summaries["mae"]["teacher"] is None
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 6
+    assert page.count("data:image/png;base64,") == 9  # curves, 2 pretrained, 5 tuned
     assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in page
     for text in ("The SAMI-pretrained student is, by box: ", "Stage 1", "Evaluation", "ahead in"):
         assert text in page

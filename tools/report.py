@@ -65,7 +65,10 @@ class RunFolder:
         return [step for step, _ in told], [value for _, value in told]
 
     def last_picture(self) -> Path | None:
-        """The newest of its pictures."""
+        """The evaluation's picture, or the newest that was drawn while training."""
+        evaluated = self.path / "evaluation" / "masks.png"
+        if evaluated.exists():
+            return evaluated
         return max(self.path.glob("pictures/*.png"), default=None)
 
     def evaluation(self) -> dict[str, Any] | None:
