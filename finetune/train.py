@@ -241,6 +241,8 @@ def announce(
         f"trained, on {order.samples} pictures, {order.steps_per_epoch} steps an epoch, {steps} "
         f"steps, now at {step}"
     )
+    if steps < (cfg.train.steps or steps):
+        run.say(f"train.epochs {cfg.train.epochs} end it before train.steps {cfg.train.steps}")
     run.say(
         f"{run.processes} process(es) on {run.device.type}, {'bf16' if run.bf16 else 'fp32'}, "
         f"batch {cfg.train.batch_size} = {run.processes} x {layout.micro_batch_size} x "

@@ -180,3 +180,12 @@ def test_it_learns(shards, tmp_path, call):
     assert code == 0, error
     losses = [line["loss"] for line in numbers(tmp_path)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_the_shorter_of_steps_and_epochs_is_said(shards, tmp_path, call):
+    code, error = call(arguments(tmp_path, shards, **{"train.epochs": 1, "train.steps": 500}))
+    assert code == 0, error
+    steps = len(numbers(tmp_path))
+    assert 0 < steps < 500
+    told = (tmp_path / "log.txt").read_text()
+    assert "train.epochs 1 end it before train.steps 500" in told

@@ -109,7 +109,7 @@ class Chain:
         encoder = "null" if start is None else str(self.out / start)
         words = (f"encoder.checkpoint={encoder}", f"decoder.checkpoint={self.out / 'teacher'}")
         config = f"finetune/{self.args.config}.yaml"
-        words = self.words(name, config, *words, *more, *self.args.set_finetune, seed=seed)
+        words = self.words(name, config, *words, *self.args.set_finetune, *more, seed=seed)
         return (name, "finetune/train.py", *words)
 
     def evaluation(self, name: str) -> tuple | None:
