@@ -259,6 +259,10 @@ def load_model(path: str | Path) -> Sam:
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """A state dict as EfficientSAM's authors (below ``model``) and SAM's publish it."""
+    require(
+        file.is_file(),
+        f"{file} does not exist; fetch it from its authors, or name another checkpoint",
+    )
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)
         tensors = stored.get("model", stored)

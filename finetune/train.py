@@ -30,7 +30,7 @@ from sami.core.state import State
 from sami.core.stream import Batches, open_data, take_up
 from sami.encoder import EncoderConfig
 
-SHOWN = 4  # pictures in a picture
+SHOWN, NAMED = 4, 8  # pictures in a picture, modules in a sentence
 # What may change between two starts of one run; see sami/pretrain.py.
 FREE = {f"run.{item.name}" for item in fields(RunConfig) if item.name != "seed"} | {
     "eval",
@@ -253,7 +253,8 @@ def announce(
     run.say(f"encoder from {start}, decoder from {decoder}")
     modules = sorted({name.rpartition(".")[0] for name in frozen})
     if modules:
-        run.say(f"never trained: {', '.join(modules)}")
+        more = f" and {len(modules) - NAMED} more modules" if len(modules) > NAMED else ""
+        run.say(f"never trained: {', '.join(modules[:NAMED])}{more}")
     if not cfg.data.val_shards:
         run.say("no data.val_shards: nothing will be measured")
 

@@ -254,9 +254,9 @@ def main() -> int:
     if bad_masks:
         print(f"masks left out in all: {dict(bad_masks)}")
     written = sum(count_pictures(path) for path in paths)
-    size = sum(path.stat().st_size for path in paths) / 1e6
+    size = sum(path.stat().st_size for path in paths) / 1e9
     what = "with masks" if args.coco else f"{len(classes) or 'no'} classes"
-    print(f"{written} pictures, {what}, {len(paths)} shard(s), {size:.2f} GB")
+    print(f"{written} pictures, {what}, {len(paths)} shard(s), {size:.3g} GB")
     last = f"{{000000..{len(paths) - 1:06d}}}" if len(paths) > 1 else "000000"
     print(f"--data.shards '{args.out}/{args.prefix}-{last}.tar'")
     return 0
