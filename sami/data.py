@@ -92,7 +92,8 @@ class MaskConfig:
 class Draw:
     """What is random about one sample: the region in pixels, the flip, and the mask.
 
-    ``visible`` [V] and ``masked`` [M] are ascending patch numbers in raster order.
+    ``visible`` [V] and ``masked`` [M] are ascending patch numbers in raster order; ``masked`` holds
+    the part of the masked patches that is predicted.
     """
 
     box: Box
@@ -159,6 +160,7 @@ class Views:
     mask_ratio: float
     crop_scale: tuple[float, float]
     hflip: bool
+    predict_fraction: float = 1.0
 
     fields: ClassVar[tuple[str, ...]] = (PICTURE,)
 
@@ -217,7 +219,9 @@ def draw(views: Views, epoch: int, key: str, size: tuple[int, int]) -> Draw:
         size: width and height of the upright picture in pixels.
     """
     rng = sample_rng(views.seed, epoch, key)
-    visible, masked = _mask(views, rng)  # first: the mask does not depend on the picture's size
+    visible, masked = _mask(
+        views, rng, views.predict_fraction
+    )  # first: the mask does not depend on the picture's size
     flip = bool(rng.random() < 0.5) and views.hflip
     return Draw(random_region(*size, views.crop_scale, rng), flip, visible, masked)
 
@@ -285,9 +289,12 @@ def _stack(views: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack([view.transpose(2, 0, 1) for view in views]))
 
 
-def _mask(views: Views, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A uniformly random subset of the patches, and its complement."""
+def _mask(
+    views: Views, rng: np.random.Generator, fraction: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """A uniformly random subset of the patches, and a share of the others, rounded."""
     tokens = views.grid**2
     order = rng.permutation(tokens)
     keep = visible_count(tokens, views.mask_ratio)
-    return np.sort(order[:keep]), np.sort(order[keep:])
+    predicted = max(1, round((tokens - keep) * fraction))
+    return np.sort(order[:keep]), np.sort(order[keep : keep + predicted])

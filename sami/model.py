@@ -31,6 +31,9 @@ class DecoderConfig:
         width: of the decoder's tokens.
         depth: number of blocks.
         heads: attention heads per block.
+        predict_fraction: share of the masked tokens that is predicted and scored in a training
+            step, drawn anew for each picture; the others are neither queries, keys nor values
+            (CrossMAE, arXiv 2401.14391, section 3.3). 1 is the paper's.
     """
 
     kind: Literal["cross", "self"] = "cross"
@@ -38,6 +41,7 @@ class DecoderConfig:
     width: int = 512
     depth: int = 8
     heads: int = 16
+    predict_fraction: float = 1.0
 
     def check(self) -> None:
         require(
@@ -51,6 +55,16 @@ class DecoderConfig:
         require(
             self.width % 4 == 0,
             f"decoder.width {self.width} must be divisible by 4 for its positions",
+        )
+        require(
+            0 < self.predict_fraction <= 1,
+            f"decoder.predict_fraction {self.predict_fraction} must be over 0 and at most 1, such "
+            "as 0.25",
+        )
+        require(
+            self.kind == "cross" or self.predict_fraction == 1,
+            f"decoder.predict_fraction {self.predict_fraction} goes with decoder.kind cross; MAE's "
+            "joint decoder predicts all",
         )
 
 
@@ -163,9 +177,10 @@ class CrossDecoder(Decoder):
     def forward(
         self, encoded: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
     ) -> torch.Tensor:
-        """Encoder output [B, 1 + V, D] (class token first, left out here) to [B, N, width].
+        """Encoder output [B, 1 + V, D] (class token first, left out here) to [B, V + M, width].
 
-        The result is in image order. One norm closes both streams, so that the head, which serves
+        The result is in image order; with fewer than all masked tokens [B, M], as if the others
+        were not part of the picture. One norm closes both streams, so that the head, which serves
         both, sees them on one scale.
         """
         anchors = self.embed(encoded[:, 1:])
@@ -223,14 +238,14 @@ class MaskedReconstruction(nn.Module):
     def predict(
         self, images: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
     ) -> torch.Tensor:
-        """Reconstruction of all tokens, in image order.
+        """Reconstruction in image order.
 
         Args:
             images: [B, 3, H, H], uint8 or 0..1.
-            visible: [B, V], masked: [B, M]: patch numbers, together each once.
+            visible: [B, V], masked: [B, M]: patch numbers, none of them twice.
 
         Returns:
-            [B, N, C].
+            [B, V + M, C].
         """
         images = self.normalise(images)
         if self.decoder is None:
@@ -247,16 +262,30 @@ class MaskedReconstruction(nn.Module):
         """Losses of a micro-batch: ``loss`` to train on, and its parts for the log, detached.
 
         Args:
-            target: [B, N, C] in image order.
+            target: [B, N, C] in image order. With fewer than N visible and masked tokens the masked
+                ones stand for those left out: the loss over all tokens keeps its expectation.
         """
+        tokens, places = target.shape[1], [visible, masked]
+        if visible.shape[1] + masked.shape[1] < tokens:
+            given = torch.cat([visible, masked], dim=1).sort(dim=1).values
+            target = take(target, given)  # before the loss: nothing is computed for the rest
+            places = [torch.searchsorted(given, one.contiguous()) for one in (visible, masked)]
         with torch.autocast(images.device.type, enabled=False):
             target = target.float()
         error = token_errors(self.predict(images, visible, masked), target, self.loss_config.kind)
-        parts = {"loss_visible": error.gather(1, visible).mean()} if visible.shape[1] else {}
-        if masked.shape[1]:
-            parts["loss_masked"] = error.gather(1, masked).mean()
-        loss = error.mean() if self.loss_config.tokens == "all" else parts["loss_masked"]
-        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+        means = {
+            name: error.gather(1, where).mean()
+            for name, where in zip(("loss_visible", "loss_masked"), places, strict=True)
+            if where.shape[1]
+        }
+        if self.loss_config.tokens == "masked":
+            loss = means["loss_masked"]
+        elif error.shape[1] == tokens:
+            loss = error.mean()
+        else:
+            seen = visible.shape[1] / tokens
+            loss = seen * means["loss_visible"] + (1 - seen) * means["loss_masked"]
+        return {"loss": loss, **{name: part.detach() for name, part in means.items()}}
 
 
 def restore_order(

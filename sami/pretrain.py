@@ -227,6 +227,7 @@ def make_views(cfg: PretrainConfig, encoder: Encoder) -> Views:
         mask_ratio=cfg.mask.ratio,
         crop_scale=cfg.data.crop_scale,
         hflip=cfg.data.hflip,
+        predict_fraction=cfg.decoder.predict_fraction,
     )
 
 

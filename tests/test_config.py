@@ -59,6 +59,8 @@ def test_print_config(tmp_path):
         ("data: {workers: 1.5}", "data.workers must be an integer, got 1.5"),
         ("train: {compile: 3}", "train.compile must be true or false, got 3"),
         ("train: {steps: many}", "train.steps must be an integer or null, got many"),
+        ("decoder: {predict_fraction: 0}", "decoder.predict_fraction 0.0 must be over 0 and at"),
+        ("decoder: {predict_fraction: 0.5, kind: self}", "goes with decoder.kind cross"),
         ("decoder: {kind: crosss}", "decoder.kind must be one of cross, self, got crosss"),
         ("optim: {betas: [1, 2, 3]}", "optim.betas must be a list of 2 numbers, got [1, 2, 3]"),
         ("optim: [", "flow node"),

@@ -1,5 +1,7 @@
 """Masks, regions, and the stream of micro-batches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -116,3 +118,20 @@ def test_real_photographs(photos, tmp_path):
     for batch in found:  # both views are of one picture: shrunk, the large one is the small one
         small = torch.nn.functional.interpolate(batch.teacher_view.float(), (224, 224), mode="area")
         assert (small - batch.student.float()).abs().mean() < 6
+
+
+def test_a_share_of_the_masked_patches():
+    """The visible ones stay what they are, a quarter of the others is left, each as often."""
+    whole = Views(0, 224, None, 14, 0.75, (0.2, 1.0), True)
+    part = replace(whole, predict_fraction=0.25)
+    counts = np.zeros(196)
+    for number in range(400):
+        a, b = (draw(views, 0, f"key-{number}", (300, 200)) for views in (whole, part))
+        assert a.box == b.box and a.flip == b.flip and np.array_equal(a.visible, b.visible)
+        assert len(b.masked) == 37 and set(b.masked) < set(a.masked)
+        assert (np.diff(b.masked) > 0).all()
+        counts[b.masked] += 1
+    expected = 400 * 37 / 196
+    assert abs(counts - expected).max() < 5 * expected**0.5
+    held_out = draw_held_out(part, "key", (300, 200))
+    assert len(held_out.masked) == 147

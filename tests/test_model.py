@@ -164,6 +164,46 @@ def test_loss_against_a_hand_computation(kind, tokens):
     assert result["loss_visible"].item() == pytest.approx(np.mean(seen), rel=1e-5)
 
 
+@pytest.mark.parametrize("tokens", ["all", "masked"])
+def test_a_part_of_the_masked_tokens_by_hand(tokens):
+    """What is left out is not scored; what is scored stands for it."""
+    net = randomise(model(LossConfig(tokens=tokens)))
+    visible, masked = masks()
+    part = masked[:, torch.tensor([7, 2, 5])].sort(1).values
+    images, target = torch.rand(2, 3, 64, 64), torch.randn(2, N, 6)
+    result = net(images, visible, part, target)
+    prediction = net.predict(images, visible, part).detach().double().numpy()
+    hidden, seen = [], []
+    for b in range(2):
+        given = sorted(visible[b].tolist() + part[b].tolist())
+        for place, n in enumerate(given):
+            error = reference.token_error(
+                prediction[b, place], target[b, n].double().numpy(), "mse"
+            )
+            (hidden if n in part[b].tolist() else seen).append(error)
+    assert len(hidden) == 6 and len(seen) == 2 * V
+    whole = (V * np.mean(seen) + (N - V) * np.mean(hidden)) / N
+    assert result["loss"].item() == pytest.approx(
+        whole if tokens == "all" else np.mean(hidden), rel=1e-5
+    )
+    assert result["loss_masked"].item() == pytest.approx(np.mean(hidden), rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_token_that_is_not_predicted_is_nowhere():
+    """Not a query, not a key, not a value: whatever it is, nothing changes."""
+    decoder = randomise(CrossDecoder(config(), D, 4))
+    visible, masked = masks(1)
+    part, encoded = masked[:, ::3], torch.randn(1, 1 + V, D)
+    before = decoder(encoded, visible, part)
+    assert before.shape == (1, V + part.shape[1], W)
+    for place in masked[0].tolist():
+        changed = randomise(CrossDecoder(config(), D, 4))
+        changed.positions[0, place] += 1.0
+        same = torch.equal(changed(encoded, visible, part), before)
+        assert same == (place not in part[0].tolist())
+
+
 def test_the_loss_is_computed_in_fp32():
     """Under autocast, differences that bf16 cannot hold still count."""
     target = torch.full((1, 1, 4), 256.0)
