@@ -7,7 +7,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.images import Box, cut, open_image, upright_size
 from sami.core.order import deal, sample_rng
-from sami.core.shards import PICTURE, RawSample, Shard, read_range
+from sami.core.shards import PICTURE, TEACHER, RawSample, Shard, read_range
+from sami.features import Cache, FeatureBatch, from_bytes, region_weights
 
 
 @dataclass
@@ -108,39 +108,33 @@ class Batch:
 
     ``student`` uint8 [B, 3, H, H]; ``teacher`` uint8 [B, 3, S, S], or None where the student's
     picture serves (the same size) or there is no teacher; ``visible`` [B, V] and ``masked``
-    [B, M] patch numbers; ``keys`` of the samples, with the names of their shards.
+    [B, M] patch numbers; ``features`` cached ones, or None; ``keys`` of the samples, with the
+    names of their shards.
     """
 
     student: torch.Tensor
     teacher: torch.Tensor | None
     visible: torch.Tensor
     masked: torch.Tensor
+    features: FeatureBatch | None = None
     keys: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
         """The tensors on a device, without waiting for the copy."""
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        teacher = None if self.teacher is None else move(self.teacher)
-        return replace(
-            self,
-            student=move(self.student),
-            teacher=teacher,
-            visible=move(self.visible),
-            masked=move(self.masked),
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """In page-locked memory, which lets the copy to the device overlap."""
-        teacher = None if self.teacher is None else self.teacher.pin_memory()
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         return replace(
             self,
-            student=self.student.pin_memory(),
-            teacher=teacher,
-            visible=self.visible.pin_memory(),
-            masked=self.masked.pin_memory(),
+            student=change(self.student),
+            teacher=None if self.teacher is None else change(self.teacher),
+            visible=change(self.visible),
+            masked=change(self.masked),
+            features=None if self.features is None else self.features.map(change),
         )
 
     @property
@@ -161,8 +155,13 @@ class Views:
     crop_scale: tuple[float, float]
     hflip: bool
     predict_fraction: float = 1.0
+    cache: Cache | None = None
+    pool: str = "area"  # of cached features
 
-    fields: ClassVar[tuple[str, ...]] = (PICTURE,)
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What is read of a sample."""
+        return (PICTURE,) if self.cache is None else (PICTURE, TEACHER)
 
     def decode(self, sample: RawSample, epoch: int, stand_in: bool) -> tuple:
         """What :func:`collate` takes, of one training sample."""
@@ -174,7 +173,7 @@ class Views:
         return make_sample(self, sample, lambda size: draw_held_out(self, sample.key, size))
 
     def collate(self, items: list[tuple]) -> Batch:
-        return collate(items)
+        return collate(items, self)
 
 
 def visible_count(tokens: int, ratio: float) -> int:
@@ -219,9 +218,8 @@ def draw(views: Views, epoch: int, key: str, size: tuple[int, int]) -> Draw:
         size: width and height of the upright picture in pixels.
     """
     rng = sample_rng(views.seed, epoch, key)
-    visible, masked = _mask(
-        views, rng, views.predict_fraction
-    )  # first: the mask does not depend on the picture's size
+    # First: the mask does not depend on the picture's size.
+    visible, masked = _mask(views, rng, views.predict_fraction)
     flip = bool(rng.random() < 0.5) and views.hflip
     return Draw(random_region(*size, views.crop_scale, rng), flip, visible, masked)
 
@@ -234,19 +232,25 @@ def draw_held_out(views: Views, key: str, size: tuple[int, int]) -> Draw:
 
 def make_sample(
     views: Views, sample: RawSample, choose: Callable[[tuple[int, int]], Draw]
-) -> tuple[str, np.ndarray, np.ndarray | None, Draw]:
-    """Key, student's view uint8 [H, H, 3], teacher's view uint8 [S, S, 3] or None, and the draw.
+) -> tuple:
+    """Key, student's view uint8 [H, H, 3], teacher's view uint8 [S, S, 3] or None, the draw, and
+    the cached features with the crop's weights, or None.
 
     Raises:
         BadSample: the picture cannot be used.
     """
     image = open_image(sample.part(PICTURE))
-    drawn = choose(upright_size(image))
+    size, cached = upright_size(image), None
+    drawn = choose(size)
+    if views.cache is not None:
+        stored = from_bytes(sample.part(TEACHER), views.cache, size)
+        where = (drawn.box, drawn.flip, views.grid, views.pool)
+        cached = (stored, *region_weights(views.cache, size, *where))
     sizes = [views.student_size]
     if views.teacher_size not in (None, views.student_size):
         sizes.append(views.teacher_size)
     cuts = cut(image, drawn.box, sizes, drawn.flip)
-    return sample.key, cuts[0], cuts[1] if len(cuts) > 1 else None, drawn
+    return sample.key, cuts[0], cuts[1] if len(cuts) > 1 else None, drawn, cached
 
 
 class HeldOut(IterableDataset):
@@ -266,20 +270,21 @@ class HeldOut(IterableDataset):
             with contextlib.suppress(BadSample):
                 items.append(self.views.decode_held_out(sample))
             if len(items) == self.batch_size:
-                yield collate(items)
+                yield self.views.collate(items)
                 items = []
         if items:
-            yield collate(items)
+            yield self.views.collate(items)
 
 
-def collate(items: list[tuple]) -> Batch:
+def collate(items: list[tuple], views: Views) -> Batch:
     """A batch of what :func:`make_sample` made."""
-    keys, student, teacher, drawn = zip(*items, strict=True)
+    keys, student, teacher, drawn, cached = zip(*items, strict=True)
     return Batch(
         student=_stack(student),
         teacher=None if teacher[0] is None else _stack(teacher),
         visible=torch.from_numpy(np.stack([one.visible for one in drawn])),
         masked=torch.from_numpy(np.stack([one.masked for one in drawn])),
+        features=None if views.cache is None else FeatureBatch.of(cached, views.cache.grid),
         keys=list(keys),
     )
 

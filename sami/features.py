@@ -5,12 +5,14 @@ of the whole upright picture, without the padding, as int8 with a scale per chan
 Training reads it, and cuts each crop's target out of it (:func:`axis_weights`), on the device.
 """
 
+import hashlib
 import io
 import json
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +20,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError
 from sami.core.images import Box
+from sami.core.shards import Shard, is_url
+from sami.teacher import Teacher, TeacherConfig
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -33,10 +38,14 @@ class Cache:
     """How features were made and are stored: the part of the manifest that a run depends on.
 
     Attributes:
-        teacher: its configured name; sha256 of its weights; layer; image_size, the longest side
-            in pixels of the picture that it saw; patch_size in pixels; channels.
+        name, sha256, random, layer: the teacher's, as :func:`sami.teacher.describe_teacher` has
+            them.
+        image_size: the longest side in pixels of the picture that it saw.
+        patch_size: the teacher's, in pixels.
+        channels: of the features.
         grid: cells of the stored map on the picture's longest side.
         dtype: int8, with a scale per channel and picture, or fp16.
+        precision: that the teacher computed in, fp32 or bf16.
     """
 
     name: str
@@ -48,6 +57,7 @@ class Cache:
     channels: int
     grid: int
     dtype: Literal["int8", "fp16"]
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def pool(self) -> int:
@@ -77,6 +87,27 @@ class Stored:
 
     values: np.ndarray
     scale: np.ndarray
+
+
+@torch.no_grad()
+def see_whole(teacher: Teacher, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    """The teacher's features of whole pictures, each padded to the same square.
+
+    Args:
+        pictures: uint8 [h, w, 3] each, at what :meth:`Cache.frame` says. Padded on the right and
+            below after normalisation, as SAM does.
+
+    Returns:
+        [B, C, s, s] with s = image_size / patch size, in the teacher's precision.
+    """
+    device, side = teacher.normalise.mean.device, teacher.image_size
+    canvas = torch.zeros(len(pictures), 3, side, side, dtype=torch.uint8)
+    inside = torch.zeros(len(pictures), 1, side, side, dtype=torch.bool)
+    for number, picture in enumerate(pictures):
+        height, width = picture.shape[:2]
+        canvas[number, :, :height, :width] = torch.from_numpy(picture).permute(2, 0, 1)
+        inside[number, :, :height, :width] = True
+    return teacher.features(teacher.normalise(canvas.to(device)) * inside.to(device))
 
 
 def pack(features: torch.Tensor, cache: Cache, size: tuple[int, int]) -> Stored:
@@ -228,7 +259,7 @@ class FeatureBatch:
             torch.from_numpy(np.stack(columns)),
         )
 
-    def map(self, change: Any) -> "FeatureBatch":
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "FeatureBatch":
         """The same with ``change`` done to each tensor."""
         return FeatureBatch(*map(change, vars(self).values()))
 
@@ -242,11 +273,9 @@ class FeatureBatch:
             return (grid * self.scale[:, :, None, None]).flatten(2).mT
 
 
-def read_manifest(folder: Path, what: str) -> dict[str, Any]:
-    """The manifest beside cached shards.
-
-    Args:
-        what: the field that names them, for messages.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest beside cached shards: ``format``, ``cache`` (:class:`Cache`), and ``shards``:
+    by file name the number of ``samples``, what was ``left_out`` and the ``sha256``.
 
     Raises:
         UserError: none, unreadable, or the cache is still being written.
@@ -260,7 +289,7 @@ def read_manifest(folder: Path, what: str) -> dict[str, Any]:
         number = manifest["format"]
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} does not exist: {what} holds no cached features; make them with "
+            f"{path} does not exist, so these shards hold no cached features; make them with "
             "tools/cache_teacher.py, or set teacher.cached false"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -277,6 +306,106 @@ def read_manifest(folder: Path, what: str) -> dict[str, Any]:
     return manifest
 
 
-def as_json(cache: Cache) -> dict[str, Any]:
-    """For the manifest."""
-    return asdict(cache)
+def open_cache(
+    shards: list[Shard],
+    config: TeacherConfig,
+    sha256: str | None,
+    verified: Path,
+    say: Callable[[str], None] = print,
+) -> Cache:
+    """The cache that some shards hold, if it is what a configuration asks for.
+
+    Args:
+        shards: those that are trained on and those that are held out.
+        sha256: of teacher.checkpoint's weights; None if none was given.
+        verified: a file that remembers whose checksums were found right, so that a shard is read
+            for that only once; it is written here.
+        say: told when shards are read for it.
+
+    Raises:
+        UserError: no manifest, or one that tells of another teacher, or of other shards.
+    """
+    asked = {"name": config.name, "layer": config.layer, "image_size": config.image_size}
+    asked |= {} if sha256 is None else {"sha256": sha256}
+    found: dict[Path, dict[str, Any]] = {}
+    for shard in shards:
+        require(
+            not is_url(shard.url),
+            f"{shard.url}: cached features are read from local shards; fetch it, or set "
+            "teacher.cached false",
+        )
+        path = Path(shard.url)
+        if path.parent not in found:
+            manifest = found[path.parent] = read_manifest(path.parent)
+            for name, value in asked.items():
+                theirs = manifest["cache"][name]
+                require(
+                    theirs == value,
+                    f"{path.parent / MANIFEST} has features of teacher.{name} {theirs}, and the "
+                    f"configuration asks for {value}; set teacher.{name} {theirs}, or make another "
+                    "cache",
+                )
+        require(
+            path.name in found[path.parent]["shards"],
+            f"{path} is not in {path.parent / MANIFEST}, which has "
+            f"{len(found[path.parent]['shards'])} other shards; cache it too, or leave it out of "
+            "data.shards",
+        )
+    for folder, manifest in found.items():
+        gone = [name for name in manifest["shards"] if not (folder / name).exists()]
+        require(
+            not gone,
+            f"{folder / MANIFEST} names {len(manifest['shards'])} shards and {len(gone)} of them "
+            f"are not there, such as {gone[0] if gone else ''}; bring them back, or run "
+            "tools/cache_teacher.py again",
+        )
+    caches = [Cache(**manifest["cache"]) for manifest in found.values()]
+    folders = list(found)
+    for folder, cache in zip(folders, caches, strict=True):
+        require(
+            cache == caches[0],
+            f"{folders[0]} and {folder} hold features of different kinds: {caches[0]} and {cache}; "
+            "cache both alike",
+        )
+    _check_sums(shards, found, verified, say)
+    return caches[0]
+
+
+def _check_sums(
+    shards: list[Shard],
+    manifests: dict[Path, dict[str, Any]],
+    verified: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Whether each shard is the one that the manifest tells of; remembered by size and time."""
+    try:
+        known = json.loads(verified.read_text())
+    except (OSError, ValueError):
+        known = {}
+
+    facts = {}
+    for shard in shards:
+        path = Path(shard.url)
+        status, told = path.stat(), manifests[path.parent]["shards"][path.name]["sha256"]
+        facts[shard.url] = [status.st_size, status.st_mtime_ns, told]
+    unread = [Path(url) for url, fact in facts.items() if known.get(url) != fact]
+    if unread:
+        say(f"reading {len(unread)} cached shards for their checksums, once")
+    with ThreadPoolExecutor(8) as pool:
+        for path, own in zip(unread, pool.map(sha256_of, unread), strict=True):
+            told = facts[str(path)][2]
+            require(
+                own == told,
+                f"{path} has the sha256 {own[:16]}... and {path.parent / MANIFEST} says "
+                f"{told[:16]}...; it was changed or damaged: delete it and run "
+                "tools/cache_teacher.py again",
+            )
+    if unread:
+        verified.parent.mkdir(parents=True, exist_ok=True)
+        write_text(verified, json.dumps(facts))
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

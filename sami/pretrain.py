@@ -19,11 +19,12 @@ from sami.core.exits import FINISHED, run_entry
 from sami.core.optim import OptimConfig, TrainConfig, poison
 from sami.core.order import Layout, Order
 from sami.core.run import Run, RunConfig, is_due
-from sami.core.shards import Shard, fingerprint
+from sami.core.shards import PICTURE, TEACHER, Shard, Source, fingerprint
 from sami.core.state import State
 from sami.core.stream import Batches, open_data, take_up
 from sami.data import Batch, DataConfig, HeldOut, MaskConfig, Views, visible_count
 from sami.encoder import Encoder, EncoderConfig, build_encoder, export_header
+from sami.features import Cache, open_cache
 from sami.heldout import EvalConfig, measure
 from sami.model import (
     DecoderConfig,
@@ -34,7 +35,14 @@ from sami.model import (
 )
 from sami.pictures import draw_reconstruction
 from sami.sam_encoder import SAM_SHAPES
-from sami.teacher import Teacher, TeacherConfig, describe_teacher, load_teacher, to_grid
+from sami.teacher import (
+    Teacher,
+    TeacherConfig,
+    checkpoint_sha256,
+    describe_teacher,
+    load_teacher,
+    to_grid,
+)
 
 SHOWN = 4  # pictures in a picture
 # What may change between two starts of one run. Shards and the teacher's file may have moved; that
@@ -93,6 +101,10 @@ class PretrainConfig:
             self.target.kind == "pixels" or self.teacher.name != "none",
             "target.kind teacher needs a teacher; set teacher.name, or target.kind pixels",
         )
+        require(
+            self.target.kind == "teacher" or not self.teacher.cached,
+            "teacher.cached true goes with target.kind teacher; pixels need no teacher",
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,9 +116,10 @@ def main(argv: list[str] | None = None) -> int:
 def train(cfg: PretrainConfig, run: Run) -> int:
     # ---- What it is trained on
     sources, held_out = open_data(cfg.data, run)
+    cache = find_cache(cfg, run, sources, held_out) if cfg.teacher.cached else None
     order = Order(
         sources,
-        fields=Views.fields,
+        fields=(PICTURE,) if cache is None else (PICTURE, TEACHER),
         batch_size=cfg.train.batch_size,
         seed=cfg.run.seed,
         buffer_bytes=cfg.data.shuffle_mb * 1_000_000,
@@ -127,14 +140,18 @@ def train(cfg: PretrainConfig, run: Run) -> int:
 
     # ---- What is trained
     encoder = build_encoder(cfg.encoder, cfg.data.image_size)
-    teacher = None
-    if cfg.target.kind == "teacher":
+    teacher, told = None, None
+    if cache is not None:
+        channels, told = cache.channels, cached_teacher(cache)
+    elif cfg.target.kind == "teacher":
         teacher = load_teacher(cfg.teacher)
-    channels = 3 * cfg.encoder.patch_size**2 if teacher is None else teacher.channels
+        channels, told = teacher.channels, describe_teacher(cfg.teacher, teacher)
+    else:
+        channels = 3 * cfg.encoder.patch_size**2
     model = MaskedReconstruction(encoder, cfg.decoder, cfg.loss, channels, cfg.mask.ratio)
     state = State(model.to(run.device), cfg.optim, cfg.train, run)
     facts = {
-        "teacher": describe_teacher(cfg.teacher, teacher) if teacher and run.is_main else None,
+        "teacher": told,
         "data": {
             "pictures": order.samples,
             "shards": len(order.shards),
@@ -143,7 +160,7 @@ def train(cfg: PretrainConfig, run: Run) -> int:
         },
     }
     targets = make_targets(cfg, run, model, teacher and teacher.to(run.device))
-    views = make_views(cfg, encoder)
+    views = make_views(cfg, encoder, cache)
 
     # ---- Where training stands
     identity = {"config": to_dict(cfg), "facts": facts}
@@ -217,17 +234,38 @@ def train(cfg: PretrainConfig, run: Run) -> int:
     return FINISHED
 
 
-def make_views(cfg: PretrainConfig, encoder: Encoder) -> Views:
+def find_cache(
+    cfg: PretrainConfig, run: Run, sources: list[Source], held_out: list[Shard]
+) -> Cache:
+    """The features that the shards hold; rank 0 reads the shards for their checksums, once."""
+    shards = [shard for source in sources for shard in source.shards] + held_out
+    verified = run.dir / "index" / "verified.json"
+    if run.is_main:
+        sha256 = checkpoint_sha256(cfg.teacher)
+        found = open_cache(shards, cfg.teacher, sha256, verified, run.say)
+    run.wait_for_all()
+    return found if run.is_main else open_cache(shards, cfg.teacher, None, verified, run.say)
+
+
+def cached_teacher(cache: Cache) -> dict[str, object]:
+    """What the summary of a run tells of a teacher that only its features are left of."""
+    return {**vars(cache), "cached": True}
+
+
+def make_views(cfg: PretrainConfig, encoder: Encoder, cache: Cache | None) -> Views:
     """How samples are made under a configuration."""
+    computed = cfg.target.kind == "teacher" and cache is None
     return Views(
         seed=cfg.run.seed,
         student_size=cfg.data.image_size,
-        teacher_size=cfg.teacher.image_size if cfg.target.kind == "teacher" else None,
+        teacher_size=cfg.teacher.image_size if computed else None,
         grid=encoder.grid,
         mask_ratio=cfg.mask.ratio,
         crop_scale=cfg.data.crop_scale,
         hflip=cfg.data.hflip,
         predict_fraction=cfg.decoder.predict_fraction,
+        cache=cache,
+        pool=cfg.teacher.pool,
     )
 
 
@@ -235,6 +273,8 @@ def make_targets(
     cfg: PretrainConfig, run: Run, model: MaskedReconstruction, teacher: Teacher | None
 ) -> Callable[[Batch], torch.Tensor]:
     """From a batch on the device to what its tokens are to become, [B, N, C]."""
+    if cfg.teacher.cached:
+        return lambda batch: batch.features.tokens()
     if teacher is None:
         return lambda batch: pixel_target(model.normalise(batch.student), cfg.encoder.patch_size)
 

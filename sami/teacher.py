@@ -39,6 +39,9 @@ class TeacherConfig:
         layer: neck, 256 channels; trunk, the last block's output at the encoder's width.
         pool: how its grid is brought to the student's. area averages (torch's adaptive average
             pooling); bilinear is antialiased.
+        cached: the features of the whole pictures stand in the shards (tools/cache_teacher.py),
+            and a crop's target is cut out of them; the teacher itself is not loaded. checkpoint
+            is then only compared, and may be left out.
         width: of custom.
         depth: of custom.
         heads: of custom.
@@ -49,6 +52,7 @@ class TeacherConfig:
     image_size: int = 224
     layer: Literal["neck", "trunk"] = "neck"
     pool: Literal["area", "bilinear"] = "area"
+    cached: bool = False
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
@@ -168,27 +172,38 @@ def load_teacher(config: TeacherConfig) -> Teacher:
 
 
 def describe_teacher(config: TeacherConfig, teacher: Teacher) -> dict[str, object]:
-    """Name, sha256 and whether random, for the summary of a run.
-
-    The hash is that of the file; a random teacher's is taken over its tensors.
-    """
+    """Name, sha256 and whether random, for the summary of a run."""
     random = config.checkpoint == "random"
-    digest = hashlib.sha256()
-    if random:
-        for name, tensor in sorted(teacher.encoder.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
-    else:
-        with open(find_model(config.checkpoint) or config.checkpoint, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
     return {
         "name": config.name,
         "checkpoint": config.checkpoint,
-        "sha256": digest.hexdigest(),
+        "sha256": _tensors_sha256(teacher.encoder) if random else checkpoint_sha256(config),
         "random": random,
         "image_size": config.image_size,
         "layer": config.layer,
     }
+
+
+def checkpoint_sha256(config: TeacherConfig) -> str | None:
+    """Of the file of the weights, or of a random teacher's tensors; None if none is given.
+
+    Raises:
+        UserError: the file does not exist.
+    """
+    if not config.checkpoint:
+        return None
+    if config.checkpoint == "random":
+        return _tensors_sha256(load_teacher(config).encoder)
+    with (find_model(config.checkpoint) or _checkpoint_path(config)).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tensors_sha256(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _load_ours(config: TeacherConfig, path: Path) -> nn.Module:

@@ -108,6 +108,26 @@ def resize_stored(image: Image.Image, height: int, width: int) -> np.ndarray:
     return resize_array(pixels, height, width)
 
 
+def resize_upright(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """A whole picture, turned by its EXIF orientation, at another size.
+
+    Args:
+        image: from :func:`open_image`; it is decoded here.
+        height, width: of the upright result in pixels.
+
+    Returns:
+        uint8 [height, width, 3]; antialiased bilinear.
+
+    Raises:
+        BadSample: the picture is damaged.
+    """
+    turned = _orientation(image) in (5, 6, 7, 8)
+    with _decoding("damaged picture"):
+        _draft(image, *((height, width) if turned else (width, height)))
+        pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    return resize_array(pixels, height, width)
+
+
 def resize_array(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [H, W, 3] to uint8 [height, width, 3], antialiased bilinear.
 

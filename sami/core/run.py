@@ -160,7 +160,8 @@ class Run:
         (self.dir / "pictures").mkdir(exist_ok=True)
         (self.dir / "stop").unlink(missing_ok=True)
         write_text(self.dir / "config.yaml", to_yaml(config))
-        self.summarise(status="running", exit_code=None, **facts, **environment(self))
+        told = environment(self.device, self.bf16, self.processes)
+        self.summarise(status="running", exit_code=None, **facts, **told)
         if self.config.wandb != "disabled":
             import wandb
 
@@ -383,8 +384,8 @@ class Run:
         self._lock.flush()
 
 
-def environment(run: Run) -> dict[str, Any]:
-    """Versions, commit and hardware, for the summary."""
+def environment(device: torch.device, bf16: bool, processes: int = 1) -> dict[str, Any]:
+    """Versions, commit and hardware, for a summary."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str | None:
@@ -397,7 +398,7 @@ def environment(run: Run) -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "versions": {
             "python": platform.python_version(),
@@ -407,10 +408,10 @@ def environment(run: Run) -> dict[str, Any]:
         "hardware": {
             "host": socket.gethostname(),
             "gpu": gpu,
-            "processes": run.processes,
+            "processes": processes,
             "threads": torch.get_num_threads(),
             "cpus": os.cpu_count(),
-            "precision": "bf16" if run.bf16 else "fp32",
+            "precision": "bf16" if bf16 else "fp32",
         },
     }
 

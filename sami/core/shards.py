@@ -29,8 +29,8 @@ from webdataset.tariterators import tar_file_iterator
 from sami.core.errors import BadSample, UserError
 from sami.core.images import IMAGE_EXTENSIONS
 
-PICTURE = "picture"
-FIELDS = (PICTURE, "json", "cls", "teacher.npz")  # the columns of an index
+PICTURE, TEACHER = "picture", "teacher.npz"
+FIELDS = (PICTURE, "json", "cls", TEACHER)  # the columns of an index
 EXTENSIONS = dict.fromkeys(IMAGE_EXTENSIONS, PICTURE) | {name: name for name in FIELDS[1:]}
 BLOCK = tarfile.BLOCKSIZE  # a member's header, just before its data
 MAX_MEMBER = 1 << 48  # bytes; positions behind it stay far below what seeking can take
@@ -328,6 +328,27 @@ def read_range(
         if first < last:
             yield from read_samples(shard, np.arange(first - start, last - start), fields)
         start += shard.count
+
+
+def read_whole(path: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Every sample of a local shard: its key, and its members under their own names.
+
+    In the order of their pictures, as far as the tar goes. Of members of the same key and field
+    the first counts; a sample that is cut off has no members.
+    """
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    with tarfile.open(path, tarinfo=_Header) as tar:
+        with contextlib.suppress(*UNREADABLE):
+            for member in tar:
+                named = split_name(member.name) if member.isreg() else None
+                if named is not None:
+                    groups.setdefault(named[0], {}).setdefault(named[1], member)
+        kept = [(key, row) for key, row in groups.items() if PICTURE in row]
+        for key, row in sorted(kept, key=lambda item: item[1][PICTURE].offset_data):
+            members = {}
+            with contextlib.suppress(*UNREADABLE):
+                members = {info.name: tar.extractfile(info).read() for info in row.values()}
+            yield key, members
 
 
 def split_name(name: str) -> tuple[str, str] | None:

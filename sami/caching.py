@@ -1,0 +1,368 @@
+"""A teacher over shards, once per picture: what ``tools/cache_teacher.py`` runs.
+
+A shard is written under another name and renamed when it is whole; then the manifest, which several
+processes share under a lock, gets its checksum. So whatever kills a process costs it one shard.
+"""
+
+import contextlib
+import fcntl
+import io
+import itertools
+import json
+import os
+import shutil
+import tarfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from sami.core.checkpoint import write_text
+from sami.core.config import require
+from sami.core.errors import BadSample, UserError
+from sami.core.images import MEAN, STD, open_image, resize_upright, upright_size
+from sami.core.shards import PICTURE, TEACHER, Shard, read_samples, read_whole, split_name
+from sami.features import (
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    Cache,
+    Stored,
+    from_bytes,
+    pack,
+    see_whole,
+    sha256_of,
+    to_bytes,
+)
+from sami.teacher import Teacher
+
+PREPROCESSING = {
+    "resize": "upright, longest side to image_size, antialiased bilinear",
+    "mean": [255 * value for value in MEAN],
+    "std": [255 * value for value in STD],
+    "padding": "zeros on the right and below after normalisation",
+}
+OVERHEAD = 3 * 512 + 700  # bytes of a member's header and padding, and of an npz around its arrays
+TOLERANCE = 0.03  # relative difference within which features count as recomputed: int8 has 0.01
+
+
+@dataclass
+class Seer:
+    """A teacher and how it is run over pictures.
+
+    Attributes:
+        batch: pictures per forward.
+        workers: threads that decode.
+        fixed: always give it whole batches, which a compiled teacher needs.
+    """
+
+    teacher: Teacher
+    cache: Cache
+    device: torch.device
+    batch: int
+    workers: int
+    fixed: bool = False
+
+    def see(self, pictures: list[np.ndarray]) -> torch.Tensor:
+        """Features [B, C, s, s] of pictures as :func:`sami.features.see_whole` takes them."""
+        fill = [pictures[-1]] * (self.batch - len(pictures)) if self.fixed else []
+        bf16 = self.cache.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            return see_whole(self.teacher, pictures + fill)[: len(pictures)]
+
+
+def prepare(data: bytes, cache: Cache) -> tuple[tuple[int, int], np.ndarray]:
+    """A picture's upright width and height, and its pixels as the teacher sees them.
+
+    Raises:
+        BadSample: it cannot be used.
+    """
+    image = open_image(data)
+    size = upright_size(image)
+    return size, resize_upright(image, *cache.frame(*size))
+
+
+def cache_shard(
+    seer: Seer, source: Shard, path: Path, advance: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Write one shard with its features; pictures that cannot be used are left out.
+
+    Args:
+        advance: called with the pictures and the bytes that were added.
+
+    Returns:
+        What the manifest tells of it.
+
+    Raises:
+        UserError: another process writes the same shard, or the teacher's features are not finite.
+    """
+    left_out: Counter[str] = Counter()
+    temporary = path.with_name(f".{path.name}.writing")
+    samples = 0
+    with _exclusive(temporary, path) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="w") as tar, ThreadPoolExecutor(1) as writer:
+                writing: deque[Future] = deque()
+                for key, members, stored in _seen(seer, source, left_out):
+                    samples += 1
+                    features = to_bytes(stored)
+                    named = {**members, f"{key}.{TEACHER}": features}
+                    writing.append(writer.submit(_write, tar, named))
+                    if len(writing) > 2 * seer.batch:
+                        writing.popleft().result()
+                    advance(1, len(features))
+                for one in writing:
+                    one.result()
+            file.flush()
+            os.fsync(file.fileno())
+            record = {
+                "samples": samples,
+                "left_out": dict(left_out),
+                "sha256": sha256_of(temporary),
+                "source": source.digest,
+            }
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    return record
+
+
+def _seen(
+    seer: Seer, source: Shard, left_out: Counter[str]
+) -> Iterator[tuple[str, dict[str, bytes], Stored]]:
+    """Key, members and features of a shard's samples; decoding and teacher overlap."""
+    before = None
+    for batch in _batched(_decoded(seer, source, left_out), seer.batch):
+        now = (batch, seer.see([pixels for _, _, _, pixels in batch]))
+        if before is not None:
+            yield from _packed(seer, source, *before)
+        before = now
+    if before is not None:
+        yield from _packed(seer, source, *before)
+
+
+def _packed(
+    seer: Seer, source: Shard, batch: list[tuple], features: torch.Tensor
+) -> Iterator[tuple[str, dict[str, bytes], Stored]]:
+    for (key, members, size, _), one in zip(batch, features, strict=True):
+        try:
+            yield key, members, pack(one, seer.cache, size)
+        except BadSample as error:
+            raise UserError(
+                f"the teacher's {error} for {key} of {source.url} in {seer.cache.precision}; look "
+                "at the checkpoint, or take --precision fp32 and --dtype int8"
+            ) from error
+
+
+def _decoded(seer: Seer, source: Shard, left_out: Counter[str]) -> Iterator[tuple]:
+    """Key, members, size and pixels of the samples that can be used, decoded ahead in threads."""
+
+    def load(members: dict[str, bytes]) -> tuple[tuple[int, int], np.ndarray]:
+        name = next((name for name in members if (split_name(name) or "  ")[1] == PICTURE), None)
+        if name is None:
+            raise BadSample("cut off in shard")
+        return prepare(members[name], seer.cache)
+
+    with ThreadPoolExecutor(seer.workers) as pool:
+        ahead: deque[tuple[str, dict[str, bytes], Future]] = deque()
+        samples = read_whole(source.url)
+        while True:
+            for key, members in itertools.islice(samples, 2 * seer.batch - len(ahead)):
+                own = {name: data for name, data in members.items() if not name.endswith(TEACHER)}
+                ahead.append((key, own, pool.submit(load, own)))
+            if not ahead:
+                return
+            key, members, future = ahead.popleft()
+            try:
+                yield key, members, *future.result()
+            except BadSample as error:
+                left_out[str(error)] += 1
+
+
+def _batched(items: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _write(tar: tarfile.TarFile, members: dict[str, bytes]) -> None:
+    for name, data in members.items():
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path, wanted: Path) -> Iterator[BinaryIO]:
+    """A file that this process alone writes, empty; the lock goes with the process."""
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        except BlockingIOError:
+            mine = False
+        require(mine, f"{wanted} is being written by another process; are there two of one slice?")
+        file.truncate(0)
+        yield file
+
+
+class Manifest:
+    """The manifest of a folder of cached shards, shared by all processes that fill it."""
+
+    def __init__(self, folder: Path, cache: Cache) -> None:
+        self.folder, self.cache = folder, cache
+        self.path = folder / MANIFEST
+
+    def claim(self, names: list[str], made: dict[str, Any]) -> None:
+        """Put down that these shards are to be there.
+
+        Raises:
+            UserError: the folder holds features of another kind, or cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._changed() as content:
+                theirs = content.setdefault("cache", asdict(self.cache))
+                own = asdict(self.cache)
+                differing = next((name for name in own if own[name] != theirs.get(name)), None)
+                require(
+                    differing is None,
+                    f"{self.folder} holds features with {differing} {theirs.get(differing)}, and "
+                    f"{own.get(differing)} is asked for; name another --out, or delete it",
+                )
+                content.setdefault("format", FORMAT)
+                content.setdefault("preprocessing", PREPROCESSING)
+                content.setdefault("made", made)
+                shards = content.setdefault("shards", {})
+                for name in names:
+                    shards.setdefault(name, None)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({error.strerror}); name another --out"
+            ) from error
+
+    def done(self, name: str) -> dict[str, Any] | None:
+        """What is told of a shard; None if it is not finished, or gone."""
+        told = json.loads(self.path.read_text())["shards"].get(name)
+        return told if (self.folder / name).is_file() else None
+
+    def put(self, name: str, record: dict[str, Any] | None) -> None:
+        """Put down that a shard is finished."""
+        with self._changed() as content:
+            content["shards"][name] = record
+
+    def pending(self) -> list[str]:
+        """The shards that are not finished."""
+        names = json.loads(self.path.read_text())["shards"]
+        return [name for name in names if self.done(name) is None]
+
+    @contextlib.contextmanager
+    def _changed(self) -> Iterator[dict[str, Any]]:
+        with (self.folder / f".{MANIFEST}.lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            content: dict[str, Any] = {}
+            if self.path.exists():
+                try:
+                    content = json.loads(self.path.read_text())
+                except ValueError as error:
+                    raise UserError(
+                        f"{self.path} cannot be read ({error}); bring it back, or delete the folder"
+                    ) from error
+            yield content
+            write_text(self.path, json.dumps(content, indent=1) + "\n")
+
+
+def estimate_bytes(shards: list[Shard], cache: Cache, looked_at: int = 200) -> int:
+    """Bytes of the shards that will be written, from the shapes of some pictures.
+
+    Raises:
+        UserError: none of these can be used.
+    """
+    per_cell = cache.channels * np.dtype(DTYPES[cache.dtype]).itemsize
+    sizes = []
+    share = -(-looked_at // len(shards))
+    for shard in shards[:looked_at]:
+        rows = np.unique(np.linspace(0, shard.count - 1, min(share, shard.count)).astype(int))
+        for sample in read_samples(shard, rows, (PICTURE,)):
+            with contextlib.suppress(BadSample):
+                size = upright_size(open_image(sample.part(PICTURE)))
+                sizes.append(per_cell * np.prod(cache.cells(*size)) + 4 * cache.channels + OVERHEAD)
+    require(bool(sizes), f"{shards[0].url}: none of the pictures that were looked at can be used")
+    pictures = sum(shard.count for shard in shards)
+    return int(pictures * np.mean(sizes)) + sum(Path(shard.url).stat().st_size for shard in shards)
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """
+    Raises:
+        UserError: the disk has less.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    require(
+        needed <= free,
+        f"about {needed / 1e9:.1f} GB are to be written and {folder} has {free / 1e9:.1f} GB free; "
+        "make room, name another --out, or store less: --dtype int8, a smaller --grid",
+    )
+
+
+def verify(
+    seer: Seer, shards: list[Shard], rows: list[np.ndarray], manifest: Manifest
+) -> tuple[int, float]:
+    """Recompute some samples of cached shards and compare; and every shard's checksum.
+
+    Args:
+        rows: for each shard those that are recomputed.
+
+    Returns:
+        How many were compared, and the largest relative difference.
+
+    Raises:
+        UserError: a shard or a sample differs.
+    """
+    worst, compared = 0.0, 0
+    for shard, some in zip(shards, rows, strict=True):
+        path = Path(shard.url)
+        require(
+            sha256_of(path) == manifest.done(path.name)["sha256"],
+            f"{path} is not the file that {manifest.path} tells of; delete it and run the same "
+            "command without --verify",
+        )
+        for batch in _batched(
+            ((sample,) for sample in read_samples(shard, some, (PICTURE, TEACHER))), seer.batch
+        ):
+            samples = [sample for (sample,) in batch]
+            try:
+                seen = [prepare(sample.part(PICTURE), seer.cache) for sample in samples]
+                kept = [
+                    from_bytes(sample.part(TEACHER), seer.cache, size)
+                    for sample, (size, _) in zip(samples, seen, strict=True)
+                ]
+            except BadSample as error:
+                raise UserError(
+                    f"{path} has unusable features ({error}); delete it and run the same command "
+                    "without --verify"
+                ) from error
+            features = seer.see([pixels for _, pixels in seen])
+            for sample, stored, (size, _), one in zip(samples, kept, seen, features, strict=True):
+                again, before = (_restored(what) for what in (pack(one, seer.cache, size), stored))
+                difference = np.linalg.norm(again - before) / max(np.linalg.norm(again), 1e-12)
+                worst, compared = max(worst, float(difference)), compared + 1
+                require(
+                    difference <= TOLERANCE,
+                    f"{sample.key} in {path} differs from what the teacher gives by "
+                    f"{difference:.1%}, more than {TOLERANCE:.0%}; delete the shard and run the "
+                    "same command without --verify",
+                )
+    return compared, worst
+
+
+def _restored(stored: Stored) -> np.ndarray:
+    return stored.values.astype(np.float32) * stored.scale[:, None, None]

@@ -1,0 +1,302 @@
+"""Run a teacher over shards once, and store its features of every picture beside it.
+
+python tools/cache_teacher.py SHARDS [SHARDS ...] --out DIR --checkpoint FILE
+    [--teacher sam_vit_h] [--image-size 1024] [--layer neck] [--grid 32] [--dtype int8]
+    [--batch 8] [--workers N] [--slice I/N] [--dry-run] [--verify] ...
+
+SHARDS are copied to DIR under their names, with <key>.teacher.npz in each sample: the features of
+the whole picture, without the padding. sami/pretrain.py reads them with --teacher.cached true and
+cuts each crop's target out of them (docs/teacher_cache.md). DIR/manifest.json tells how they were
+made, and each shard's samples and checksum.
+
+Several processes share the work: with accelerate launch, or each with its --slice (0/8, 1/8, ... in
+a SLURM array). Killed, the same command goes on: finished shards stay.
+
+--dry-run  says how many pictures, bytes and hours it would be, from one batch, and writes nothing.
+--verify   looks at the checksums of the finished shards, and computes 1 % of the pictures again.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sami.caching import (
+    Manifest,
+    Seer,
+    cache_shard,
+    estimate_bytes,
+    prepare,
+    require_room,
+    verify,
+)
+from sami.core.config import require
+from sami.core.errors import BadSample
+from sami.core.exits import run_entry
+from sami.core.run import environment
+from sami.core.shards import PICTURE, Shard, expand, is_url, open_sources, read_samples
+from sami.features import DTYPES, Cache
+from sami.sam_encoder import SAM_SHAPES
+from sami.teacher import TeacherConfig, describe_teacher, load_teacher
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shards", nargs="+", help="such as 'data/imagenet/train-*.tar'")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the new shards")
+    teacher = parser.add_argument_group("teacher")
+    teacher.add_argument("--teacher", choices=(*SAM_SHAPES, "custom"), default="sam_vit_h")
+    teacher.add_argument("--checkpoint", default="", help="its .pth, or a run folder of stage 2")
+    teacher.add_argument("--image-size", type=int, default=1024, help="longest side in pixels")
+    teacher.add_argument("--layer", choices=("neck", "trunk"), default="neck")
+    for name in ("width", "depth", "heads"):
+        teacher.add_argument(f"--{name}", type=int, help="of --teacher custom")
+    stored = parser.add_argument_group("what is stored")
+    stored.add_argument(
+        "--grid", type=int, help="cells on the longest side; default: 32, or the teacher's own"
+    )
+    stored.add_argument("--dtype", choices=tuple(DTYPES), default="int8")
+    how = parser.add_argument_group("how it is run")
+    how.add_argument("--batch", type=int, default=8, help="pictures per forward")
+    how.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode")
+    how.add_argument("--slice", default="0/1", help="I/N: the I-th of N parts of the shards")
+    how.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    how.add_argument("--compile", action="store_true", help="torch.compile the teacher")
+    how.add_argument("--device", default="auto")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true")
+    mode.add_argument("--verify", action="store_true")
+    parser.add_argument("--verify-fraction", type=float, default=0.01, help="default: 0.01")
+    args = parser.parse_args(argv)
+    for name in ("batch", "workers"):
+        require(getattr(args, name) > 0, f"--{name} {getattr(args, name)} must be positive")
+    require(
+        0 < args.verify_fraction <= 1,
+        f"--verify-fraction {args.verify_fraction} must be over 0 and at most 1",
+    )
+    return args
+
+
+def own_slice(words: str, urls: list[str]) -> list[str]:
+    """The shards of ``--slice``, and of this process among those of accelerate."""
+    found = re.fullmatch(r"(\d+)/(\d+)", words)
+    require(
+        found is not None and int(found[1]) < int(found[2]),
+        f"--slice {words} must be I/N with I from 0 to N - 1, such as 0/8",
+    )
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    number = int(found[1]) * ranks + int(os.environ.get("RANK", 0))
+    return urls[number :: int(found[2]) * ranks]
+
+
+def name_shards(patterns: list[str], out: Path) -> dict[str, str]:
+    """From each source's path to the name of the shard that is made of it."""
+    names: dict[str, str] = {}
+    for group, _ in expand(patterns, "SHARDS"):
+        for url in group:
+            require(not is_url(url), f"{url}: fetch it first; shards are read from disk here")
+            require(
+                Path(url).resolve().parent != out.resolve(),
+                f"{url} lies in --out {out}; name another folder, nothing is overwritten",
+            )
+            names[url] = re.sub(r"\.(tar|tgz)(\.\w+)?$", "", Path(url).name) + ".tar"
+    twice = {}
+    for url, name in names.items():
+        require(
+            twice.setdefault(name, url) == url,
+            f"{twice[name]} and {url} have the same name; cache them into two folders",
+        )
+    return names
+
+
+def make_seer(args: argparse.Namespace) -> tuple[Seer, dict[str, object]]:
+    """The teacher on its device, and what the manifest tells of it."""
+    config = TeacherConfig(
+        name=args.teacher,
+        checkpoint=args.checkpoint,
+        image_size=args.image_size,
+        layer=args.layer,
+        width=args.width,
+        depth=args.depth,
+        heads=args.heads,
+    )
+    config.check()
+    teacher = load_teacher(config)
+    told = describe_teacher(config, teacher)
+    tokens = args.image_size // teacher.encoder.patch_size
+    grid = args.grid or (32 if tokens % 32 == 0 else tokens)
+    require(
+        0 < grid <= tokens and tokens % grid == 0,
+        f"--grid {grid} must divide the teacher's {tokens} tokens at --image-size "
+        f"{args.image_size}, such as {tokens} or {tokens // 2}",
+    )
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(place if args.device == "auto" else args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    automatic = "bf16" if bf16 else "fp32"
+    cache = Cache(
+        name=told["name"],
+        sha256=told["sha256"],
+        random=told["random"],
+        layer=args.layer,
+        image_size=args.image_size,
+        patch_size=teacher.encoder.patch_size,
+        channels=teacher.channels,
+        grid=grid,
+        dtype=args.dtype,
+        precision=automatic if args.precision == "auto" else args.precision,
+    )
+    if args.compile:
+        teacher.features = torch.compile(teacher.features, dynamic=False)
+    seer = Seer(teacher.to(device), cache, device, args.batch, args.workers, fixed=args.compile)
+    return seer, told
+
+
+def plan(args: argparse.Namespace, seer: Seer, shards: list[Shard]) -> int:
+    """``--dry-run``: bytes, and hours by the second of two equal batches."""
+    pictures = []
+    for shard in shards:
+        for sample in read_samples(shard, np.arange(min(shard.count, seer.batch)), (PICTURE,)):
+            with contextlib.suppress(BadSample):
+                pictures.append(prepare(sample.part(PICTURE), seer.cache)[1])
+        if len(pictures) >= seer.batch:
+            break
+    require(bool(pictures), f"{shards[0].url}: none of the first pictures can be used")
+    pictures = pictures[: seer.batch]
+    for _ in range(2):
+        began = time.perf_counter()
+        seer.see(pictures).float().sum().item()
+        rate = len(pictures) / (time.perf_counter() - began)
+    count, needed = sum(shard.count for shard in shards), estimate_bytes(shards, seer.cache)
+    print(
+        f"{count} pictures in {len(shards)} shards: about {needed / 1e9:.3g} GB and "
+        f"{count / rate / 3600:.3g} h at {rate:.3g} images/s in one process like this"
+    )
+    require_room(args.out, needed)
+    return 0
+
+
+def write_all(seer: Seer, shards: dict[str, Shard], manifest: Manifest, missing: list[str]) -> None:
+    """Cache what is missing, with a bar in a terminal and a line per shard."""
+    total = sum(shards[name].count for name in missing)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.1f} images/s, {task.fields[written]:.2f} GB,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=total, rate=0.0, written=0.0)
+        began, seen, written = time.perf_counter(), 0, 0
+
+        def advance(pictures: int, size: int) -> None:
+            nonlocal seen, written
+            seen, written = seen + pictures, written + size
+            rate = seen / (time.perf_counter() - began)
+            progress.update(task, advance=pictures, rate=rate, written=written / 1e9)
+
+        for number, name in enumerate(missing, 1):
+            if manifest.done(name) is not None:  # by another process, since
+                continue
+            record = cache_shard(seer, shards[name], manifest.folder / name, advance)
+            manifest.put(name, record)
+            left_out = f", left out: {record['left_out']}" if record["left_out"] else ""
+            progress.console.print(
+                f"{name}: {record['samples']} pictures{left_out}; {number} of {len(missing)}, "
+                f"{seen / (time.perf_counter() - began):.2f} images/s",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    names = name_shards(args.shards, args.out)
+    mine = own_slice(args.slice, list(names))
+    if not mine:
+        print(f"no shard is left for slice {args.slice} of {len(names)} shards")
+        return 0
+    seer, told = make_seer(args)
+    cache = seer.cache
+    print(
+        f"teacher {cache.name} at {cache.image_size} px, {cache.layer}, sha256 "
+        f"{cache.sha256[:12]}, {cache.precision} on {seer.device}; {cache.grid} x {cache.grid} "
+        f"{cache.dtype}"
+    )
+    if cache.random:
+        print("*** THE TEACHER IS RANDOM (--checkpoint random): these are not SAM's features ***")
+    manifest = Manifest(args.out, cache)
+    if args.verify:
+        return check(args, seer, manifest, [names[url] for url in mine])
+    if not args.dry_run:
+        manifest.claim(
+            list(names.values()),
+            {**environment(seer.device, cache.precision == "bf16"), "teacher": told},
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        index = Path(folder) if args.dry_run else args.out / "index"
+        (source,) = open_sources([(mine, None)], index, print)
+        if args.dry_run:
+            return plan(args, seer, source.shards)
+    shards = {names[shard.url]: shard for shard in source.shards}
+    finished = {name: manifest.done(name) for name in shards}
+    for name, record in finished.items():
+        require(
+            record is None or record["source"] == shards[name].digest,
+            f"{args.out / name} was made of another {shards[name].url}; delete it to make it anew",
+        )
+    missing = [name for name in shards if finished[name] is None]
+    if missing:
+        require_room(args.out, estimate_bytes([shards[name] for name in missing], cache))
+    if len(missing) < len(shards):
+        print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
+    write_all(seer, shards, manifest, missing)
+    others = manifest.pending()
+    print(
+        f"{len(names) - len(others)} of {len(names)} shards are cached"
+        + (f"; {len(others)} are left to other slices, such as {others[0]}" if others else "")
+    )
+    if not others:
+        print(f"--teacher.cached true --data.shards '{args.out}/*.tar'")
+    return 0
+
+
+def check(args: argparse.Namespace, seer: Seer, manifest: Manifest, names: list[str]) -> int:
+    """``--verify``: checksums, and some pictures again."""
+    require(manifest.path.exists(), f"{manifest.path} does not exist; there is nothing to verify")
+    manifest.claim([], {})
+    names = [name for name in names if manifest.done(name) is not None]
+    require(bool(names), f"{args.out} holds no finished shard of these")
+    urls = [str(args.out / name) for name in names]
+    (source,) = open_sources([(urls, None)], args.out / "index", print)
+    draw = np.random.default_rng()
+    ends = np.cumsum([shard.count for shard in source.shards])
+    number = max(min(int(ends[-1]), 8), round(ends[-1] * args.verify_fraction))
+    picked = np.sort(draw.choice(ends[-1], number, replace=False))
+    rows = [
+        picked[(picked >= end - shard.count) & (picked < end)] - (end - shard.count)
+        for shard, end in zip(source.shards, ends, strict=True)
+    ]
+    compared, worst = verify(seer, source.shards, rows, manifest)
+    print(
+        f"{len(names)} shards have their checksums; {compared} of {ends[-1]} pictures computed "
+        f"again, the largest relative difference is {worst:.2%}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))
