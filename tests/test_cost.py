@@ -1,0 +1,105 @@
+"""What a run costs: counts against the flop counter on real tensors, and by hand."""
+
+import sys
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sami.encoder import EncoderConfig, build_encoder
+from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
+from sami.teacher import TeacherConfig, load_teacher
+from tests.runs import ROOT, run
+from tools.cost import find_parts, main
+
+
+def config(**changes):
+    groups = {
+        "data": {"image_size": 64},
+        "encoder": {"name": "custom", "width": 32, "depth": 2, "heads": 2},
+        "teacher": {"name": "custom", "image_size": 128, "width": 32, "depth": 2},
+        "decoder": {"width": 48, "depth": 3, "heads": 4},
+        "mask": {"ratio": 0.75},
+        "target": {"kind": "teacher"},
+    }
+    return {name: {**group, **changes.get(name, {})} for name, group in groups.items()}
+
+
+def counted(call):
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "decoder", [{}, {"memory": "visible"}, {"kind": "self"}, {"predict_fraction": 0.5}]
+)
+def test_the_counts_are_the_flop_counters(decoder):
+    told = {part.name.split()[0]: part for part in find_parts("pretrain", config(decoder=decoder))}
+    wanted = config(decoder=decoder)
+    encoder = build_encoder(EncoderConfig(**wanted["encoder"]), 64)
+    model = MaskedReconstruction(
+        encoder, DecoderConfig(**wanted["decoder"]), LossConfig(), 256, 0.75
+    )
+    order, images = torch.randperm(16)[None], torch.rand(1, 3, 64, 64)
+    masked = order[:, 4 : 4 + (6 if "predict_fraction" in decoder else 12)]
+    forward = counted(lambda: model.predict(images, order[:, :4], masked))
+    own = ("student", "decoder", "head")
+    assert sum(2 * told[name].macs for name in own) == forward
+    assert all(told[name].macs > 0 for name in own)
+    # Backward and forward together are what "3 passes" says, but for the pixels' own gradient.
+    target = torch.rand(1, 16, 256)
+    whole = counted(lambda: model(images, order[:, :4], masked, target)["loss"].backward())
+    assert whole == pytest.approx(sum(6 * told[name].macs for name in own), rel=0.08)
+    teacher = load_teacher(TeacherConfig("custom", "random", 128, width=32, depth=2))
+    seen = counted(lambda: teacher(torch.rand(1, 3, 128, 128)))
+    assert (2 * told["teacher"].macs, told["teacher"].passes) == (seen, 1)
+    trained = sum(p.numel() for p in model.parameters())
+    assert sum(told[name].parameters for name in own) == trained
+
+
+def test_by_hand():
+    """A ViT-Ti that sees 49 of 196 patches, and SAM's ViT-H at 1024 px as published (2973 G)."""
+    wide = {"encoder": {"name": "vit_ti", "width": None, "depth": None, "heads": None}}
+    parts = find_parts(
+        "pretrain",
+        config(
+            **wide,
+            data={"image_size": 224},
+            teacher={"name": "sam_vit_h", "image_size": 1024, "width": None, "depth": None},
+        ),
+    )
+    told = {part.name.split()[0]: part for part in parts}
+    tokens, width = 50, 192
+    block = 12 * tokens * width**2 + 2 * tokens**2 * width
+    assert told["student"].macs == 49 * 768 * width + 12 * block
+    assert told["head"].macs == 196 * 48 * 256
+    assert told["teacher"].macs == pytest.approx(2973e9, rel=0.01)
+    assert told["teacher"].parameters == pytest.approx(637e6, rel=0.001)
+
+
+def test_what_it_prints(capsys):
+    path = ROOT / "configs/pretrain/sami_ti_cached.yaml"
+    words = [str(path), "--pictures", "1000000", "--card", "H100", "--share", "0.5"]
+    assert main([*words, "--train.epochs", "10"]) == 0
+    said = capsys.readouterr().out
+    assert "2440 steps of 4096 pictures" in said  # 244 an epoch
+    # 1e6 pictures x 2 x 2980.54e9 / (0.5 x 989e12) / 3600, once and not ten times
+    assert "sam_vit_h, 1024 px" in said and "3.35" in said and "(once per picture)" in said
+    assert "32 x 32 int8       197 kB a picture,    196.6 GB" in said
+    assert main([str(ROOT / "configs/finetune/efficient_sam_s.yaml"), "--pictures", "1000"]) == 0
+    assert "mask decoder, 64 prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["configs/pretrain/sami_ti.yaml", "--share", "2"], "--share 2.0 must be over 0"),
+        (["configs/pretrain/sami_ti.yaml", "--mask.ratioo", "2"], "mask.ratioo"),
+    ],
+)
+def test_bad_words(words, says):
+    done = run([sys.executable, str(ROOT / "tools/cost.py"), *words])
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1

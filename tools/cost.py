@@ -1,0 +1,277 @@
+"""What a run costs, before anyone rents a machine for it.
+
+python tools/cost.py CONFIG [--pictures N] [--card A100] [--share 0.3] [--group.field value ...]
+
+CONFIG is one of configs/ or a run folder's config.yaml, of either stage; further options are those
+of its entry. Printed are, of each part, the parameters and multiply-adds per picture, attention
+included, as torch's flop counter finds them; the bytes of a feature cache; the steps; and hours on
+--card, if it does --share of its peak (dense bf16, as its maker has it). A backward pass counts as
+two forward ones, and a teacher has none. What a card really reaches, tools/bench.py measures.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune.model import DecoderConfig as HeadConfig
+from finetune.model import build_model
+from sami.core.config import require
+from sami.core.errors import UserError
+from sami.core.exits import run_entry
+from sami.core.shards import expand, is_url, open_sources
+from sami.data import visible_count
+from sami.encoder import EncoderConfig, build_encoder
+from sami.features import DTYPES
+from sami.image_encoder import find_model, load_image_encoder
+from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
+from sami.sam_encoder import PATCH_SIZE, SamEncoder
+from sami.teacher import TeacherConfig
+
+ROOT = Path(__file__).parents[1]
+# Dense bf16 (V100: fp16) TFLOP/s with fp32 accumulation, from the makers' data sheets.
+CARDS = {
+    "V100": 125,
+    "A100": 312,
+    "H100": 989,
+    "H200": 989,
+    "B200": 2250,
+    "L4": 121,
+    "L40S": 362,
+    "A6000": 155,
+    "RTX4090": 165,
+}
+IMAGENET, SA1B = 1_281_167, 11_185_362  # pictures
+ASPECT = 4 / 3  # of a picture, where none is at hand
+
+
+@dataclass
+class Part:
+    """A part of a step.
+
+    Attributes:
+        parameters: their number.
+        macs: multiply-adds of a forward pass, per picture.
+        passes: forward passes that a picture costs: 3 with the backward one.
+        times: in how many epochs; None for all.
+    """
+
+    name: str
+    parameters: int
+    macs: float
+    passes: int = 3
+    times: int | None = None
+
+
+def count(call: Any) -> FlopCounterMode:
+    """Floating-point operations of a call, attention as its matrix products."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter
+
+
+def macs(counter: FlopCounterMode, name: str = "Global") -> float:
+    """Multiply-adds of a module."""
+    return sum(counter.get_flop_counts().get(name, {}).values()) / 2
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def resolve(config: Path, options: list[str]) -> tuple[str, dict[str, Any]]:
+    """The stage, and the whole configuration as its entry understands it.
+
+    Raises:
+        UserError: what the entry refuses.
+    """
+    try:
+        groups = yaml.safe_load(config.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{config} cannot be read ({error}); name one of configs/") from error
+    require(isinstance(groups, dict), f"{config} is no configuration; name one of configs/")
+    first = {"teacher", "mask", "target"} & set(groups)
+    entry = "sami/pretrain.py" if first else "finetune/train.py"
+    done = subprocess.run(
+        [sys.executable, ROOT / entry, "--config", config, *options, "--print_config"],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+    return "pretrain" if first else "finetune", yaml.safe_load(done.stdout)
+
+
+def teacher_part(config: TeacherConfig, times: int | None) -> Part:
+    """The teacher's forward pass."""
+    if config.name == "custom" and find_model(config.checkpoint) is not None:
+        encoder = load_image_encoder(find_model(config.checkpoint))
+    else:
+        encoder = SamEncoder(*config.shape)
+    images = torch.zeros(1, 3, config.image_size, config.image_size)
+    run = encoder if config.layer == "neck" else encoder.trunk
+    name = f"teacher {config.name}, {config.image_size} px"
+    return Part(name, parameters(encoder), macs(count(lambda: run(images))), 1, times)
+
+
+def pretrain_parts(config: dict[str, Any]) -> list[Part]:
+    """Stage 1: student, decoder, head, and the teacher."""
+    encoder = EncoderConfig(**config["encoder"])
+    teacher, decoder = TeacherConfig(**config["teacher"]), DecoderConfig(**config["decoder"])
+    size, channels = config["data"]["image_size"], 3 * encoder.patch_size**2
+    parts = []
+    if config["target"]["kind"] == "teacher":
+        parts.append(teacher_part(teacher, 1 if teacher.cached else None))
+        channels = 256 if teacher.layer == "neck" else teacher.shape[0]
+    student = build_encoder(encoder, size)
+    tokens, ratio = student.grid**2, config["mask"]["ratio"]
+    model = MaskedReconstruction(student, decoder, LossConfig(), channels, ratio)
+    seen = visible_count(tokens, ratio)
+    predicted = max(1, round((tokens - seen) * decoder.predict_fraction)) if ratio else 0
+    order = torch.arange(seen + predicted)[None]
+    images = torch.zeros(1, 3, size, size)
+    counter = count(lambda: model.predict(images, order[:, :seen], order[:, seen:]))
+    # The flop counter names modules whose forward is called from outside by their class.
+    found = [("student", "Encoder", student), ("decoder", None, model.decoder)]
+    total = macs(counter)
+    for name, module_name, module in found:
+        if module is not None:
+            own = macs(counter, module_name or type(module).__name__)
+            parts.append(Part(name, parameters(module), own))
+            total -= own
+    return [*parts, Part("head", parameters(model.head), total)]
+
+
+def finetune_parts(config: dict[str, Any]) -> list[Part]:
+    """Stage 2: image encoder and mask decoder, for masks_per_image prompts."""
+    encoder, head = EncoderConfig(**config["encoder"]), HeadConfig(**config["decoder"])
+    encoder.checkpoint = head.checkpoint = None
+    data = config["data"]
+    model = build_model(encoder, head, data["image_size"], data["resize"], False)
+    size, prompts = data["image_size"], data["masks_per_image"]
+    rounds = 1 + config["prompt"]["corrections"]
+    images = torch.zeros(1, 3, size, size)
+    points = torch.zeros(1, prompts, 2, 2)
+    labels = torch.ones(1, prompts, 2)
+    embeddings = torch.zeros(1, head.width, *[size // encoder.patch_size] * 2)
+    of_encoder = macs(count(lambda: model.image_encoder(images)))
+    of_decoder = macs(count(lambda: model.predict_low_resolution(embeddings, points, labels)))
+    behind = parameters(model) - parameters(model.image_encoder)
+    frozen = {"encoder": (1, 3), "decoder": (3, 3), "none": (3, 3)}[head.freeze]
+    name = f"mask decoder, {prompts} prompts" + f" x {rounds} rounds" * (rounds > 1)
+    return [
+        Part("image encoder", parameters(model.image_encoder), of_encoder, frozen[0]),
+        Part(name, behind, rounds * of_decoder, frozen[1]),
+    ]
+
+
+def find_parts(stage: str, config: dict[str, Any]) -> list[Part]:
+    """What a step consists of; in shapes alone: nothing is computed, and no memory is taken."""
+    with FakeTensorMode():
+        return (pretrain_parts if stage == "pretrain" else finetune_parts)(config)
+
+
+def count_pictures(config: dict[str, Any], stage: str, given: int | None) -> int:
+    """What an epoch has, as far as that can be known here."""
+    if given is not None:
+        return given
+    patterns = config["data"]["shards"]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            groups = expand(patterns, "data.shards")
+            if not any(is_url(url) for urls, _ in groups for url in urls):
+                sources = open_sources(groups, Path(folder), lambda text: None)
+                found = min(int(one.count / (one.weight or 1.0)) for one in sources)
+                print(f"data.shards: {found} pictures")
+                return found
+        except UserError:
+            pass
+    assumed, name = (IMAGENET, "ImageNet-1K") if stage == "pretrain" else (SA1B, "SA-1B")
+    print(f"data.shards are not here: {assumed} pictures assumed ({name}); --pictures tells others")
+    return assumed
+
+
+def cache_bytes(teacher: TeacherConfig, channels: int) -> dict[str, float]:
+    """Bytes per picture by what is stored, for pictures of the aspect ASPECT."""
+    tokens = teacher.image_size // PATCH_SIZE
+    return {
+        f"{grid} x {grid} {dtype}": channels * grid * round(grid / ASPECT) * size
+        for grid in (tokens, tokens // 2)
+        for dtype, size in (("int8", 1), ("fp16", 2))
+        if grid and DTYPES[dtype]
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--pictures", type=int, help="of an epoch; default: those of data.shards")
+    parser.add_argument("--card", choices=tuple(CARDS), default="A100")
+    parser.add_argument("--share", type=float, default=0.3, help="of the peak; default: 0.3")
+    args, options = parser.parse_known_args(argv)
+    require(0 < args.share <= 1, f"--share {args.share} must be over 0 and at most 1")
+    require(
+        args.pictures is None or args.pictures > 0, f"--pictures {args.pictures} must be positive"
+    )
+    stage, config = resolve(args.config, options)
+    parts = find_parts(stage, config)
+
+    train = config["train"]
+    pictures = count_pictures(config, stage, args.pictures)
+    an_epoch = pictures // train["batch_size"]
+    lengths = [train["steps"], train["epochs"] and train["epochs"] * an_epoch]
+    steps = min(length for length in lengths if length is not None)
+    seen = steps * train["batch_size"]
+
+    table = Table(title=f"{args.config}, per picture")
+    for column in ("part", "parameters, M", "forward, GMAC", "step, GFLOP", "hours"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    rate, hours = args.share * CARDS[args.card] * 1e12, 0.0
+    for part in parts:
+        flops = 2 * part.macs * part.passes
+        times = seen if part.times is None else part.times * pictures
+        own = flops * times / rate / 3600
+        hours += own
+        table.add_row(
+            part.name,
+            f"{part.parameters / 1e6:.2f}",
+            f"{part.macs / 1e9:.2f}",
+            f"{flops / 1e9:.1f}" + (" (once per picture)" if part.times else ""),
+            f"{own:.3g}",
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print(
+        f"{steps} steps of {train['batch_size']} pictures, {seen / pictures:.4g} epochs of "
+        f"{pictures} pictures"
+    )
+    print(
+        f"{hours:.3g} hours of one {args.card} at {args.share:.0%} of its {CARDS[args.card]} "
+        "TFLOP/s, if the data keeps up"
+    )
+    if stage == "pretrain" and config["target"]["kind"] == "teacher":
+        teacher = TeacherConfig(**config["teacher"])
+        channels = 256 if teacher.layer == "neck" else teacher.shape[0]
+        print("a feature cache of them, at 4:3, without the pictures:")
+        for name, size in cache_bytes(teacher, channels).items():
+            print(f"  {name:14} {size / 1e3:7.0f} kB a picture, {size * pictures / 1e9:8.1f} GB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))
