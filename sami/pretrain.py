@@ -54,6 +54,7 @@ FREE = {f"run.{item.name}" for item in fields(RunConfig) if item.name != "seed"}
     "data.val_shards",
     "data.max_bad_fraction",
     "teacher.checkpoint",
+    "teacher.attention",
     "facts.teacher.checkpoint",
     "encoder.checkpoint",
     "train.micro_batch_size",

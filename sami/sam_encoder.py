@@ -5,7 +5,8 @@ The modules, names and weights are segment-anything's; the forward pass here is 
 pairs of tokens.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from einops import rearrange
@@ -14,11 +15,10 @@ from segment_anything.modeling.image_encoder import (
     Block,
     ImageEncoderViT,
     get_rel_pos,
-    window_partition,
-    window_unpartition,
 )
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 # width, depth, heads
@@ -69,6 +69,7 @@ class SamEncoder(ImageEncoderViT):
         )
         self.width, self.depth, self.patch_size, self.channels = width, depth, patch_size, channels
         self.checkpointing = False  # recompute the blocks in the backward pass
+        self.flex = False  # FlexAttention in the global blocks; on a GPU it is compiled
         self._tables: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._positions: dict[tuple, torch.Tensor] = {}
 
@@ -82,9 +83,9 @@ class SamEncoder(ImageEncoderViT):
         x = x + self._absolute_positions(x)
         for block, tables in zip(self.blocks, self._relative_positions(x), strict=True):
             if self.checkpointing and self.training:
-                x = checkpoint(_block, block, x, tables, use_reentrant=False)
+                x = checkpoint(_block, block, x, tables, self.flex, use_reentrant=False)
             else:
-                x = _block(block, x, tables)
+                x = _block(block, x, tables, self.flex)
         return x.permute(0, 3, 1, 2)
 
     def _absolute_positions(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,38 +128,91 @@ def resize_positions(positions: torch.Tensor, height: int, width: int) -> torch.
 
 
 def _block(
-    block: Block, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
+    block: Block, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], flex: bool
 ) -> torch.Tensor:
     """segment-anything's ``Block.forward`` on [B, h, w, D] with the attention below."""
-    normed = block.norm1(x)
-    if block.window_size > 0:
-        windows, padded = window_partition(normed, block.window_size)
-        attended = window_unpartition(
-            _attention(block.attn, windows, tables), block.window_size, padded, x.shape[1:3]
-        )
-    else:
-        attended = _attention(block.attn, normed, tables)
-    x = x + attended
+    x = x + _attention(block.attn, block.norm1(x), tables, block.window_size, flex)
     return x + block.mlp(block.norm2(x))
 
 
 def _attention(
-    attn: Attention, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
+    attn: Attention,
+    x: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    window: int,
+    flex: bool,
 ) -> torch.Tensor:
-    """segment-anything's ``Attention.forward`` on [B, h, w, D], its decomposed bias as a mask."""
-    batch, height, width, _ = x.shape
-    qkv = rearrange(
-        attn.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=attn.num_heads
+    """segment-anything's ``Attention.forward`` on [B, h, w, D], in windows unless ``window`` is 0.
+
+    The tokens that fill the last windows up are zeros before the projection, so their queries, keys
+    and values are its bias: they are seen, as in segment-anything, and never computed.
+    """
+    height, width = x.shape[1:3]
+    rows = columns = 1
+    qkv = attn.qkv(x)  # [B, h, w, 3 n d]
+    if window:
+        rows, columns = -(-height // window), -(-width // window)
+    if window and (rows * window, columns * window) != (height, width):
+        filled = (
+            attn.qkv.bias.to(qkv.dtype).expand(len(x), rows * window, columns * window, -1).clone()
+        )
+        filled[:, :height, :width] = qkv
+        qkv = filled
+    q, k, v = rearrange(
+        qkv,
+        "b (y h) (x w) (three n d) -> three (b y x) n h w d",
+        three=3,
+        n=attn.num_heads,
+        y=rows,
+        x=columns,
     )
-    q, k, v = qkv.unbind(0)
-    rows, columns = (table.to(q.dtype) for table in tables)
-    grid = q.unflatten(2, (height, width))  # [B, n, h, w, d]
-    by_row = grid @ rows.transpose(1, 2)  # [B, n, h, w, kh]
-    by_column = (
-        (grid.transpose(2, 3) @ columns.transpose(1, 2)).transpose(2, 3).contiguous()
-    )  # [B, n, h, w, kw]
-    bias = (by_row.unsqueeze(-1) + by_column.unsqueeze(-2)).reshape(
-        batch, attn.num_heads, height * width, -1
+    attend = _flex_attention if flex and not window else _masked_attention
+    out = attend(q, k, v, *(table.to(q.dtype) for table in tables))
+    out = rearrange(out, "(b y x) n h w d -> b (y h) (x w) (n d)", y=rows, x=columns)
+    return attn.proj(out[:, :height, :width])
+
+
+def _relative(
+    q: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SAM's decomposed relative positions of [B, n, h, w, d]: [B, n, h, w, kh], [B, n, h, w, kw].
+
+    Args:
+        rows: [h, h, d], columns: [w, w, d]: by query and key, what the query is multiplied with.
+    """
+    by_row = q @ rows.transpose(1, 2)
+    return by_row, (q.transpose(2, 3) @ columns.transpose(1, 2)).transpose(2, 3)
+
+
+def _masked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """Attention within [B, n, h, w, d], the relative positions of all pairs as its mask."""
+    by_row, by_column = _relative(q, rows, columns)
+    bias = (by_row.unsqueeze(-1) + by_column.unsqueeze(-2)).flatten(4).flatten(2, 3)
+    out = F.scaled_dot_product_attention(
+        q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), attn_mask=bias
     )
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return attn.proj(rearrange(out, "b n (h w) d -> b h w (n d)", h=height))
+    return out.unflatten(2, q.shape[2:4])
+
+
+def _flex_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """The same without that mask: each pair's position is looked up where its score is made."""
+    by_row, by_column = (x.flatten(2, 3).contiguous() for x in _relative(q, rows, columns))
+    width = q.shape[3]
+
+    def add(
+        score: torch.Tensor, b: torch.Tensor, n: torch.Tensor, i: torch.Tensor, j: torch.Tensor
+    ) -> torch.Tensor:
+        return score + by_row[b, n, i, j // width] + by_column[b, n, i, j % width]
+
+    attend = _compiled_flex() if q.device.type == "cuda" else flex_attention
+    out = attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), score_mod=add)
+    return out.unflatten(2, q.shape[2:4])
+
+
+@cache
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    return torch.compile(flex_attention, dynamic=False)

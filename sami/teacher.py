@@ -42,6 +42,8 @@ class TeacherConfig:
         cached: the features of the whole pictures stand in the shards (tools/cache_teacher.py),
             and a crop's target is cut out of them; the teacher itself is not loaded. checkpoint
             is then only compared, and may be left out.
+        attention: of the blocks that see the whole picture: sdpa, with all pairs' relative
+            positions as a mask in memory; flex, FlexAttention, without it, for a GPU.
         width: of custom.
         depth: of custom.
         heads: of custom.
@@ -53,6 +55,7 @@ class TeacherConfig:
     layer: Literal["neck", "trunk"] = "neck"
     pool: Literal["area", "bilinear"] = "area"
     cached: bool = False
+    attention: Literal["sdpa", "flex"] = "sdpa"
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
@@ -168,6 +171,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         with torch.device("meta"):
             encoder = SamEncoder(*config.shape)
         _load_strictly(encoder, path, config.name)
+    encoder.flex = config.attention == "flex"
     return Teacher(encoder, config.layer, config.image_size)
 
 

@@ -104,3 +104,13 @@ def test_stage_two_in_bf16(tmp_path, kind, compiled):
         assert done.returncode == 0, done.stderr
     first = [numbers(tmp_path / place)[0]["loss"] for place in ("gpu", "cpu")]
     assert first[0] == pytest.approx(first[1], rel=5e-2)  # later clicks depend on what was drawn
+
+
+def test_flex_attention_is_the_same_function_in_bf16():
+    images = torch.rand(2, 3, 1024, 1024, device="cuda")
+    found = []
+    for attention in ("sdpa", "flex"):
+        config = TeacherConfig("custom", "random", 1024, attention=attention)
+        with torch.autocast("cuda", torch.bfloat16):
+            found.append(load_teacher(config).to("cuda")(images).float())
+    assert (found[0] - found[1]).norm() <= 0.02 * found[0].norm()

@@ -65,6 +65,16 @@ def test_equal_to_segment_anything(name, size):
     assert relative(Teacher(encoder).features(images), oracle_at(encoder, size)(images)) <= 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("size", [224, 400])
+def test_flex_attention_is_the_same_function(size):
+    encoder = random_encoder(96, 3, depth=3, global_blocks=(0, 2))
+    images = torch.randn(2, 3, size, size)
+    expected = Teacher(encoder).features(images)
+    encoder.flex = True
+    assert relative(Teacher(encoder).features(images), expected) <= 1e-5
+
+
 def test_at_448_and_several_blocks():
     encoder = random_encoder(96, 3, depth=5, global_blocks=(1, 3))
     images = torch.randn(2, 3, 448, 448)

@@ -2,6 +2,7 @@
 
 python tools/bench.py stage1 [--batch 16] [--rounds 11] [--device cpu] [--teacher sam_vit_b] ...
 python tools/bench.py stream [--shards PATTERN] [--rounds 11] [--batch 16]
+python tools/bench.py cache [--batch 16] [--workers 2] [--grid 32] [--rounds 11] [--device cpu] ...
 python tools/bench.py stage2 [--batch 1] [--masks 8 32 64] [--rounds 11] [--device cpu] ...
 """
 
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +37,22 @@ from finetune.prompts import PromptConfig, as_box, correction_clicks
 from finetune.rle import decode_counts, parse_annotations, sample_grid
 from sami.core.config import require
 from sami.core.exits import run_entry
+from sami.core.images import Normalise, open_image, upright_size
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
 from sami.core.order import Layout, Order
-from sami.core.shards import PICTURE, RawSample, Source, expand, open_sources
+from sami.core.shards import (
+    PICTURE,
+    TEACHER,
+    RawSample,
+    Source,
+    expand,
+    open_sources,
+    read_samples,
+)
 from sami.core.stream import Batches, Samples
 from sami.data import Views
 from sami.encoder import EncoderConfig, build_encoder
+from sami.features import Cache, Stored, to_bytes
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction, pixel_target
 from sami.sam_encoder import SAM_SHAPES
 from sami.teacher import TeacherConfig, load_teacher
@@ -62,27 +74,54 @@ def stage1_steps(
     images, visible, masked, target = (x.to(device) for x in (images, visible, masked, target))
 
     def make(decoder: DecoderConfig, loss: LossConfig, channels: int) -> Step:
-        encoder = build_encoder(EncoderConfig(args.encoder), 224)
-        model = MaskedReconstruction(encoder, decoder, loss, channels, 0.75).to(device)
-        optimizer = build_optimizer(model, OptimConfig())
-        if compiled:
-            model.predict = torch.compile(model.predict)
+        train = trainer(args.encoder, decoder, loss, channels, device, bf16, compiled)
+        predicted = masked[:, : round(147 * decoder.predict_fraction)].contiguous()
 
         def step() -> None:
-            wanted = target if channels == 256 else pixel_target(model.normalise(images), 16)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = model(images, visible, masked, wanted)["loss"]
-            poison(loss).backward()
-            guarded_step(optimizer, 0.0)
-            optimizer.zero_grad(set_to_none=True)
+            wanted = target if channels == 256 else pixel_target(normalise(images), 16)
+            train(images, visible, predicted, wanted)
 
         return step
 
+    normalise = Normalise().to(device)
     return {
         "mae": make(DecoderConfig(kind="self"), LossConfig(tokens="masked"), 768),
         "sami": make(DecoderConfig(), LossConfig(), 256),
         "sami, memory visible": make(DecoderConfig(memory="visible"), LossConfig(), 256),
+        **{
+            f"sami, predict_fraction {share}": make(
+                DecoderConfig(predict_fraction=share), LossConfig(), 256
+            )
+            for share in (0.5, 0.25)
+        },
     }
+
+
+def trainer(
+    encoder: str,
+    decoder: DecoderConfig,
+    loss: LossConfig,
+    channels: int,
+    device: torch.device,
+    bf16: bool,
+    compiled: bool,
+) -> Callable[..., None]:
+    """A new model of stage 1, and one optimizer step of it on what its forward takes."""
+    model = MaskedReconstruction(
+        build_encoder(EncoderConfig(encoder), 224), decoder, loss, channels, 0.75
+    ).to(device)
+    optimizer = build_optimizer(model, OptimConfig())
+    if compiled:
+        model.predict = torch.compile(model.predict)
+
+    def train(*batch: torch.Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            found = model(*batch)["loss"]
+        poison(found).backward()
+        guarded_step(optimizer, 0.0)
+        optimizer.zero_grad(set_to_none=True)
+
+    return train
 
 
 def teacher_passes(
@@ -95,19 +134,27 @@ def teacher_passes(
     )
     normalised = teacher.normalise(images)
 
-    @torch.no_grad()
-    def ours() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            teacher.features(normalised)
+    def see(features: Callable[[torch.Tensor], torch.Tensor], flex: bool = False) -> Step:
+        @torch.no_grad()
+        def step() -> None:
+            teacher.encoder.flex = flex
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                features(normalised)
 
-    @torch.no_grad()
-    def theirs() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            ImageEncoderViT.forward(teacher.encoder, normalised)
+        return step
 
-    passes: dict[str, Step] = {f"{args.teacher} {size} px, ours": ours}
+    name = f"{args.teacher} {size} px"
+    passes: dict[str, Step] = {f"{name}, ours": see(teacher.features)}
     if size == 1024:  # segment-anything takes no other size
-        passes = {f"{args.teacher} {size} px, segment-anything": theirs, **passes}
+        theirs = see(lambda images: ImageEncoderViT.forward(teacher.encoder, images))
+        passes = {f"{name}, segment-anything": theirs, **passes}
+    if device.type == "cuda":
+        compiled = [torch.compile(teacher.features, dynamic=False) for _ in range(2)]
+        passes |= {
+            f"{name}, ours, flex": see(teacher.features, True),
+            f"{name}, ours, compiled": see(compiled[0]),
+            f"{name}, ours, flex, compiled": see(compiled[1], True),
+        }
     return passes
 
 
@@ -197,19 +244,26 @@ def open_or_draw(args: argparse.Namespace, folder: str, shards: int, pictures: i
 
 
 def start_stream(
-    source: Source, samples: Samples, batch: int, step: int = 0, workers: int = 0, megabytes=100
+    source: Source,
+    samples: Samples,
+    batch: int,
+    step: int = 0,
+    workers: int = 0,
+    megabytes: int = 100,
+    device: str = "cpu",
 ) -> Batches:
     """One rank's micro-batches from a step on."""
     order = Order(
         [source],
-        fields=(PICTURE,),
+        fields=samples.fields,
         batch_size=batch,
         seed=0,
         buffer_bytes=megabytes * 1_000_000,
     )
     legs = order.legs(step, [], Layout(batch, batch, 1, max(1, workers)))
-    device = torch.device("cpu")
-    return Batches(order, samples, legs, rank=0, step=step, workers=workers, device=device)
+    return Batches(
+        order, samples, legs, rank=0, step=step, workers=workers, device=torch.device(device)
+    )
 
 
 def rate(batches: Iterator, batch: int, rounds: int) -> list[float]:
@@ -314,11 +368,75 @@ def stage1(args: argparse.Namespace) -> None:
         for bf16 in (False,) if device.type == "cpu" else (False, True):
             passes = teacher_passes(args, device, size, bf16)
             title = f"teacher, batch {args.teacher_batch}, {'bf16' if bf16 else 'fp32'}"
-            flops = count_flops(passes) if peak else {}
+            flops: dict[str, float] = {}
+            if peak:  # as multiplications go, all do the same
+                ours = next(step for name, step in passes.items() if "ours" in name)
+                flops = dict.fromkeys(passes, count_flops({"": ours})[""])
             report(
                 title, measure(passes, min(args.rounds, 3), device), args.teacher_batch, flops, peak
             )
     data_rates(args)
+
+
+def write_features(source: Source, folder: Path, cache: Cache) -> Source:
+    """The same samples with features that are noise."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for shard in source.shards:
+        with wds.TarWriter(str(folder / f"{shard.name}.tar")) as writer:
+            for sample in read_samples(shard, np.arange(shard.count), (PICTURE,)):
+                data = sample.part(PICTURE)
+                cells = cache.cells(*upright_size(open_image(data)))
+                values = rng.integers(-127, 128, (cache.channels, *cells), dtype=np.int8)
+                stored = Stored(values, np.full(cache.channels, 0.01, np.float32))
+                key = sample.key.removeprefix(f"{shard.name}/")
+                writer.write({"__key__": key, "jpg": data, TEACHER: to_bytes(stored)})
+    (made,) = open_sources(expand(f"{folder}/*.tar", "made"), folder / "index")
+    return made
+
+
+def reading(batches: Batches, train: Callable[..., None]) -> Step:
+    """A step with its data; where no features are read, the targets are ready."""
+    given: list[torch.Tensor] = []
+
+    def step() -> None:
+        batch = next(batches)[0].to(batches.device)
+        if batch.features is None and not given:
+            given.append(torch.randn(len(batch.student), 196, 256, device=batches.device))
+        wanted = given[0] if batch.features is None else batch.features.tokens()
+        train(batch.student, batch.visible, batch.masked, wanted)
+
+    return step
+
+
+def cache(args: argparse.Namespace) -> None:
+    """Training steps that read cached features, against the same pictures with ready targets."""
+    device, batch = torch.device(args.device), args.batch or 16
+    introduce(args, device)
+    kind = Cache("sam_vit_h", "", True, "neck", 1024, 16, 256, args.grid, "int8")
+
+    def start_on(source: Source, views: Views) -> Batches:
+        return start_stream(source, views, batch, workers=args.workers, device=args.device)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = write_features(open_or_draw(args, name, 2, 256), folder / "made", kind)
+        ready = Views(0, 224, None, 14, 0.75, (0.2, 1.0), True)
+        views = {"ready targets": ready, "cached features": replace(ready, cache=kind)}
+        print("data path, one core")
+        for what, one in views.items():
+            rates = rate(start_stream(source, one, batch), batch, 10 * args.rounds)
+            print(f"{what:36} {spread(rates)} images/s")
+        for bf16, compiled in kinds_of(device):
+            model = (args.encoder, DecoderConfig(), LossConfig(), 256, device, bf16, compiled)
+            steps = {
+                what: reading(start_on(source, one), trainer(*model)) for what, one in views.items()
+            }
+            title = f"training step, {args.encoder}, batch {batch}, {'bf16' if bf16 else 'fp32'}"
+            title += f"{', compiled' * compiled}, {args.grid} x {args.grid} int8"
+            title += f", {args.workers} workers each"
+            report(title, measure(steps, args.rounds, device), batch, {}, 0.0)
+            del steps
 
 
 def draw_sample(rng: np.random.Generator, width: int = 2250, height: int = 1500) -> RawSample:
@@ -557,7 +675,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["stage1", "stream", "stage2"])
+    parser.add_argument("stage", choices=["stage1", "stream", "cache", "stage2"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--batch", type=int, help="pictures of a training step")
@@ -571,13 +689,15 @@ def main() -> int:
     parser.add_argument(
         "--shards", default="", help="pattern for the data path; drawn pictures if none"
     )
+    parser.add_argument("--workers", type=int, default=2, help="of cache, for each stream")
+    parser.add_argument("--grid", type=int, default=32, help="of cache's features")
     parser.add_argument("--buffer-mb", type=int, default=100, help="shuffle buffer of stream")
     args = parser.parse_args()
     for name in ("rounds", "step_rounds"):
         value = getattr(args, name)
         require(value > 0, f"--{name.replace('_', '-')} {value} must be positive")
     torch.manual_seed(0)
-    {"stage1": stage1, "stream": stream, "stage2": stage2}[args.stage](args)
+    {"stage1": stage1, "stream": stream, "cache": cache, "stage2": stage2}[args.stage](args)
     return 0
 
 

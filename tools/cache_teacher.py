@@ -71,6 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode")
     how.add_argument("--slice", default="0/1", help="I/N: the I-th of N parts of the shards")
     how.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    how.add_argument("--attention", choices=("sdpa", "flex"), default="sdpa")
     how.add_argument("--compile", action="store_true", help="torch.compile the teacher")
     how.add_argument("--device", default="auto")
     mode = parser.add_mutually_exclusive_group()
@@ -126,6 +127,7 @@ def make_seer(args: argparse.Namespace) -> tuple[Seer, dict[str, object]]:
         checkpoint=args.checkpoint,
         image_size=args.image_size,
         layer=args.layer,
+        attention=args.attention,
         width=args.width,
         depth=args.depth,
         heads=args.heads,
