@@ -1,0 +1,180 @@
+"""A sweep: numbered runs, each once, their states, and a table; nothing of two sweeps mixed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.runs import ROOT, arguments, write_shards
+from tools.sweep import main
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"), counts=(24,))
+
+
+def sweep(folder, shards, **changes):
+    """A sweep file of small pretrainings, two ratios by two seeds."""
+    options = arguments(folder, shards, **{"train.steps": 3, "data.val_shards": shards})
+    small = dict(word.removeprefix("--").split("=", 1) for word in options)
+    del small["run.dir"]
+    (folder / "small.yaml").write_text("encoder: {name: custom}\n")
+    content = {
+        "out": str(folder / "out"),
+        "seeds": [0, 1],
+        "stages": {
+            "pretrain": {
+                "entry": "sami/pretrain.py",
+                "config": str(folder / "small.yaml"),
+                "set": {name: yaml.safe_load(value) for name, value in small.items()},
+            }
+        },
+        "vary": {"pretrain.mask.ratio": [0.5, 0.75]},
+        "measures": {"r2": "pretrain.evaluation.r2", "loss": "pretrain.loss"},
+        "paper": {"r2": {"mask.ratio 0.75": 0.9}},
+    }
+    content.update(changes)
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return str(path)
+
+
+def test_from_the_file_to_the_table(shards, tmp_path, capsys):
+    path = sweep(tmp_path, shards)
+    assert main(["list", path]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 4 and "mask.ratio-0.75_seed-1" in listed[3]
+    assert "pretrain.mask.ratio=0.5 seed=0" in listed[0]
+    for number in (0, 1, 2):
+        assert main(["run", path, str(number)]) == 0
+    summary = tmp_path / "out" / "mask.ratio-0.5_seed-0" / "pretrain" / "summary.json"
+    before = summary.stat().st_mtime_ns
+    assert main(["run", path, "0"]) == 0
+    assert (
+        summary.stat().st_mtime_ns == before and "pretrain is finished" in capsys.readouterr().out
+    )
+    config = yaml.safe_load((summary.parent / "config.yaml").read_text())
+    assert (config["mask"]["ratio"], config["run"]["seed"]) == (0.5, 0)
+
+    assert main(["status", path]) == 0
+    said = capsys.readouterr().out
+    assert "3 finished, 1 missing" in said and "pretrain has not run" in said
+    assert main(["table", path]) == 0
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())
+    r2 = rows[0]["measures"]["r2"]
+    told = [
+        json.loads(
+            (summary.parents[2] / f"mask.ratio-0.5_seed-{seed}/pretrain/summary.json").read_text()
+        )["evaluation"]["r2"]
+        for seed in (0, 1)
+    ]
+    assert r2["mean"] == pytest.approx(sum(told) / 2)
+    assert r2["std"] == pytest.approx(abs(told[0] - told[1]) / 2**0.5)
+    assert rows[1]["measures"]["r2"]["by_seed"] == {
+        "0": pytest.approx(rows[1]["measures"]["r2"]["mean"]),
+        "1": None,
+    }
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| setting | r2 | r2, paper | loss |" in text and "(1 of 2)" in text and "0.9" in text
+    assert main(["plot", path]) == 0
+    assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_chain_of_stages_and_one_that_is_skipped(shards, tmp_path, capsys):
+    """The second stage starts from the folder of the first, where there is one."""
+    path = sweep(tmp_path, shards, seeds=[0])
+    content = yaml.safe_load(Path(path).read_text())
+    second = {"entry": "sami/pretrain.py", "config": content["stages"]["pretrain"]["config"]}
+    options = {**content["stages"]["pretrain"]["set"], "encoder.checkpoint": "{pretrain}"}
+    content["stages"]["again"] = {**second, "set": options}
+    content["stages"]["report"] = {
+        "entry": "tools/report.py",
+        "words": ["{again}", "--out", "{report}.html"],
+    }
+    content["vary"] = {}
+    content["settings"] = {
+        "after": {},
+        "random": {"pretrain": "skip", "again.encoder.checkpoint": None},
+    }
+    content["measures"] = {"loss": "again.loss"}
+    content["paper"] = {}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    for number in (0, 1):
+        assert main(["run", path, str(number)]) == 0
+    after, random = (tmp_path / "out" / f"{name}_seed-0" for name in ("after", "random"))
+    told = yaml.safe_load((after / "again" / "config.yaml").read_text())
+    assert told["encoder"]["checkpoint"] == str(after / "pretrain")
+    assert not (random / "pretrain").exists() and (random / "report.html").exists()
+    assert (
+        yaml.safe_load((random / "again" / "config.yaml").read_text())["encoder"]["checkpoint"]
+        is None
+    )
+    assert main(["status", path]) == 0
+    assert "2 finished" in capsys.readouterr().out
+
+
+def test_asked_to_stop_it_says_75_and_goes_on(shards, tmp_path, capsys):
+    path = sweep(tmp_path, shards)
+    words = [sys.executable, str(ROOT / "tools/sweep.py"), "run", path, "0"]
+    words += ["--set", "pretrain.train.steps=100000", "--out", str(tmp_path / "long")]
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    folder = tmp_path / "long" / "mask.ratio-0.5_seed-0" / "pretrain"
+    while not list((folder / "checkpoints").glob("step-*")) and process.poll() is None:
+        time.sleep(0.05)
+    assert main(["status", path, "--out", str(tmp_path / "long")]) == 0
+    assert "running" in capsys.readouterr().out
+    os.kill(process.pid, signal.SIGUSR1)
+    assert process.wait(60) == 75
+    assert main(["status", path, "--out", str(tmp_path / "long")]) == 0
+    assert "asked to stop at step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "says"),
+    [
+        ({}, ["run", "4"], "has runs 0 to 3, and no 4"),
+        ({}, ["run", "-1"], "has runs 0 to 3, and no -1"),
+        ({}, ["run"], "run needs the number of a run"),
+        ({"vary": {"pretrain.mask.ratioo": [1]}}, ["list"], "pretrain.mask.ratioo is no field of"),
+        ({"vary": {"mask.ratio": [1]}}, ["list"], "mask.ratio does not begin with a stage"),
+        ({"seeds": [0, 0]}, ["list"], "two runs have the name mask.ratio-0.5_seed-0"),
+        ({"vary": {"pretrain.mask.ratio": [0.5, 0.5]}}, ["list"], "two settings have the name"),
+        ({"stagess": {}}, ["list"], "stagess is none of"),
+        ({"seeds": []}, ["list"], "has no seeds"),
+        ({"stages": {"pretrain": {"entry": "sami/no.py"}}}, ["list"], "there is no sami/no.py"),
+        ({}, ["list", "--set", "nonsense"], "--set nonsense must be"),
+    ],
+)
+def test_bad_sweeps(shards, tmp_path, in_process, changes, words, says):
+    path = sweep(tmp_path, shards, **changes)
+    code, said = in_process(main, [words[0], path, *words[1:]])
+    assert code == 2 and says in said and said.count("\n") == 1
+
+
+def test_results_are_not_mixed(shards, tmp_path, in_process):
+    path = sweep(tmp_path, shards, seeds=[0])
+    assert main(["run", path, "0"]) == 0
+    code, said = in_process(main, ["run", path, "0", "--set", "pretrain.train.steps=4"])
+    assert code == 2 and "--train.steps=3 there, --train.steps=4 here" in said
+    other = tmp_path / "other.yaml"
+    other.write_text((tmp_path / "sweep.yaml").read_text())
+    code, said = in_process(main, ["table", str(other)])
+    assert code == 2 and "holds the results of another sweep: sweep there, other here" in said
+    # More of the same is no other sweep.
+    assert main(["status", sweep(tmp_path, shards, seeds=[0, 1])]) == 0
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/sweeps").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_sweeps(path, tmp_path):
+    assert main(["list", str(path), "--out", str(tmp_path)]) == 0

@@ -1,0 +1,535 @@
+"""Many runs from one file: settings times seeds, each a chain of stages, and their table.
+
+python tools/sweep.py list   SWEEP      the numbered runs and their overrides
+python tools/sweep.py run    SWEEP N    run N here, from where it is; finished stages stay
+python tools/sweep.py status SWEEP      finished, running, interrupted, failed, missing
+python tools/sweep.py table  SWEEP      mean and deviation by setting: OUT/table.md, table.json
+python tools/sweep.py plot   SWEEP      the same as OUT/plot.png
+    [--out DIR] [--set STAGE.GROUP.FIELD=VALUE ...] [--launch 'accelerate launch ...']
+
+SWEEP is one of configs/sweeps/. --set changes every run, such as --set pretrain.data.shards=...; a
+run whose stages were begun with other overrides or another config file is refused, not mixed in.
+`run` leaves with the exit code of the stage that did not finish: 75 if it was asked to stop
+(SIGTERM, SIGUSR1, or a file OUT/RUN/STAGE/stop); run it again.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import itertools
+import json
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from sami.core.checkpoint import write_text
+from sami.core.config import require
+from sami.core.errors import UserError
+from sami.core.exits import FINISHED, USER_ERROR, run_entry
+
+ROOT = Path(__file__).parents[1]
+SKIP = "skip"
+PLAN, SWEEP, DONE = "plan.json", "sweep.json", "done.json"
+
+
+@dataclass
+class Stage:
+    """One program of a chain.
+
+    Attributes:
+        entry: path of the script; one with ``config`` is a training run, with a folder and a seed
+            of its own.
+        config: of the entry.
+        set: overrides in every run.
+        words: the whole command line of an entry without a config.
+    """
+
+    entry: str
+    config: str | None = None
+    set: dict[str, Any] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """One setting with one seed: the overrides of each of its stages."""
+
+    name: str
+    setting: str
+    seed: int
+    overrides: dict[str, dict[str, Any]]
+
+
+class Sweep:
+    """A file of configs/sweeps: its stages and its runs."""
+
+    def __init__(self, path: Path, out: Path | None, more: list[str]) -> None:
+        """
+        Raises:
+            UserError: it cannot be read, or is not what a sweep consists of.
+        """
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            words = " ".join(str(getattr(error, "strerror", None) or error).split())
+            raise UserError(
+                f"{path} cannot be read ({words}); name one of configs/sweeps/"
+            ) from error
+        known = {"out", "seeds", "stages", "vary", "settings", "measures", "paper"}
+        require(isinstance(content, dict), f"{path} is no sweep; see configs/sweeps/")
+        unknown = next((key for key in content if key not in known), None)
+        require(unknown is None, f"{path}: {unknown} is none of {', '.join(sorted(known))}")
+        for key in ("stages", "seeds", "measures"):
+            require(bool(content.get(key)), f"{path} has no {key}; see configs/sweeps/")
+        self.path, self.name = path, path.stem
+        self.out = out or ROOT / content.get("out", f"runs/sweeps/{path.stem}")
+        self.seeds, self.measures = content["seeds"], content["measures"]
+        self.paper = content.get("paper") or {}
+        try:
+            self.stages = {name: Stage(**told) for name, told in content["stages"].items()}
+        except (TypeError, AttributeError) as error:
+            raise UserError(f"{path}: stages: {error}") from error
+        for name, stage in self.stages.items():
+            for file in (stage.entry, stage.config):
+                require(
+                    file is None or (ROOT / file).is_file(),
+                    f"{path}: stages.{name}: there is no {file}",
+                )
+        for word in more:
+            key, equals, value = word.partition("=")
+            require(bool(equals), f"--set {word} must be STAGE.GROUP.FIELD=VALUE")
+            stage, field_name = self.split(key, "--set")
+            self.stages[stage].set[field_name] = yaml.safe_load(value)
+        self.vary = content.get("vary") or {}
+        self.settings = self._settings(content.get("settings") or {"": {}})
+        self.runs = self._runs()
+
+    def split(self, key: str, where: str) -> tuple[str, str]:
+        """Stage and field of a key.
+
+        Raises:
+            UserError: no such stage.
+        """
+        stage, _, rest = str(key).partition(".")
+        require(
+            stage in self.stages,
+            f"{self.path}: {where}: {key} does not begin with a stage, one of "
+            f"{', '.join(self.stages)}",
+        )
+        return stage, rest
+
+    def _settings(self, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Each named setting with each combination of what is varied."""
+        found: dict[str, dict[str, Any]] = {}
+        for values in itertools.product(*self.vary.values()):
+            varied = dict(zip(self.vary, values, strict=True))
+            words = [f"{key.split('.', 1)[-1]} {value}" for key, value in varied.items()]
+            for name, overrides in named.items():
+                whole = ", ".join(filter(None, [str(name), *words]))
+                require(whole not in found, f"{self.path}: two settings have the name '{whole}'")
+                found[whole] = {**(overrides or {}), **varied}
+        return found
+
+    def _runs(self) -> list[Run]:
+        runs: dict[str, Run] = {}
+        for setting, overrides in self.settings.items():
+            by_stage: dict[str, dict[str, Any]] = {name: {} for name in self.stages}
+            for key, value in overrides.items():
+                stage, name = self.split(key, f"settings.{setting}")
+                by_stage[stage][name] = value
+            for seed in self.seeds:
+                slug = re.sub(r"[^A-Za-z0-9.]+", "-", setting).strip("-")
+                name = f"{slug or 'run'}_seed-{seed}"
+                require(
+                    name not in runs,
+                    f"{self.path}: two runs have the name {name}; name the settings, or the "
+                    "seeds, apart",
+                )
+                runs[name] = Run(name, setting, seed, by_stage)
+        return list(runs.values())
+
+    def check_fields(self, names: list[str]) -> None:
+        """
+        Args:
+            names: of the stages that are looked at.
+
+        Raises:
+            UserError: an override of a field that the stage's configuration does not have.
+        """
+        for name in names:
+            stage = self.stages[name]
+            used = {key for run in self.runs for key in run.overrides[name] if key}
+            if stage.config is None:
+                require(
+                    not used,
+                    f"{self.path}: stages.{name} has no config, so no {min(used, default='')}",
+                )
+                continue
+            done = subprocess.run(
+                [sys.executable, ROOT / stage.entry, "--config", ROOT / stage.config]
+                + ["--print_config"],
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+            config = yaml.safe_load(done.stdout)
+            for key in sorted(used | set(stage.set)):
+                group, _, rest = key.partition(".")
+                require(
+                    rest in (config.get(group) or {}),
+                    f"{self.path}: {name}.{key} is no field of {stage.entry}; "
+                    f"python {stage.entry} --print_config shows them",
+                )
+
+    # -- one run --------------------------------------------------------------------------------
+
+    def folder(self, run: Run, stage: str = "") -> Path:
+        return self.out / run.name / stage if stage else self.out / run.name
+
+    def stages_of(self, run: Run) -> Iterator[tuple[str, Stage]]:
+        """Those that a setting does not skip."""
+        for name, stage in self.stages.items():
+            if run.overrides[name].get("") != SKIP:
+                yield name, stage
+
+    def command(self, run: Run, name: str) -> list[str]:
+        """A stage's words behind the interpreter; folders of other stages for their {names}."""
+        stage = self.stages[name]
+        folders = {other: str(self.folder(run, other)) for other in self.stages}
+
+        def fill(value: Any) -> str:
+            words = value if isinstance(value, str) else json.dumps(value)
+            try:
+                return words.format(**folders) if re.search(r"\{[a-z_]+\}", words) else words
+            except (KeyError, IndexError) as error:
+                raise UserError(f"{self.path}: {words} names no stage ({error})") from error
+
+        if stage.config is None:
+            return [str(ROOT / stage.entry), *map(fill, stage.words)]
+        options = {**stage.set, **{k: v for k, v in run.overrides[name].items() if k}}
+        options |= {"run.dir": folders[name], "run.seed": run.seed}
+        words = [f"--{key}={fill(value)}" for key, value in options.items()]
+        return [str(ROOT / stage.entry), "--config", str(ROOT / stage.config), *words]
+
+    def plan(self, run: Run) -> dict[str, Any]:
+        """What a run consists of, wherever its folder is."""
+        told = {}
+        for name, stage in self.stages_of(run):
+            words = [word.replace(str(self.out), "OUT") for word in self.command(run, name)]
+            told[name] = [word.replace(f"{ROOT}/", "") for word in words]
+            if stage.config is not None:
+                content = (ROOT / stage.config).read_bytes()
+                told[name].append(
+                    f"sha256 of {stage.config}: {hashlib.sha256(content).hexdigest()}"
+                )
+        return told
+
+    def claim(self, run: Run | None = None) -> None:
+        """Make the folders this sweep's and, if one is given, this run's.
+
+        Raises:
+            UserError: they hold another sweep, or a run with another plan.
+        """
+        told = {"sweep": self.name}
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._same(self.out / SWEEP, told, "the results of another sweep")
+            if run is not None:
+                self.folder(run).mkdir(exist_ok=True)
+                self._same(self.folder(run) / PLAN, self.plan(run), "a run with other settings")
+        except OSError as error:
+            raise UserError(
+                f"{self.out} cannot be written ({error.strerror}); name another --out"
+            ) from error
+
+    @staticmethod
+    def _same(file: Path, told: dict[str, Any], what: str) -> None:
+        if not file.exists():
+            write_text(file, json.dumps(told, indent=1) + "\n")
+            return
+        there = json.loads(file.read_text())
+        if there == told:
+            return
+        before, now = map(_words, (there, told))
+        old = next((word for word in before if word not in now), "less")
+        new = next((word for word in now if word not in before), "less")
+        raise UserError(
+            f"{file.parent} holds {what}: {old} there, {new} here; name another --out, or delete it"
+        )
+
+    def state(self, run: Run) -> tuple[str, str]:
+        """What stands of a run, and why."""
+        for name, stage in self.stages_of(run):
+            folder = self.folder(run, name)
+            if stage.config is None:
+                if not (folder / DONE).exists():
+                    return "missing", f"{name} has not run"
+                continue
+            try:
+                summary = json.loads((folder / "summary.json").read_text())
+            except (OSError, ValueError):
+                summary = {}
+            status, steps = summary.get("status"), summary.get("steps")
+            if status == "finished":
+                continue
+            if _is_locked(folder / "lock"):
+                return "running", f"{name}{f', at step {steps}' if steps else ''}"
+            if status is None:
+                return "missing", f"{name} has not run"
+            if status == "failed":
+                return "failed", f"{name}: {summary.get('error')}"
+            if status == "interrupted":
+                return "interrupted", f"{name}: asked to stop at step {steps}"
+            return "interrupted", f"{name}: killed"
+        return "finished", ""
+
+    def is_finished(self, run: Run, name: str) -> bool:
+        folder = self.folder(run, name)
+        if self.stages[name].config is None:
+            return (folder / DONE).exists()
+        try:
+            return json.loads((folder / "summary.json").read_text())["status"] == "finished"
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def run(self, run: Run, launch: list[str]) -> int:
+        """All stages of a run that are not finished; the exit code of the last one."""
+        left = [name for name, _ in self.stages_of(run) if not self.is_finished(run, name)]
+        self.check_fields(left[1:])  # the first one says so itself, now
+        self.claim(run)
+        for name, stage in self.stages_of(run):
+            folder = self.folder(run, name)
+            if self.is_finished(run, name):
+                print(f"{run.name}: {name} is finished", flush=True)
+                continue
+            words = self.command(run, name)
+            print(f"{run.name}: {name}: {shlex.join(words)}", flush=True)
+            start = launch if stage.config is not None and launch else [sys.executable]
+            code = _call([*start, *words], folder)
+            if stage.config is not None and (folder / "summary.json").exists():
+                code = json.loads((folder / "summary.json").read_text()).get("exit_code") or code
+            if code != FINISHED:
+                return code
+            if stage.config is None:
+                folder.mkdir(exist_ok=True)
+                write_text(folder / DONE, json.dumps({"command": shlex.join(words)}) + "\n")
+        print(f"{run.name}: finished", flush=True)
+        return FINISHED
+
+    # -- all runs -------------------------------------------------------------------------------
+
+    def measured(self, run: Run, where: str) -> float | None:
+        """A measure of a run: STAGE.PATH in its summary.json, or STAGE.PROMPT of an evaluation."""
+        stage, _, path = where.partition(".")
+        self.split(where, "measures")
+        folder = self.folder(run, stage)
+        try:
+            if self.stages[stage].entry.endswith("evaluate.py"):
+                told = json.loads((folder / "evaluation.json").read_text())["results"]
+                return next(
+                    100 * row["miou"]["all"]["mean"]
+                    for row in told
+                    if row["prompt"] == path and row["choice"] == "predicted"
+                )
+            value = json.loads((folder / "summary.json").read_text())
+            if value.get("status") != "finished":
+                return None
+            for part in path.split("."):
+                value = value[part]
+            return None if value is None else float(value)
+        except (OSError, ValueError, KeyError, StopIteration, TypeError):
+            return None
+
+    def results(self) -> list[dict[str, Any]]:
+        """By setting and measure: the values by seed, mean, deviation, and the paper's."""
+        rows = []
+        for setting in self.settings:
+            row: dict[str, Any] = {"setting": setting, "measures": {}}
+            for name, where in self.measures.items():
+                found = {
+                    run.seed: self.measured(run, where)
+                    for run in self.runs
+                    if run.setting == setting
+                }
+                values = [value for value in found.values() if value is not None]
+                row["measures"][name] = {
+                    "by_seed": found,
+                    "mean": statistics.mean(values) if values else None,
+                    "std": statistics.stdev(values) if len(values) > 1 else None,
+                    "paper": (self.paper.get(name) or {}).get(setting),
+                }
+            rows.append(row)
+        return rows
+
+
+def _words(told: dict[str, Any]) -> list[str]:
+    """All words of a plan."""
+    return [word for one in told.values() for word in ([one] if isinstance(one, str) else one)]
+
+
+def _call(words: list[str], folder: Path) -> int:
+    """Run a program to its end; asked to stop, it is asked through its stop file."""
+    process = subprocess.Popen(words)
+
+    def ask(number: int, frame: Any) -> None:
+        if folder.is_dir():
+            (folder / "stop").touch()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process, of this machine or another, holds a run's lock."""
+    try:
+        with path.open("r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def list_runs(sweep: Sweep) -> int:
+    sweep.check_fields(list(sweep.stages))
+    for number, run in enumerate(sweep.runs):
+        words = [
+            f"{stage}.{key}={value}" if key else f"{stage}: not run"
+            for stage, overrides in run.overrides.items()
+            for key, value in overrides.items()
+        ]
+        print(f"{number:4}  {run.name:40} {' '.join(words)} seed={run.seed}")
+    return 0
+
+
+def show_status(sweep: Sweep) -> int:
+    sweep.claim()
+    counts: dict[str, int] = {}
+    for number, run in enumerate(sweep.runs):
+        status, why = sweep.state(run)
+        counts[status] = counts.get(status, 0) + 1
+        print(f"{number:4}  {status:12} {run.name:40} {why}".rstrip())
+    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    return 0
+
+
+def _cell(told: dict[str, Any], seeds: int) -> str:
+    if told["mean"] is None:
+        return "–"
+    there = sum(value is not None for value in told["by_seed"].values())
+    spread = f" ± {told['std']:.3g}" if told["std"] is not None else ""
+    return f"{told['mean']:.4g}{spread}" + (f" ({there} of {seeds})" if there < seeds else "")
+
+
+def make_table(sweep: Sweep) -> int:
+    """To the screen, and as Markdown and JSON."""
+    sweep.claim()
+    rows = sweep.results()
+    head = ["setting"]
+    for name in sweep.measures:
+        head += [name] + [f"{name}, paper"] * bool(sweep.paper.get(name))
+    body = []
+    for row in rows:
+        cells = [row["setting"]]
+        for name, told in row["measures"].items():
+            cells.append(_cell(told, len(sweep.seeds)))
+            if sweep.paper.get(name):
+                cells.append("–" if told["paper"] is None else f"{told['paper']:g}")
+        body.append(cells)
+    table = Table(title=f"{sweep.name}: mean ± standard deviation over {len(sweep.seeds)} seeds")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number else "left")
+    for cells in body:
+        table.add_row(*cells)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    lines = [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *body]]
+    write_text(sweep.out / "table.md", "\n".join(lines) + "\n")
+    write_text(sweep.out / "table.json", json.dumps(rows, indent=1) + "\n")
+    print(f"{sweep.out}/table.md and table.json")
+    return 0
+
+
+def make_plot(sweep: Sweep) -> int:
+    """Each seed a dot, the mean a line; numbers along the axis where one number is varied."""
+    sweep.claim()
+    rows = sweep.results()
+    (axis,) = sweep.vary.values() if len(sweep.vary) == 1 else (None,)
+    numeric = (
+        axis is not None
+        and len(axis) == len(rows)
+        and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in axis)
+    )
+    places = list(axis) if numeric else list(range(len(rows)))
+    figure = Figure(figsize=(5 * len(sweep.measures), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, name in enumerate(sweep.measures):
+        axes = figure.add_subplot(1, len(sweep.measures), number + 1)
+        told = [row["measures"][name] for row in rows]
+        for place, one in zip(places, told, strict=True):
+            values = [value for value in one["by_seed"].values() if value is not None]
+            axes.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.5)
+        means = [(place, one["mean"]) for place, one in zip(places, told, strict=True)]
+        means = [pair for pair in means if pair[1] is not None]
+        axes.plot(*zip(*means, strict=True) if means else ([], []), color="tab:blue", label="ours")
+        paper = [(place, one["paper"]) for place, one in zip(places, told, strict=True)]
+        paper = [pair for pair in paper if pair[1] is not None]
+        if paper:
+            axes.plot(*zip(*paper, strict=True), "s--", color="tab:grey", label="the paper's")
+            axes.legend()
+        axes.set_ylabel(name)
+        if numeric:
+            axes.set_xlabel(next(iter(sweep.vary)).split(".", 1)[-1])
+        else:
+            labels = [row["setting"] for row in rows]
+            axes.set_xticks(places, labels, rotation=30, ha="right")
+    figure.savefig(sweep.out / "plot.png", dpi=120)
+    print(f"{sweep.out}/plot.png")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("list", "run", "status", "table", "plot"))
+    parser.add_argument("sweep", type=Path)
+    parser.add_argument("number", type=int, nargs="?", help="of run")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: the sweep's own")
+    parser.add_argument("--set", nargs="+", default=[], help="overrides of every run")
+    parser.add_argument("--launch", default="", help="what starts a training, instead of python")
+    args = parser.parse_args(argv)
+    sweep = Sweep(args.sweep, args.out and args.out.resolve(), args.set)
+    shown = {"list": list_runs, "status": show_status, "table": make_table, "plot": make_plot}
+    if args.what in shown:
+        return shown[args.what](sweep)
+    require(args.number is not None, "run needs the number of a run; list shows them")
+    last = len(sweep.runs) - 1
+    require(
+        0 <= args.number <= last,
+        f"{args.sweep} has runs 0 to {last}, and no {args.number}; list shows them",
+    )
+    code = sweep.run(sweep.runs[args.number], shlex.split(args.launch))
+    return code if code in (FINISHED, USER_ERROR, 75) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))
