@@ -179,26 +179,28 @@ def axis_weights(start: float, end: float, cells: int, out: int, pool: str) -> n
         start, end: of the region, in cells; may lie between them.
         cells: how many there are.
         out: how many the region is brought to.
-        pool: area, the mean over all cells that are touched (adaptive average pooling, where the
-            region is the whole line); bilinear, antialiased, as torch resizes: a triangle two
-            output cells wide, and linear interpolation where there are fewer cells than ``out``.
+        pool: area, each cell by how much of it lies in the output cell; of the whole line, the mean
+            of all cells that are touched, which is torch's adaptive average pooling. bilinear,
+            antialiased, as torch resizes: a triangle two output cells wide, and linear
+            interpolation where there are fewer cells than ``out``.
 
     Returns:
         fp32 [out, cells]; each row sums to 1.
     """
     step = (end - start) / out
+    number = np.arange(cells)
     if pool == "area":
-        edges = start + step * np.arange(out + 1)
-        first = np.clip(np.floor(edges[:-1] + 1e-6), 0, cells - 1)[:, None]
-        last = np.clip(np.ceil(edges[1:] - 1e-6), first[:, 0] + 1, cells)[:, None]
-        number = np.arange(cells)
-        weights = ((number >= first) & (number < last)).astype(np.float64)
+        edges = (start + step * np.arange(out + 1))[:, None]
+        low, high = edges[:-1], edges[1:]
+        if abs(start) < 1e-6 and abs(end - cells) < 1e-6:
+            low, high = np.floor(low + 1e-6), np.ceil(high - 1e-6)
+        weights = np.clip(np.minimum(high, number + 1) - np.maximum(low, number), 0, None)
     else:
         width = max(step, 1.0)
         centres = (start + step * (np.arange(out) + 0.5))[:, None]
-        distance = np.abs(np.arange(cells) + 0.5 - np.clip(centres, 0.5, cells - 0.5)) / width
+        distance = np.abs(number + 0.5 - np.clip(centres, 0.5, cells - 0.5)) / width
         if step > 1:  # where the line ends the triangle is cut off, as torch does
-            distance = np.abs(np.arange(cells) + 0.5 - centres) / width
+            distance = np.abs(number + 0.5 - centres) / width
         weights = np.clip(1 - distance, 0, None)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 

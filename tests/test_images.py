@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from segment_anything import sam_model_registry
 
 from sami.core.errors import BadSample
@@ -14,7 +14,9 @@ from sami.core.images import (
     cut,
     open_image,
     patchify,
+    resize_array,
     resize_stored,
+    resize_upright,
     unpatchify,
     upright_size,
 )
@@ -164,3 +166,20 @@ def test_normalisation_is_sams_own():
     expected = (images.float() - sam.pixel_mean) / sam.pixel_std
     torch.testing.assert_close(Normalise()(images), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(Normalise()(images / 255), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_whole_upright_picture(orientation):
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    picture = coarse.resize((140, 100), Image.Resampling.BICUBIC)
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(stream, "JPEG", quality=95, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(stream.getvalue())))
+    expected = resize_array(np.asarray(upright), upright.height // 2, upright.width // 2)
+    image = open_image(stream.getvalue())
+    assert upright_size(image) == upright.size
+    found = resize_upright(image, upright.height // 2, upright.width // 2)
+    assert np.abs(found.astype(int) - expected).max() <= 12  # a JPEG decoded at half its size
+    assert np.abs(found.astype(int) - expected).mean() < 1
