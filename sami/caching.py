@@ -26,7 +26,15 @@ from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError
 from sami.core.images import MEAN, STD, open_image, resize_upright, upright_size
-from sami.core.shards import PICTURE, TEACHER, Shard, read_samples, read_whole, split_name
+from sami.core.shards import (
+    PICTURE,
+    TEACHER,
+    RawSample,
+    Shard,
+    read_samples,
+    read_whole,
+    split_name,
+)
 from sami.features import (
     DTYPES,
     FORMAT,
@@ -35,6 +43,8 @@ from sami.features import (
     Stored,
     from_bytes,
     pack,
+    quantise,
+    read_manifest,
     see_whole,
     sha256_of,
     to_bytes,
@@ -68,6 +78,22 @@ class Seer:
     workers: int
     fixed: bool = False
 
+    def start(self, batch: list[tuple]) -> tuple[list[list[torch.Tensor]], torch.Event | None]:
+        """What is stored of samples of :func:`_decoded`, on its way to the main memory.
+
+        On a GPU nothing waits for it here; the event tells when it is there.
+        """
+        features = self.see([pixels for _, _, _, pixels in batch])
+        stored = [
+            [tensor.to("cpu", non_blocking=True) for tensor in quantise(one, self.cache, size)]
+            for one, (_, _, size, _) in zip(features, batch, strict=True)
+        ]
+        if self.device.type == "cpu":
+            return stored, None
+        there = torch.cuda.Event()
+        there.record()
+        return stored, there
+
     def see(self, pictures: list[np.ndarray]) -> torch.Tensor:
         """Features [B, C, s, s] of pictures as :func:`sami.features.see_whole` takes them."""
         fill = [pictures[-1]] * (self.batch - len(pictures)) if self.fixed else []
@@ -90,7 +116,7 @@ def prepare(data: bytes, cache: Cache) -> tuple[tuple[int, int], np.ndarray]:
 def cache_shard(
     seer: Seer, source: Shard, path: Path, advance: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Write one shard with its features; pictures that cannot be used are left out.
+    """Write one shard with its features; samples whose picture cannot be used are left out.
 
     Args:
         advance: called with the pictures and the bytes that were added.
@@ -115,7 +141,7 @@ def cache_shard(
                     writing.append(writer.submit(_write, tar, named))
                     if len(writing) > 2 * seer.batch:
                         writing.popleft().result()
-                    advance(1, len(features))
+                    advance(1, sum(map(len, named.values())))
                 for one in writing:
                     one.result()
             file.flush()
@@ -136,10 +162,10 @@ def cache_shard(
 def _seen(
     seer: Seer, source: Shard, left_out: Counter[str]
 ) -> Iterator[tuple[str, dict[str, bytes], Stored]]:
-    """Key, members and features of a shard's samples; decoding and teacher overlap."""
+    """Key, members and features of a shard's samples; decoding, teacher and packing overlap."""
     before = None
     for batch in _batched(_decoded(seer, source, left_out), seer.batch):
-        now = (batch, seer.see([pixels for _, _, _, pixels in batch]))
+        now = (batch, *seer.start(batch))
         if before is not None:
             yield from _packed(seer, source, *before)
         before = now
@@ -148,15 +174,22 @@ def _seen(
 
 
 def _packed(
-    seer: Seer, source: Shard, batch: list[tuple], features: torch.Tensor
+    seer: Seer,
+    source: Shard,
+    batch: list[tuple],
+    stored: list[list[torch.Tensor]],
+    there: torch.Event | None,
 ) -> Iterator[tuple[str, dict[str, bytes], Stored]]:
-    for (key, members, size, _), one in zip(batch, features, strict=True):
+    if there is not None:
+        there.synchronize()
+    for (key, members, _, _), one in zip(batch, stored, strict=True):
         try:
-            yield key, members, pack(one, seer.cache, size)
+            yield key, members, pack(one)
         except BadSample as error:
             raise UserError(
-                f"the teacher's {error} for {key} of {source.url} in {seer.cache.precision}; look "
-                "at the checkpoint, or take --precision fp32 and --dtype int8"
+                f"the teacher's {error} for {key} of {source.url}, computed in "
+                f"{seer.cache.precision}; look at the checkpoint, or take --precision fp32 and "
+                "--dtype int8"
             ) from error
 
 
@@ -208,7 +241,8 @@ def _exclusive(path: Path, wanted: Path) -> Iterator[BinaryIO]:
         except BlockingIOError:
             mine = False
         require(mine, f"{wanted} is being written by another process; are there two of one slice?")
-        file.truncate(0)
+        file.seek(0)
+        file.truncate()
         yield file
 
 
@@ -228,14 +262,7 @@ class Manifest:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._changed() as content:
-                theirs = content.setdefault("cache", asdict(self.cache))
-                own = asdict(self.cache)
-                differing = next((name for name in own if own[name] != theirs.get(name)), None)
-                require(
-                    differing is None,
-                    f"{self.folder} holds features with {differing} {theirs.get(differing)}, and "
-                    f"{own.get(differing)} is asked for; name another --out, or delete it",
-                )
+                self._compare(content.setdefault("cache", asdict(self.cache)))
                 content.setdefault("format", FORMAT)
                 content.setdefault("preprocessing", PREPROCESSING)
                 content.setdefault("made", made)
@@ -247,20 +274,31 @@ class Manifest:
                 f"{self.folder} cannot be written ({error.strerror}); name another --out"
             ) from error
 
-    def done(self, name: str) -> dict[str, Any] | None:
-        """What is told of a shard; None if it is not finished, or gone."""
-        told = json.loads(self.path.read_text())["shards"].get(name)
-        return told if (self.folder / name).is_file() else None
+    def finished(self) -> dict[str, dict[str, Any] | None]:
+        """What is told of each shard; None where it is not finished, or gone."""
+        told = json.loads(self.path.read_text())["shards"]
+        return {name: one if (self.folder / name).is_file() else None for name, one in told.items()}
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: the folder holds no features, or some of another kind.
+        """
+        self._compare(read_manifest(self.folder, whole=False)["cache"])
+
+    def _compare(self, theirs: dict[str, Any]) -> None:
+        own = asdict(self.cache)
+        differing = next((name for name in own if own[name] != theirs.get(name)), None)
+        require(
+            differing is None,
+            f"{self.folder} holds features with {differing} {theirs.get(differing)}, and "
+            f"{own.get(differing)} is asked for; name another --out, or delete it",
+        )
 
     def put(self, name: str, record: dict[str, Any] | None) -> None:
         """Put down that a shard is finished."""
         with self._changed() as content:
             content["shards"][name] = record
-
-    def pending(self) -> list[str]:
-        """The shards that are not finished."""
-        names = json.loads(self.path.read_text())["shards"]
-        return [name for name in names if self.done(name) is None]
 
     @contextlib.contextmanager
     def _changed(self) -> Iterator[dict[str, Any]]:
@@ -327,11 +365,11 @@ def verify(
     Raises:
         UserError: a shard or a sample differs.
     """
-    worst, compared = 0.0, 0
+    worst, compared, told = 0.0, 0, manifest.finished()
     for shard, some in zip(shards, rows, strict=True):
         path = Path(shard.url)
         require(
-            sha256_of(path) == manifest.done(path.name)["sha256"],
+            sha256_of(path) == told[path.name]["sha256"],
             f"{path} is not the file that {manifest.path} tells of; delete it and run the same "
             "command without --verify",
         )
@@ -339,20 +377,10 @@ def verify(
             ((sample,) for sample in read_samples(shard, some, (PICTURE, TEACHER))), seer.batch
         ):
             samples = [sample for (sample,) in batch]
-            try:
-                seen = [prepare(sample.part(PICTURE), seer.cache) for sample in samples]
-                kept = [
-                    from_bytes(sample.part(TEACHER), seer.cache, size)
-                    for sample, (size, _) in zip(samples, seen, strict=True)
-                ]
-            except BadSample as error:
-                raise UserError(
-                    f"{path} has unusable features ({error}); delete it and run the same command "
-                    "without --verify"
-                ) from error
+            seen, kept = zip(*(_read_back(seer, path, sample) for sample in samples), strict=True)
             features = seer.see([pixels for _, pixels in seen])
             for sample, stored, (size, _), one in zip(samples, kept, seen, features, strict=True):
-                again, before = (_restored(what) for what in (pack(one, seer.cache, size), stored))
+                again, before = _restored(pack(quantise(one, seer.cache, size))), _restored(stored)
                 difference = np.linalg.norm(again - before) / max(np.linalg.norm(again), 1e-12)
                 worst, compared = max(worst, float(difference)), compared + 1
                 require(
@@ -362,6 +390,20 @@ def verify(
                     "same command without --verify",
                 )
     return compared, worst
+
+
+def _read_back(
+    seer: Seer, path: Path, sample: RawSample
+) -> tuple[tuple[tuple[int, int], np.ndarray], Stored]:
+    """A cached sample's size and pixels, and its features."""
+    try:
+        size, pixels = prepare(sample.part(PICTURE), seer.cache)
+        return (size, pixels), from_bytes(sample.part(TEACHER), seer.cache, size)
+    except BadSample as error:
+        raise UserError(
+            f"{sample.key} in {path} is unusable ({error}); delete the shard and run the same "
+            "command without --verify"
+        ) from error
 
 
 def _restored(stored: Stored) -> np.ndarray:

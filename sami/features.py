@@ -5,9 +5,11 @@ of the whole upright picture, without the padding, as int8 with a scale per chan
 Training reads it, and cuts each crop's target out of it (:func:`axis_weights`), on the device.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch.nn import functional as F
 
 from sami.core.checkpoint import write_text
@@ -30,7 +33,10 @@ from sami.teacher import Teacher, TeacherConfig
 MANIFEST = "manifest.json"
 FORMAT = 1
 DTYPES = {"int8": np.int8, "fp16": np.float16}
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (  # what zipfile and numpy raise on damaged bytes
+    *(OSError, ValueError, KeyError, EOFError, TypeError, IndexError, AttributeError),
+    *(RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error),
+)
 
 
 @dataclass(frozen=True)
@@ -110,15 +116,15 @@ def see_whole(teacher: Teacher, pictures: Sequence[np.ndarray]) -> torch.Tensor:
     return teacher.features(teacher.normalise(canvas.to(device)) * inside.to(device))
 
 
-def pack(features: torch.Tensor, cache: Cache, size: tuple[int, int]) -> Stored:
-    """What is stored of a teacher's output.
+def quantise(features: torch.Tensor, cache: Cache, size: tuple[int, int]) -> list[torch.Tensor]:
+    """What is stored of a teacher's output, on its device, without waiting for it.
 
     Args:
-        features: fp32 [C, s, s], of the picture padded to a square.
+        features: [C, s, s], of the picture padded to a square.
         size: width and height of the picture itself in pixels.
 
-    Raises:
-        BadSample: the features are not finite, or too large for fp16.
+    Returns:
+        values [C, h, w], scale fp32 [C], and whether all is finite, and small enough for fp16.
     """
     width, height = size
     token_rows, token_columns = (
@@ -128,16 +134,24 @@ def pack(features: torch.Tensor, cache: Cache, size: tuple[int, int]) -> Stored:
     if cache.pool > 1:
         # A cell at the edge is the mean of the tokens that it has, without the padding's.
         features = F.avg_pool2d(features[None], cache.pool, ceil_mode=True)[0]
-    if not torch.isfinite(features).all():
-        raise BadSample("features are not finite")
-    channels = len(features)
     if cache.dtype == "fp16":
-        if features.abs().max() > torch.finfo(torch.float16).max:
-            raise BadSample("features are too large for fp16")
-        return Stored(features.half().cpu().numpy(), np.ones(channels, np.float32))
+        values = features.half()
+        return [values, torch.ones_like(features[:, 0, 0]), values.isfinite().all()]
     scale = features.abs().amax((1, 2)).clamp(min=1e-12) / 127
     values = (features / scale[:, None, None]).round().to(torch.int8)
-    return Stored(values.cpu().numpy(), scale.cpu().numpy())
+    return [values, scale, features.isfinite().all()]
+
+
+def pack(quantised: Sequence[torch.Tensor]) -> Stored:
+    """What :func:`quantise` gave, as it is stored.
+
+    Raises:
+        BadSample: the features are not finite, or too large for fp16.
+    """
+    values, scale, finite = (tensor.cpu() for tensor in quantised)
+    if not finite:
+        raise BadSample("features are not finite" + " in fp16" * (values.dtype == torch.float16))
+    return Stored(values.numpy(), scale.numpy())
 
 
 def to_bytes(stored: Stored) -> bytes:
@@ -268,16 +282,21 @@ class FeatureBatch:
     def tokens(self) -> torch.Tensor:
         """The crops' features, fp32 [B, g * g, C], in image order."""
         with torch.autocast(self.values.device.type, enabled=False):
-            values = self.values.float()
-            narrow = values @ self.columns.mT[:, None]  # [B, C, s, g]
-            grid = self.rows[:, None] @ narrow  # [B, C, g, g]
+            values = rearrange(self.values.float(), "b c y x -> b (c y) x")
+            narrow = rearrange(
+                values @ self.columns.mT, "b (c y) q -> b y (q c)", y=self.rows.shape[2]
+            )
+            grid = rearrange(self.rows @ narrow, "b p (q c) -> b (p q) c", c=self.values.shape[1])
             # After the sampling, which is linear: far fewer numbers are scaled.
-            return (grid * self.scale[:, :, None, None]).flatten(2).mT
+            return grid * self.scale[:, None]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
     """The manifest beside cached shards: ``format``, ``cache`` (:class:`Cache`), and ``shards``:
     by file name the number of ``samples``, what was ``left_out`` and the ``sha256``.
+
+    Args:
+        whole: all shards have to be there.
 
     Raises:
         UserError: none, unreadable, or the cache is still being written.
@@ -301,7 +320,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     require(number == FORMAT, f"{path} has format {number}, this code reads {FORMAT}")
     require(
-        not pending,
+        not (whole and pending),
         f"{folder} is still being written: {len(pending)} of {len(shards)} shards are missing, "
         f"such as {pending[0] if pending else ''}; let tools/cache_teacher.py end",
     )
@@ -314,15 +333,18 @@ def open_cache(
     sha256: str | None,
     verified: Path,
     say: Callable[[str], None] = print,
+    part: tuple[int, int] = (0, 1),
 ) -> Cache:
     """The cache that some shards hold, if it is what a configuration asks for.
 
     Args:
         shards: those that are trained on and those that are held out.
         sha256: of teacher.checkpoint's weights; None if none was given.
-        verified: a file that remembers whose checksums were found right, so that a shard is read
-            for that only once; it is written here.
+        verified: a folder that remembers which checksums were found right, so that a shard is read
+            for that only once.
         say: told when shards are read for it.
+        part: (number, of): look only at every ``of``-th checksum, from ``number`` on: the ranks
+            share the work.
 
     Raises:
         UserError: no manifest, or one that tells of another teacher, or of other shards.
@@ -369,7 +391,7 @@ def open_cache(
             f"{folders[0]} and {folder} hold features of different kinds: {caches[0]} and {cache}; "
             "cache both alike",
         )
-    _check_sums(shards, found, verified, say)
+    _check_sums(shards, found, verified, say, part)
     return caches[0]
 
 
@@ -378,33 +400,42 @@ def _check_sums(
     manifests: dict[Path, dict[str, Any]],
     verified: Path,
     say: Callable[[str], None],
+    part: tuple[int, int],
 ) -> None:
     """Whether each shard is the one that the manifest tells of; remembered by size and time."""
-    try:
-        known = json.loads(verified.read_text())
-    except (OSError, ValueError):
-        known = {}
-
+    known: dict[str, list[Any]] = {}
+    for file in verified.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            known |= json.loads(file.read_text())
     facts = {}
     for shard in shards:
         path = Path(shard.url)
         status, told = path.stat(), manifests[path.parent]["shards"][path.name]["sha256"]
         facts[shard.url] = [status.st_size, status.st_mtime_ns, told]
-    unread = [Path(url) for url, fact in facts.items() if known.get(url) != fact]
-    if unread:
-        say(f"reading {len(unread)} cached shards for their checksums, once")
+    unread = [url for url in sorted(facts) if known.get(url) != facts[url]]
+    if not unread:
+        return
+    say(f"reading {len(unread)} cached shards for their checksums, once")
+    verified.mkdir(parents=True, exist_ok=True)
+    number, of = part
+    mine, written = unread[number::of], time.monotonic()
+    found = {url: facts[url] for url in facts if url not in unread and number == 0}
+    file = verified / f"{number}.json"
     with ThreadPoolExecutor(8) as pool:
-        for path, own in zip(unread, pool.map(sha256_of, unread), strict=True):
-            told = facts[str(path)][2]
-            require(
-                own == told,
-                f"{path} has the sha256 {own[:16]}... and {path.parent / MANIFEST} says "
-                f"{told[:16]}...; it was changed or damaged: delete it and run "
-                "tools/cache_teacher.py again",
-            )
-    if unread:
-        verified.parent.mkdir(parents=True, exist_ok=True)
-        write_text(verified, json.dumps(facts))
+        for url, own in zip(mine, pool.map(sha256_of, map(Path, mine)), strict=True):
+            path, told = Path(url), facts[url][2]
+            if own != told:
+                pool.shutdown(cancel_futures=True)
+                raise UserError(
+                    f"{path} has the sha256 {own[:16]}... and {path.parent / MANIFEST} says "
+                    f"{told[:16]}...; it was changed or damaged: delete it and run "
+                    "tools/cache_teacher.py again"
+                )
+            found[url] = facts[url]
+            if time.monotonic() > written + 10:  # a start that is cut off need not begin anew
+                write_text(file, json.dumps(found))
+                written = time.monotonic()
+    write_text(file, json.dumps(found))
 
 
 def sha256_of(path: Path) -> str:

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,7 +147,8 @@ def train(cfg: PretrainConfig, run: Run) -> int:
         channels, told = cache.channels, cached_teacher(cache)
     elif cfg.target.kind == "teacher":
         teacher = load_teacher(cfg.teacher)
-        channels, told = teacher.channels, describe_teacher(cfg.teacher, teacher)
+        channels = teacher.channels
+        told = describe_teacher(cfg.teacher, teacher) if run.is_main else None
     else:
         channels = 3 * cfg.encoder.patch_size**2
     model = MaskedReconstruction(encoder, cfg.decoder, cfg.loss, channels, cfg.mask.ratio)
@@ -238,14 +240,18 @@ def train(cfg: PretrainConfig, run: Run) -> int:
 def find_cache(
     cfg: PretrainConfig, run: Run, sources: list[Source], held_out: list[Shard]
 ) -> Cache:
-    """The features that the shards hold; rank 0 reads the shards for their checksums, once."""
+    """The features that the shards hold; the ranks read the shards for their checksums, once."""
     shards = [shard for source in sources for shard in source.shards] + held_out
-    verified = run.dir / "index" / "verified.json"
-    if run.is_main:
-        sha256 = checkpoint_sha256(cfg.teacher)
-        found = open_cache(shards, cfg.teacher, sha256, verified, run.say)
-    run.wait_for_all()
-    return found if run.is_main else open_cache(shards, cfg.teacher, None, verified, run.say)
+    sha256 = None
+    if run.is_main and cfg.teacher.checkpoint != "":
+        there = cfg.teacher.checkpoint == "random" or Path(cfg.teacher.checkpoint).exists()
+        sha256 = checkpoint_sha256(cfg.teacher) if there else None
+        if not there:
+            run.say(f"teacher.checkpoint {cfg.teacher.checkpoint} is not here to be compared")
+    verified = run.dir / "index" / "verified"
+    cache = open_cache(shards, cfg.teacher, sha256, verified, run.say, (run.rank, run.processes))
+    run.gather(None)  # all have looked at their part
+    return cache
 
 
 def cached_teacher(cache: Cache) -> dict[str, object]:

@@ -31,7 +31,7 @@ from sami.core.images import Box, cut, open_image
 from sami.core.order import sample_rng
 from sami.core.shards import PICTURE, RawSample, expand, open_sources, read_range
 from sami.data import centre_square, random_region
-from sami.features import Cache, FeatureBatch, pack, region_weights, see_whole
+from sami.features import Cache, FeatureBatch, pack, quantise, region_weights, see_whole
 from sami.sam_encoder import SAM_SHAPES
 from sami.teacher import Teacher, TeacherConfig, describe_teacher, load_teacher, to_grid
 
@@ -56,20 +56,22 @@ class Difference:
     """Sums over pictures of two ways to the same target."""
 
     def __init__(self) -> None:
-        self.found: list[torch.Tensor] = []
-        self.wanted: list[torch.Tensor] = []
+        self.error = self.cosine = self.square = self.total = 0.0
+        self.pictures = 0
 
     def add(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
-        self.found.append(found.double().cpu())
-        self.wanted.append(wanted.double().cpu())
+        """Targets [1, N, C] of one picture."""
+        found, wanted = found.double().cpu(), wanted.double().cpu()
+        self.error += float((found - wanted).square().sum())
+        self.cosine += float(F.cosine_similarity(found, wanted, dim=-1).mean())
+        self.square += float(wanted.square().sum())
+        self.total = self.total + wanted
+        self.pictures += 1
 
     def measures(self) -> tuple[float, float]:
-        """Squared difference as a share of the variance, and the mean cosine."""
-        found, wanted = torch.cat(self.found), torch.cat(self.wanted)  # [P, N, C]
-        error = (found - wanted).square().sum()
-        variance = (wanted - wanted.mean(0)).square().sum()
-        cosine = F.cosine_similarity(found, wanted, dim=-1).mean()
-        return float(error / variance), float(cosine)
+        """Squared difference as a share of the variance about the mean, and the mean cosine."""
+        variance = self.square - float(self.total.square().sum()) / self.pictures
+        return self.error / variance, self.cosine / self.pictures
 
 
 def ways(teacher: Teacher, told: dict[str, object]) -> dict[str, tuple[Cache, str]]:
@@ -90,15 +92,19 @@ def ways(teacher: Teacher, told: dict[str, object]) -> dict[str, tuple[Cache, st
             precision=precision,
         )
 
-    half = tokens // 2
-    return {
+    found = {
         f"{tokens} fp16": (cache(tokens, "fp16"), "area"),
         f"{tokens} fp16, bf16": (cache(tokens, "fp16", "bf16"), "area"),
         f"{tokens} int8": (cache(tokens, "int8"), "area"),
-        f"{half} fp16": (cache(half, "fp16"), "area"),
-        f"{half} int8": (cache(half, "int8"), "area"),
-        f"{half} int8, bilinear": (cache(half, "int8"), "bilinear"),
     }
+    if tokens % 2 == 0:
+        half = tokens // 2
+        found |= {
+            f"{half} fp16": (cache(half, "fp16"), "area"),
+            f"{half} int8": (cache(half, "int8"), "area"),
+            f"{half} int8, bilinear": (cache(half, "int8"), "bilinear"),
+        }
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
         with torch.autocast(torch.device(args.device).type, torch.bfloat16):
             whole["bf16"] = see_whole(teacher, [pixels])[0]
         packed = {
-            way: pack(whole[cache.precision], cache, size) for way, (cache, _) in stored.items()
+            way: pack(quantise(whole[cache.precision], cache, size))
+            for way, (cache, _) in stored.items()
         }
         for number, (view, choose) in enumerate(VIEWS.items()):
             box, flip = choose(size, sample_rng(args.seed, number, sample.key))

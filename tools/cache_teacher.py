@@ -166,8 +166,12 @@ def make_seer(args: argparse.Namespace) -> tuple[Seer, dict[str, object]]:
     return seer, told
 
 
-def plan(args: argparse.Namespace, seer: Seer, shards: list[Shard]) -> int:
-    """``--dry-run``: bytes, and hours by the second of two equal batches."""
+def plan(args: argparse.Namespace, seer: Seer, shards: list[Shard], others: float) -> int:
+    """``--dry-run``: bytes, and hours by the second of two equal batches.
+
+    Args:
+        others: how many times as many shards all slices have together.
+    """
     pictures = []
     for shard in shards:
         for sample in read_samples(shard, np.arange(min(shard.count, seer.batch)), (PICTURE,)):
@@ -186,7 +190,7 @@ def plan(args: argparse.Namespace, seer: Seer, shards: list[Shard]) -> int:
         f"{count} pictures in {len(shards)} shards: about {needed / 1e9:.3g} GB and "
         f"{count / rate / 3600:.3g} h at {rate:.3g} images/s in one process like this"
     )
-    require_room(args.out, needed)
+    require_room(args.out, round(needed * others))
     return 0
 
 
@@ -211,10 +215,12 @@ def write_all(seer: Seer, shards: dict[str, Shard], manifest: Manifest, missing:
             progress.update(task, advance=pictures, rate=rate, written=written / 1e9)
 
         for number, name in enumerate(missing, 1):
-            if manifest.done(name) is not None:  # by another process, since
+            if manifest.finished()[name] is not None:  # by another process, since
+                progress.update(task, advance=shards[name].count)
                 continue
             record = cache_shard(seer, shards[name], manifest.folder / name, advance)
             manifest.put(name, record)
+            progress.update(task, advance=shards[name].count - record["samples"])
             left_out = f", left out: {record['left_out']}" if record["left_out"] else ""
             progress.console.print(
                 f"{name}: {record['samples']} pictures{left_out}; {number} of {len(missing)}, "
@@ -252,21 +258,23 @@ def main(argv: list[str] | None = None) -> int:
         index = Path(folder) if args.dry_run else args.out / "index"
         (source,) = open_sources([(mine, None)], index, print)
         if args.dry_run:
-            return plan(args, seer, source.shards)
+            return plan(args, seer, source.shards, len(names) / len(mine))
     shards = {names[shard.url]: shard for shard in source.shards}
-    finished = {name: manifest.done(name) for name in shards}
-    for name, record in finished.items():
+    finished = manifest.finished()
+    for name in shards:
         require(
-            record is None or record["source"] == shards[name].digest,
+            finished[name] is None or finished[name]["source"] == shards[name].digest,
             f"{args.out / name} was made of another {shards[name].url}; delete it to make it anew",
         )
     missing = [name for name in shards if finished[name] is None]
-    if missing:
-        require_room(args.out, estimate_bytes([shards[name] for name in missing], cache))
+    if missing:  # the other slices fill the same disk
+        share = sum(record is None for record in finished.values()) / len(missing)
+        needed = estimate_bytes([shards[name] for name in missing], cache)
+        require_room(args.out, round(needed * share))
     if len(missing) < len(shards):
         print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
     write_all(seer, shards, manifest, missing)
-    others = manifest.pending()
+    others = [name for name, record in manifest.finished().items() if record is None]
     print(
         f"{len(names) - len(others)} of {len(names)} shards are cached"
         + (f"; {len(others)} are left to other slices, such as {others[0]}" if others else "")
@@ -278,9 +286,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(args: argparse.Namespace, seer: Seer, manifest: Manifest, names: list[str]) -> int:
     """``--verify``: checksums, and some pictures again."""
-    require(manifest.path.exists(), f"{manifest.path} does not exist; there is nothing to verify")
-    manifest.claim([], {})
-    names = [name for name in names if manifest.done(name) is not None]
+    manifest.check()
+    finished = manifest.finished()
+    names = [name for name in names if finished.get(name) is not None]
     require(bool(names), f"{args.out} holds no finished shard of these")
     urls = [str(args.out / name) for name in names]
     (source,) = open_sources([(urls, None)], args.out / "index", print)

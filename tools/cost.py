@@ -55,6 +55,7 @@ CARDS = {
 }
 IMAGENET, SA1B = 1_281_167, 11_185_362  # pictures
 ASPECT = 4 / 3  # of a picture, where none is at hand
+BATCH = 64  # pictures of a forward: what they share counts once
 
 
 @dataclass
@@ -140,15 +141,15 @@ def pretrain_parts(config: dict[str, Any]) -> list[Part]:
     model = MaskedReconstruction(student, decoder, LossConfig(), channels, ratio)
     seen = visible_count(tokens, ratio)
     predicted = max(1, round((tokens - seen) * decoder.predict_fraction)) if ratio else 0
-    order = torch.arange(seen + predicted)[None]
-    images = torch.zeros(1, 3, size, size)
+    order = torch.arange(seen + predicted).expand(BATCH, -1)
+    images = torch.zeros(BATCH, 3, size, size)
     counter = count(lambda: model.predict(images, order[:, :seen], order[:, seen:]))
     # The flop counter names modules whose forward is called from outside by their class.
     found = [("student", "Encoder", student), ("decoder", None, model.decoder)]
-    total = macs(counter)
+    total = macs(counter) / BATCH
     for name, module_name, module in found:
         if module is not None:
-            own = macs(counter, module_name or type(module).__name__)
+            own = macs(counter, module_name or type(module).__name__) / BATCH
             parts.append(Part(name, parameters(module), own))
             total -= own
     return [*parts, Part("head", parameters(model.head), total)]
@@ -203,6 +204,10 @@ def count_pictures(config: dict[str, Any], stage: str, given: int | None) -> int
     return assumed
 
 
+def hours_of(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+
+
 def cache_bytes(teacher: TeacherConfig, channels: int) -> dict[str, float]:
     """Bytes per picture by what is stored, for pictures of the aspect ASPECT."""
     tokens = teacher.image_size // PATCH_SIZE
@@ -234,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
 
     train = config["train"]
     pictures = count_pictures(config, stage, args.pictures)
+    pictures = min(pictures, config["data"]["epoch_samples"] or pictures)
     an_epoch = pictures // train["batch_size"]
     lengths = [train["steps"], train["epochs"] and train["epochs"] * an_epoch]
     steps = min(length for length in lengths if length is not None)
@@ -253,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{part.parameters / 1e6:.2f}",
             f"{part.macs / 1e9:.2f}",
             f"{flops / 1e9:.1f}" + (" (once per picture)" if part.times else ""),
-            f"{own:.3g}",
+            hours_of(own),
         )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print(
@@ -261,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{pictures} pictures"
     )
     print(
-        f"{hours:.3g} hours of one {args.card} at {args.share:.0%} of its {CARDS[args.card]} "
+        f"{hours_of(hours)} hours of one {args.card} at {args.share:.0%} of its {CARDS[args.card]} "
         "TFLOP/s, if the data keeps up"
     )
     if stage == "pretrain" and config["target"]["kind"] == "teacher":

@@ -38,10 +38,11 @@ from rich.table import Table
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError
-from sami.core.exits import FINISHED, USER_ERROR, run_entry
+from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, run_entry
 
 ROOT = Path(__file__).parents[1]
 SKIP = "skip"
+CODES = (FINISHED, USER_ERROR, ASKED_TO_STOP)
 PLAN, SWEEP, DONE = "plan.json", "sweep.json", "done.json"
 
 
@@ -319,9 +320,12 @@ class Sweep:
             words = self.command(run, name)
             print(f"{run.name}: {name}: {shlex.join(words)}", flush=True)
             start = launch if stage.config is not None and launch else [sys.executable]
+            summary = folder / "summary.json"
+            before = summary.read_bytes() if summary.exists() else b""
             code = _call([*start, *words], folder)
-            if stage.config is not None and (folder / "summary.json").exists():
-                code = json.loads((folder / "summary.json").read_text()).get("exit_code") or code
+            # accelerate launch turns every failure into 1; what the run itself said is in there.
+            if code not in CODES and summary.exists() and summary.read_bytes() != before:
+                code = json.loads(summary.read_text()).get("exit_code") or code
             if code != FINISHED:
                 return code
             if stage.config is None:
@@ -528,7 +532,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.sweep} has runs 0 to {last}, and no {args.number}; list shows them",
     )
     code = sweep.run(sweep.runs[args.number], shlex.split(args.launch))
-    return code if code in (FINISHED, USER_ERROR, 75) else 1
+    return code if code in CODES else 1
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ def user_error(error: BaseException) -> UserError | None:
     if isinstance(error, torch.OutOfMemoryError):
         return UserError(
             "the GPU's memory is full; lower train.micro_batch_size (the result stays the same), "
-            "in stage 2 also data.masks_per_image or set train.checkpointing true"
+            "in stage 2 also data.masks_per_image or set train.checkpointing true; a tool's --batch"
         )
     full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError) and error.errno in full or "No space left" in str(error):
         return UserError(
-            "the disk is full; make room and run the same command again, it goes on from the "
-            "last checkpoint"
+            "the disk is full; make room and run the same command again, it goes on from what is "
+            "finished: the last checkpoint, the last shard"
         )
     return None
