@@ -140,7 +140,7 @@ def zoo(tmp_path_factory):
 def test_each_kind_loads_right_or_has_its_reason():
     """What is good shows the central square of the picture it was made of."""
     for name, (data, picture) in GOOD.items():
-        key, *views, _ = VIEWS.decode_held_out(RawSample(name, {PICTURE: data}))
+        key, *views, _, _ = VIEWS.decode_held_out(RawSample(name, {PICTURE: data}))
         assert key == name
         square = picture.convert("RGB").crop(centre_square(*picture.size))
         for view, side in zip(views, (32, 48), strict=True):
@@ -406,7 +406,7 @@ FUZZ = settings(
 def use(sample):
     """Both views of a sample, or the reason why it is bad."""
     try:
-        key, student, teacher, _ = VIEWS.decode(sample, 0, False)
+        key, student, teacher, *_ = VIEWS.decode(sample, 0, False)
     except BadSample as error:
         return str(error)
     assert student.shape == (32, 32, 3) and teacher.shape == (48, 48, 3) and key == sample.key

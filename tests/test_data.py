@@ -86,7 +86,7 @@ def shards_of(pattern, folder):
 
 def test_views_and_masks_of_a_batch(tmp_path):
     shards = shards_of(write_shards(tmp_path, (5,)), tmp_path)
-    samples = list(read_range(shards, range(5), Views.fields))
+    samples = list(read_range(shards, range(5), VIEWS.fields))
     batch = VIEWS.collate([VIEWS.decode(sample, 0, False) for sample in samples])
     assert batch.student.shape == (5, 3, 32, 32) and batch.student.dtype == torch.uint8
     assert batch.teacher_view.shape == (5, 3, 48, 48)
