@@ -43,6 +43,16 @@ def write_shards(
     return f"{folder}/s-{{000..{len(counts) - 1:03d}}}.tar"
 
 
+def write_cache(shards: str, out: Path, *shape: str) -> str:
+    """The shards with features of a random custom teacher at 64 px; returns their pattern."""
+    words = ["--teacher", "custom", *shape, "--checkpoint", "random", "--image-size", "64"]
+    found = [url for urls, _ in expand(shards, "shards") for url in urls]
+    tool = [sys.executable, str(ROOT / "tools/cache_teacher.py"), *found, "--out", str(out)]
+    done = run([*tool, *words])
+    assert done.returncode == 0, done.stderr
+    return f"{out}/*.tar"
+
+
 def opened(pattern: str | list[str] | dict[str, float], folder: Path) -> list[Source]:
     """The sources of a pattern, indexed in a folder."""
     return open_sources(expand(pattern, "k"), folder / "index", lambda text: None)

@@ -15,7 +15,17 @@ from finetune.train import FinetuneConfig
 from sami.core.config import load_config
 from sami.encoder import load_encoder
 from sami.pretrain import PretrainConfig, main
-from tests.runs import ROOT, arguments, command, numbers, run, start, summary, write_shards
+from tests.runs import (
+    ROOT,
+    arguments,
+    command,
+    numbers,
+    run,
+    start,
+    summary,
+    write_cache,
+    write_shards,
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +124,9 @@ def test_every_shipped_config_trains(config, shards, tmp_path, call):
         "--data.val_shards=",
         "--eval.every=0",
     ]
+    if "cached" in config:
+        shape = ("--width", "32", "--depth", "1", "--heads", "2")
+        small.append(f"--data.shards={write_cache(shards, tmp_path / 'cached', *shape)}")
     code, error = call(["--config", str(ROOT / "configs/pretrain" / config), *small])
     assert code == 0, error
     assert [line["skipped_updates"] for line in numbers(tmp_path)] == [0, 0]
