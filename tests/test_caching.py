@@ -20,7 +20,7 @@ from sami.core.shards import PICTURE, TEACHER, read_range
 from sami.features import Cache, from_bytes, read_manifest, see_whole, sha256_of
 from sami.pretrain import PretrainConfig, main, make_targets, make_views
 from sami.teacher import Teacher, TeacherConfig, load_teacher, to_grid
-from tests.runs import ROOT, arguments, kill, numbers, opened, run, start, summary, write_shards
+from tests.runs import ROOT, arguments, kill, numbers, opened, start, summary, write_shards
 from tools.cache_teacher import main as cache_teacher
 
 SHAPE = ("--teacher", "custom", "--width", "32", "--depth", "1", "--checkpoint", "random")
@@ -333,27 +333,24 @@ def test_the_target_of_a_whole_picture_is_what_the_teacher_gives(tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_a_run_on_cached_features(made, tmp_path):
+def test_a_run_on_cached_features(made, tmp_path, in_process):
     """Its summary tells of the cache; taken up again, it does not read the checksums again."""
     _, out = made
     plain, again = tmp_path / "plain", tmp_path / "again"
-    words = [sys.executable, str(ROOT / "sami" / "pretrain.py")]
     options = {"data.val_shards": str(out / "s-001.tar"), "train.steps": 5, "run.picture_every": 5}
     options["decoder.predict_fraction"] = 0.5
-    done = run([*words, *train(plain, out, **options)])
-    assert done.returncode == 0, done.stderr
-    assert "reading 3 cached shards for their checksums, once" in done.stdout
+    assert in_process(main, train(plain, out, **options))[0] == 0
+    once = "reading 3 cached shards for their checksums, once"
+    assert once in (plain / "log.txt").read_text()
     told = summary(plain)
     assert told["teacher"]["cached"] and told["teacher"]["grid"] == 8
     assert told["evaluation"]["pictures"] == 9 and list((plain / "pictures").glob("*.png"))
     assert told["bad_samples"] == {}
-    done = run([*words, *train(again, out, **options, **{"run.save_every": 2})])
-    assert done.returncode == 0, done.stderr
+    assert in_process(main, train(again, out, **options, **{"run.save_every": 2}))[0] == 0
     shutil.rmtree(again / "checkpoints" / "step-5")
     (again / "summary.json").unlink()
-    done = run([*words, *train(again, out, **options)])
-    assert done.returncode == 0, done.stderr
-    assert "checksums" not in done.stdout
+    assert in_process(main, train(again, out, **options))[0] == 0
+    assert (again / "log.txt").read_text().count(once) == 1
     assert numbers(plain) == numbers(again)
 
 

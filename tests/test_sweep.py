@@ -52,6 +52,8 @@ def test_from_the_file_to_the_table(shards, tmp_path, capsys):
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 4 and "mask.ratio-0.75_seed-1" in listed[3]
     assert "pretrain.mask.ratio=0.5 seed=0" in listed[0]
+    assert main(["folder", path, "3"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "mask.ratio-0.75_seed-1")
     for number in (0, 1, 2):
         assert main(["run", path, str(number)]) == 0
     summary = tmp_path / "out" / "mask.ratio-0.5_seed-0" / "pretrain" / "summary.json"

@@ -5,6 +5,7 @@ python tools/sweep.py run    SWEEP N    run N here, from where it is; finished s
 python tools/sweep.py status SWEEP      finished, running, interrupted, failed, missing
 python tools/sweep.py table  SWEEP      mean and deviation by setting: OUT/table.md, table.json
 python tools/sweep.py plot   SWEEP      the same as OUT/plot.png
+python tools/sweep.py folder SWEEP N    where run N is
     [--out DIR] [--set STAGE.GROUP.FIELD=VALUE ...] [--launch 'accelerate launch ...']
 
 SWEEP is one of configs/sweeps/. --set changes every run, such as --set pretrain.data.shards=...; a
@@ -26,6 +27,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +181,7 @@ class Sweep:
                     f"{self.path}: stages.{name} has no config, so no {min(used, default='')}",
                 )
                 continue
-            done = subprocess.run(
-                [sys.executable, ROOT / stage.entry, "--config", ROOT / stage.config]
-                + ["--print_config"],
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode:
-                raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
-            config = yaml.safe_load(done.stdout)
+            config = _fields(stage.entry, stage.config)
             for key in sorted(used | set(stage.set)):
                 group, _, rest = key.partition(".")
                 require(
@@ -380,6 +374,16 @@ class Sweep:
         return rows
 
 
+@cache
+def _fields(entry: str, config: str) -> dict[str, Any]:
+    """All fields of an entry, by group, as it prints them itself."""
+    words = [sys.executable, ROOT / entry, "--config", ROOT / config, "--print_config"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+    return yaml.safe_load(done.stdout)
+
+
 def _words(told: dict[str, Any]) -> list[str]:
     """All words of a plan."""
     return [word for one in told.values() for word in ([one] if isinstance(one, str) else one)]
@@ -514,9 +518,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("list", "run", "status", "table", "plot"))
+    parser.add_argument("what", choices=("list", "run", "status", "table", "plot", "folder"))
     parser.add_argument("sweep", type=Path)
-    parser.add_argument("number", type=int, nargs="?", help="of run")
+    parser.add_argument("number", type=int, nargs="?", help="of run and folder")
     parser.add_argument("--out", type=Path, help="folder of the results; default: the sweep's own")
     parser.add_argument("--set", nargs="+", default=[], help="overrides of every run")
     parser.add_argument("--launch", default="", help="what starts a training, instead of python")
@@ -525,12 +529,15 @@ def main(argv: list[str] | None = None) -> int:
     shown = {"list": list_runs, "status": show_status, "table": make_table, "plot": make_plot}
     if args.what in shown:
         return shown[args.what](sweep)
-    require(args.number is not None, "run needs the number of a run; list shows them")
+    require(args.number is not None, f"{args.what} needs the number of a run; list shows them")
     last = len(sweep.runs) - 1
     require(
         0 <= args.number <= last,
         f"{args.sweep} has runs 0 to {last}, and no {args.number}; list shows them",
     )
+    if args.what == "folder":
+        print(sweep.folder(sweep.runs[args.number]))
+        return FINISHED
     code = sweep.run(sweep.runs[args.number], shlex.split(args.launch))
     return code if code in CODES else 1
 
