@@ -36,7 +36,6 @@ from sami.core.shards import (
     split_name,
 )
 from sami.features import (
-    DTYPES,
     FORMAT,
     MANIFEST,
     Cache,
@@ -322,7 +321,6 @@ def estimate_bytes(shards: list[Shard], cache: Cache, looked_at: int = 200) -> i
     Raises:
         UserError: none of these can be used.
     """
-    per_cell = cache.channels * np.dtype(DTYPES[cache.dtype]).itemsize
     sizes = []
     share = -(-looked_at // len(shards))
     for shard in shards[:looked_at]:
@@ -330,7 +328,7 @@ def estimate_bytes(shards: list[Shard], cache: Cache, looked_at: int = 200) -> i
         for sample in read_samples(shard, rows, (PICTURE,)):
             with contextlib.suppress(BadSample):
                 size = upright_size(open_image(sample.part(PICTURE)))
-                sizes.append(per_cell * np.prod(cache.cells(*size)) + 4 * cache.channels + OVERHEAD)
+                sizes.append(cache.bytes_of(*size) + OVERHEAD)
     require(bool(sizes), f"{shards[0].url}: none of the pictures that were looked at can be used")
     pictures = sum(shard.count for shard in shards)
     return int(pictures * np.mean(sizes)) + sum(Path(shard.url).stat().st_size for shard in shards)

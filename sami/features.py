@@ -86,6 +86,11 @@ class Cache:
         rows, columns = self.extent(width, height)
         return int(np.ceil(rows)), int(np.ceil(columns))
 
+    def bytes_of(self, width: int, height: int) -> int:
+        """What a picture's values and scale take."""
+        rows, columns = self.cells(width, height)
+        return self.channels * (rows * columns * np.dtype(DTYPES[self.dtype]).itemsize + 4)
+
 
 @dataclass(frozen=True)
 class Stored:

@@ -20,7 +20,7 @@ from sami.core.exits import FINISHED, run_entry
 from sami.core.optim import OptimConfig, TrainConfig, poison
 from sami.core.order import Layout, Order
 from sami.core.run import Run, RunConfig, is_due
-from sami.core.shards import PICTURE, TEACHER, Shard, Source, fingerprint
+from sami.core.shards import Shard, Source, fingerprint
 from sami.core.state import State
 from sami.core.stream import Batches, open_data, take_up
 from sami.data import Batch, DataConfig, HeldOut, MaskConfig, Views, visible_count
@@ -119,9 +119,10 @@ def train(cfg: PretrainConfig, run: Run) -> int:
     # ---- What it is trained on
     sources, held_out = open_data(cfg.data, run)
     cache = find_cache(cfg, run, sources, held_out) if cfg.teacher.cached else None
+    views = make_views(cfg, cache)
     order = Order(
         sources,
-        fields=(PICTURE,) if cache is None else (PICTURE, TEACHER),
+        fields=views.fields,
         batch_size=cfg.train.batch_size,
         seed=cfg.run.seed,
         buffer_bytes=cfg.data.shuffle_mb * 1_000_000,
@@ -163,7 +164,6 @@ def train(cfg: PretrainConfig, run: Run) -> int:
         },
     }
     targets = make_targets(cfg, run, model, teacher and teacher.to(run.device))
-    views = make_views(cfg, encoder, cache)
 
     # ---- Where training stands
     identity = {"config": to_dict(cfg), "facts": facts}
@@ -259,14 +259,14 @@ def cached_teacher(cache: Cache) -> dict[str, object]:
     return {**vars(cache), "cached": True}
 
 
-def make_views(cfg: PretrainConfig, encoder: Encoder, cache: Cache | None) -> Views:
+def make_views(cfg: PretrainConfig, cache: Cache | None) -> Views:
     """How samples are made under a configuration."""
     computed = cfg.target.kind == "teacher" and cache is None
     return Views(
         seed=cfg.run.seed,
         student_size=cfg.data.image_size,
         teacher_size=cfg.teacher.image_size if computed else None,
-        grid=encoder.grid,
+        grid=cfg.data.image_size // cfg.encoder.patch_size,
         mask_ratio=cfg.mask.ratio,
         crop_scale=cfg.data.crop_scale,
         hflip=cfg.data.hflip,

@@ -171,7 +171,13 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         with torch.device("meta"):
             encoder = SamEncoder(*config.shape)
         _load_strictly(encoder, path, config.name)
-    encoder.flex = config.attention == "flex"
+    if config.attention == "flex":
+        require(
+            isinstance(encoder, SamEncoder),
+            "teacher.attention flex is for SAM's own encoder; the plain ViT of teacher.checkpoint "
+            f"{config.checkpoint} has no relative positions: set sdpa",
+        )
+        encoder.flex = True
     return Teacher(encoder, config.layer, config.image_size)
 
 

@@ -317,11 +317,10 @@ def test_the_target_of_a_whole_picture_is_what_the_teacher_gives(tmp_path):
     config.data.image_size = 64
     config.teacher = TeacherConfig("custom", "random", SIZE, width=32, depth=1)
     teacher = load_teacher(config.teacher)
-    encoder = type("Encoder", (), {"grid": 4})
-    fresh = make_views(config, encoder, None)
+    fresh = make_views(config, None)
     cache = Cache(**read_manifest(tmp_path / "out")["cache"])
     config.teacher.cached = True
-    stored = make_views(config, encoder, cache)
+    stored = make_views(config, cache)
     assert stored.fields == (PICTURE, TEACHER) and stored.teacher_size is None
 
     def batch(views):

@@ -167,3 +167,22 @@ def test_bad_features():
         pack(quantise(given, CACHE, (256, 256)))
     with pytest.raises(BadSample, match="not finite in fp16"):
         pack(quantise(features() * 1e6, CACHE, (256, 256)))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+@pytest.mark.parametrize("size", [(256, 256), (300, 200), (17, 256)])
+def test_bytes_are_those_of_what_is_stored(dtype, size):
+    cache = dataclasses.replace(CACHE, dtype=dtype, grid=8)
+    stored = pack(quantise(features(), cache, size))
+    assert cache.bytes_of(*size) == stored.values.nbytes + stored.scale.nbytes
+
+
+def test_int8_keeps_each_channels_own_scale():
+    """Channels a thousand times apart: each within half a step of its own 127th."""
+    given = features() * torch.logspace(-3, 0, 8)[:, None, None]
+    cache = dataclasses.replace(CACHE, dtype="int8")
+    stored = pack(quantise(given, cache, (256, 256)))
+    found = cut(stored, cache, (256, 256), (0, 0, 256, 256), out=16).view(16, 16, 8)
+    error = (found.permute(2, 0, 1) - given).abs().amax((1, 2))
+    assert (error <= 0.51 * given.abs().amax((1, 2)) / 127).all()
+    assert (error > 0).all()

@@ -151,6 +151,8 @@ def test_asked_to_stop_it_says_75_and_goes_on(shards, tmp_path, capsys):
         ({"seeds": [0, 0]}, ["list"], "two runs have the name mask.ratio-0.5_seed-0"),
         ({"vary": {"pretrain.mask.ratio": [0.5, 0.5]}}, ["list"], "two settings have the name"),
         ({"stagess": {}}, ["list"], "stagess is none of"),
+        ({"measures": {"r2": "evaluation.r2"}}, ["list"], "measures: evaluation.r2 does not begin"),
+        ({}, ["table"], "holds no results yet"),
         ({"seeds": []}, ["list"], "has no seeds"),
         ({"stages": {"pretrain": {"entry": "sami/no.py"}}}, ["list"], "there is no sami/no.py"),
         ({}, ["list", "--set", "nonsense"], "--set nonsense must be"),

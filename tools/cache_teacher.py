@@ -42,7 +42,7 @@ from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.exits import run_entry
 from sami.core.run import environment
-from sami.core.shards import PICTURE, Shard, expand, is_url, open_sources, read_samples
+from sami.core.shards import PICTURE, Shard, Source, expand, is_url, open_sources, read_samples
 from sami.features import DTYPES, Cache
 from sami.sam_encoder import SAM_SHAPES
 from sami.teacher import TeacherConfig, describe_teacher, load_teacher
@@ -285,13 +285,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: argparse.Namespace, seer: Seer, manifest: Manifest, names: list[str]) -> int:
-    """``--verify``: checksums, and some pictures again."""
+    """``--verify``: what is finished of these, if it is this teacher's."""
     manifest.check()
     finished = manifest.finished()
     names = [name for name in names if finished.get(name) is not None]
     require(bool(names), f"{args.out} holds no finished shard of these")
     urls = [str(args.out / name) for name in names]
-    (source,) = open_sources([(urls, None)], args.out / "index", print)
+    with tempfile.TemporaryDirectory() as index:  # a cache may be read-only
+        (source,) = open_sources([(urls, None)], Path(index), print)
+        return compare(args, seer, manifest, source)
+
+
+def compare(args: argparse.Namespace, seer: Seer, manifest: Manifest, source: Source) -> int:
+    """Checksums of all shards, and ``--verify-fraction`` of the pictures, drawn anew each time."""
     draw = np.random.default_rng()
     ends = np.cumsum([shard.count for shard in source.shards])
     number = max(min(int(ends[-1]), 8), round(ends[-1] * args.verify_fraction))
@@ -302,8 +308,8 @@ def check(args: argparse.Namespace, seer: Seer, manifest: Manifest, names: list[
     ]
     compared, worst = verify(seer, source.shards, rows, manifest)
     print(
-        f"{len(names)} shards have their checksums; {compared} of {ends[-1]} pictures computed "
-        f"again, the largest relative difference is {worst:.2%}"
+        f"{len(source.shards)} shards have their checksums; {compared} of {ends[-1]} pictures "
+        f"computed again, the largest relative difference is {worst:.2%}"
     )
     return 0
 

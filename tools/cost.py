@@ -34,10 +34,10 @@ from sami.core.exits import run_entry
 from sami.core.shards import expand, is_url, open_sources
 from sami.data import visible_count
 from sami.encoder import EncoderConfig, build_encoder
-from sami.features import DTYPES
+from sami.features import DTYPES, Cache
 from sami.image_encoder import find_model, load_image_encoder
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
-from sami.sam_encoder import PATCH_SIZE, SamEncoder
+from sami.sam_encoder import NECK_CHANNELS, PATCH_SIZE, SamEncoder
 from sami.teacher import TeacherConfig
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ CARDS = {
     "RTX4090": 165,
 }
 IMAGENET, SA1B = 1_281_167, 11_185_362  # pictures
-ASPECT = 4 / 3  # of a picture, where none is at hand
+ASPECT = (400, 300)  # width and height of a picture, where none is at hand
 BATCH = 64  # pictures of a forward: what they share counts once
 
 
@@ -115,6 +115,11 @@ def resolve(config: Path, options: list[str]) -> tuple[str, dict[str, Any]]:
     return "pretrain" if first else "finetune", yaml.safe_load(done.stdout)
 
 
+def channels_of(teacher: TeacherConfig) -> int:
+    """Of its features."""
+    return NECK_CHANNELS if teacher.layer == "neck" else teacher.shape[0]
+
+
 def teacher_part(config: TeacherConfig, times: int | None) -> Part:
     """The teacher's forward pass."""
     if config.name == "custom" and find_model(config.checkpoint) is not None:
@@ -135,7 +140,7 @@ def pretrain_parts(config: dict[str, Any]) -> list[Part]:
     parts = []
     if config["target"]["kind"] == "teacher":
         parts.append(teacher_part(teacher, 1 if teacher.cached else None))
-        channels = 256 if teacher.layer == "neck" else teacher.shape[0]
+        channels = channels_of(teacher)
     student = build_encoder(encoder, size)
     tokens, ratio = student.grid**2, config["mask"]["ratio"]
     model = MaskedReconstruction(student, decoder, LossConfig(), channels, ratio)
@@ -208,14 +213,16 @@ def hours_of(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
-def cache_bytes(teacher: TeacherConfig, channels: int) -> dict[str, float]:
-    """Bytes per picture by what is stored, for pictures of the aspect ASPECT."""
+def cache_bytes(teacher: TeacherConfig) -> dict[str, int]:
+    """Bytes per picture of ASPECT by what is stored."""
     tokens = teacher.image_size // PATCH_SIZE
+    told = (teacher.name, "", False, teacher.layer, teacher.image_size, PATCH_SIZE)
     return {
-        f"{grid} x {grid} {dtype}": channels * grid * round(grid / ASPECT) * size
-        for grid in (tokens, tokens // 2)
-        for dtype, size in (("int8", 1), ("fp16", 2))
-        if grid and DTYPES[dtype]
+        f"{grid} x {grid} {dtype}": Cache(*told, channels_of(teacher), grid, dtype).bytes_of(
+            *ASPECT
+        )
+        for grid in (tokens, tokens // 2)[: 2 - tokens % 2]
+        for dtype in DTYPES
     }
 
 
@@ -272,9 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     if stage == "pretrain" and config["target"]["kind"] == "teacher":
         teacher = TeacherConfig(**config["teacher"])
-        channels = 256 if teacher.layer == "neck" else teacher.shape[0]
         print("a feature cache of them, at 4:3, without the pictures:")
-        for name, size in cache_bytes(teacher, channels).items():
+        for name, size in cache_bytes(teacher).items():
             print(f"  {name:14} {size / 1e3:7.0f} kB a picture, {size * pictures / 1e9:8.1f} GB")
     return 0
 

@@ -116,6 +116,8 @@ class Sweep:
             require(bool(equals), f"--set {word} must be STAGE.GROUP.FIELD=VALUE")
             stage, field_name = self.split(key, "--set")
             self.stages[stage].set[field_name] = yaml.safe_load(value)
+        for where in self.measures.values():
+            self.split(where, "measures")
         self.vary = content.get("vary") or {}
         self.settings = self._settings(content.get("settings") or {"": {}})
         self.runs = self._runs()
@@ -233,23 +235,30 @@ class Sweep:
                 )
         return told
 
-    def claim(self, run: Run | None = None) -> None:
-        """Make the folders this sweep's and, if one is given, this run's.
+    def claim(self, run: Run) -> None:
+        """Make the folders this sweep's, and this run's.
 
         Raises:
             UserError: they hold another sweep, or a run with another plan.
         """
-        told = {"sweep": self.name}
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._same(self.out / SWEEP, told, "the results of another sweep")
-            if run is not None:
-                self.folder(run).mkdir(exist_ok=True)
-                self._same(self.folder(run) / PLAN, self.plan(run), "a run with other settings")
+            self._same(self.out / SWEEP, {"sweep": self.name}, "the results of another sweep")
+            self.folder(run).mkdir(exist_ok=True)
+            self._same(self.folder(run) / PLAN, self.plan(run), "a run with other settings")
         except OSError as error:
             raise UserError(
                 f"{self.out} cannot be written ({error.strerror}); name another --out"
             ) from error
+
+    def check_results(self) -> None:
+        """
+        Raises:
+            UserError: there are none, or they are another sweep's.
+        """
+        file = self.out / SWEEP
+        require(file.exists(), f"{self.out} holds no results yet; run one of the sweep's runs")
+        self._same(file, {"sweep": self.name}, "the results of another sweep")
 
     @staticmethod
     def _same(file: Path, told: dict[str, Any], what: str) -> None:
@@ -268,19 +277,12 @@ class Sweep:
 
     def state(self, run: Run) -> tuple[str, str]:
         """What stands of a run, and why."""
-        for name, stage in self.stages_of(run):
+        for name, _ in self.stages_of(run):
             folder = self.folder(run, name)
-            if stage.config is None:
-                if not (folder / DONE).exists():
-                    return "missing", f"{name} has not run"
+            if self.is_finished(run, name):
                 continue
-            try:
-                summary = json.loads((folder / "summary.json").read_text())
-            except (OSError, ValueError):
-                summary = {}
+            summary = self.summary(run, name)
             status, steps = summary.get("status"), summary.get("steps")
-            if status == "finished":
-                continue
             if _is_locked(folder / "lock"):
                 return "running", f"{name}{f', at step {steps}' if steps else ''}"
             if status is None:
@@ -292,14 +294,17 @@ class Sweep:
             return "interrupted", f"{name}: killed"
         return "finished", ""
 
-    def is_finished(self, run: Run, name: str) -> bool:
-        folder = self.folder(run, name)
-        if self.stages[name].config is None:
-            return (folder / DONE).exists()
+    def summary(self, run: Run, name: str) -> dict[str, Any]:
+        """What a training run says of itself; empty where it has not begun."""
         try:
-            return json.loads((folder / "summary.json").read_text())["status"] == "finished"
-        except (OSError, ValueError, KeyError):
-            return False
+            return json.loads((self.folder(run, name) / "summary.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def is_finished(self, run: Run, name: str) -> bool:
+        if self.stages[name].config is None:
+            return (self.folder(run, name) / DONE).exists()
+        return self.summary(run, name).get("status") == "finished"
 
     def run(self, run: Run, launch: list[str]) -> int:
         """All stages of a run that are not finished; the exit code of the last one."""
@@ -314,12 +319,11 @@ class Sweep:
             words = self.command(run, name)
             print(f"{run.name}: {name}: {shlex.join(words)}", flush=True)
             start = launch if stage.config is not None and launch else [sys.executable]
-            summary = folder / "summary.json"
-            before = summary.read_bytes() if summary.exists() else b""
+            before = self.summary(run, name)
             code = _call([*start, *words], folder)
             # accelerate launch turns every failure into 1; what the run itself said is in there.
-            if code not in CODES and summary.exists() and summary.read_bytes() != before:
-                code = json.loads(summary.read_text()).get("exit_code") or code
+            if code not in CODES and self.summary(run, name) != before:
+                code = self.summary(run, name).get("exit_code") or code
             if code != FINISHED:
                 return code
             if stage.config is None:
@@ -332,8 +336,7 @@ class Sweep:
 
     def measured(self, run: Run, where: str) -> float | None:
         """A measure of a run: STAGE.PATH in its summary.json, or STAGE.PROMPT of an evaluation."""
-        stage, _, path = where.partition(".")
-        self.split(where, "measures")
+        stage, path = self.split(where, "measures")
         folder = self.folder(run, stage)
         try:
             if self.stages[stage].entry.endswith("evaluate.py"):
@@ -343,9 +346,7 @@ class Sweep:
                     for row in told
                     if row["prompt"] == path and row["choice"] == "predicted"
                 )
-            value = json.loads((folder / "summary.json").read_text())
-            if value.get("status") != "finished":
-                return None
+            value = self.summary(run, stage) if self.is_finished(run, stage) else {}
             for part in path.split("."):
                 value = value[part]
             return None if value is None else float(value)
@@ -430,7 +431,8 @@ def list_runs(sweep: Sweep) -> int:
 
 
 def show_status(sweep: Sweep) -> int:
-    sweep.claim()
+    if sweep.out.exists():
+        sweep.check_results()
     counts: dict[str, int] = {}
     for number, run in enumerate(sweep.runs):
         status, why = sweep.state(run)
@@ -450,7 +452,7 @@ def _cell(told: dict[str, Any], seeds: int) -> str:
 
 def make_table(sweep: Sweep) -> int:
     """To the screen, and as Markdown and JSON."""
-    sweep.claim()
+    sweep.check_results()
     rows = sweep.results()
     head = ["setting"]
     for name in sweep.measures:
@@ -478,7 +480,7 @@ def make_table(sweep: Sweep) -> int:
 
 def make_plot(sweep: Sweep) -> int:
     """Each seed a dot, the mean a line; numbers along the axis where one number is varied."""
-    sweep.claim()
+    sweep.check_results()
     rows = sweep.results()
     (axis,) = sweep.vary.values() if len(sweep.vary) == 1 else (None,)
     numeric = (
