@@ -208,6 +208,12 @@ def test_a_run_folder_is_a_teacher(tmp_path, name):
     torch.testing.assert_close(teacher(images), model.get_image_embeddings(images))
     trunk = load_teacher(TeacherConfig("custom", str(tmp_path), SIZE, layer="trunk"))
     assert trunk.channels == 32 == trunk(images).shape[1]
+    flex = TeacherConfig("custom", str(tmp_path), SIZE, attention="flex")
+    if name == "custom":
+        with pytest.raises(UserError, match="attention flex is for SAM's own encoder"):
+            load_teacher(flex)
+    else:
+        assert load_teacher(flex).encoder.flex
     with pytest.raises(UserError, match="teacher.width 48 differs from the 32"):
         load_teacher(TeacherConfig("custom", str(tmp_path), SIZE, width=48))
     with pytest.raises(UserError, match="is no sam_vit_l"):
