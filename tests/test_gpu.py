@@ -17,6 +17,7 @@ from tests.runs import arguments, command, numbers, run, summary, write_shards
 from tests.test_toy_shards import draw
 from tests.test_train import arguments as stage2_arguments
 from tests.test_train import command as stage2
+from tools.cache_teacher import main as cache_teacher
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -114,3 +115,12 @@ def test_flex_attention_is_the_same_function_in_bf16():
         with torch.autocast("cuda", torch.bfloat16):
             found.append(load_teacher(config).to("cuda")(images).float())
     assert (found[0] - found[1]).norm() <= 0.02 * found[0].norm()
+
+
+def test_a_cache_made_by_a_compiled_teacher(tmp_path):
+    """Asynchronous copies, whole batches and FlexAttention: what plain fp32 gives again."""
+    shards = write_shards(tmp_path / "shards", counts=(11,)).replace("{000..000}", "000")
+    teacher = ["--teacher", "custom", "--checkpoint", "random", "--image-size", "256"]
+    words = [shards, "--out", str(tmp_path / "out"), *teacher, "--precision", "fp32"]
+    assert cache_teacher([*words, "--batch", "4", "--compile", "--attention", "flex"]) == 0
+    assert cache_teacher([*words, "--batch", "3", "--verify", "--verify-fraction", "1"]) == 0
