@@ -1,0 +1,93 @@
+# What the batch scripts share; sourced by them.
+#
+# A job is asked to stop through its run's stop file: a signal to `accelerate launch` would kill the
+# launcher and orphan the ranks. Two minutes before the time limit SLURM sends USR1 to the batch script
+# (#SBATCH --signal=B:USR1@120), at preemption TERM. How it ended stands in the run's summary.json.
+
+say() { echo "$(date '+%F %T') job ${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}: $*"; }
+fail() { echo "error: $*" >&2; exit 2; }
+
+[ -n "${SLURM_JOB_ID:-}" ] || fail "submit this with sbatch; without SLURM run accelerate launch yourself"
+cd "$SLURM_SUBMIT_DIR" || exit 2
+[ -f sami/pretrain.py ] || fail "$PWD is not the project's folder; submit from there"
+SITE=${SAMI_SITE:-slurm/site.env}
+[ -f "$SITE" ] || fail "$SITE does not exist; cp slurm/site.env.example slurm/site.env and edit it"
+# shellcheck disable=SC1090
+source "$SITE"
+sami_setup || fail "sami_setup in $SITE failed"
+
+# The job's output goes under a folder, one file per job and task, restarts behind each other.
+log_to() {
+  mkdir -p "$1" || fail "$1 cannot be made"
+  local log="$1/slurm-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}.log"
+  echo "the output goes to $log"
+  exec >>"$log" 2>&1
+  say "on ${SLURM_JOB_NODELIST}, restart ${SLURM_RESTART_COUNT:-0}"
+}
+
+# The value of run.dir of an entry's command line.
+run_folder() {
+  python "$@" --print_config | python -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["run"]["dir"])'
+}
+
+# What summary.json says: status and exit code.
+told() {
+  python - "$1/summary.json" <<'P'
+import json, sys
+try:
+    told = json.load(open(sys.argv[1]))
+except (OSError, ValueError):
+    told = {}
+print(told.get("status", "nothing"), told.get("exit_code"))
+P
+}
+
+# Wait for a process whatever signals come; its exit code.
+await() {
+  local code
+  while :; do
+    wait "$1"; code=$?
+    kill -0 "$1" 2>/dev/null || return $code
+  done
+}
+
+requeue() {
+  say "$1: requeued, it will go on where it is"
+  scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+  exit 0
+}
+
+# Start an entry on all nodes of the job, one launcher on each.
+launch() {
+  local nodes=${SLURM_JOB_NUM_NODES:-1} each=${SAMI_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+  local head port=${SAMI_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+  head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  local words=(--num_machines "$nodes" --num_processes $((nodes * each)) --mixed_precision no --dynamo_backend no)
+  [ $((nodes * each)) -eq 1 ] || words+=(--multi_gpu)
+  [ "$nodes" -eq 1 ] || words+=(--main_process_ip "$head" --rdzv_backend static)
+  words+=(--main_process_port "$port")
+  export SAMI_LAUNCH="accelerate launch ${words[*]}"
+  srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    bash -c '$SAMI_LAUNCH --machine_rank "$SLURM_NODEID" "$@"' launch "$@"
+}
+
+# Train: start, pass requests to stop on, and decide how the job ends.
+train() {
+  local run
+  run=$(run_folder "$@") || fail "the command line above is not right: $*"
+  log_to "$run/slurm"
+  local before
+  before=$(told "$run")
+  trap 'say "asked to stop"; touch "$run/stop"' USR1 TERM
+  launch "$@" &
+  await $!
+  local code=$? status exit_code
+  read -r status exit_code <<<"$(told "$run")"
+  say "left with $code; summary.json: $status, exit code $exit_code (before: $before)"
+  case "$status $exit_code" in
+    "finished 0") say finished; exit 0 ;;
+    "interrupted 75") requeue "asked to stop" ;;
+    "failed 2") say "failed for good; its last words stand above"; exit 2 ;;
+    *) say "ended without a word, such as by a kill or a lost node"; exit 1 ;;
+  esac
+}
