@@ -57,11 +57,16 @@ requeue() {
   exit 0
 }
 
+# What the other nodes reach a node by: its name, or the address that SLURM has for it.
+address_of() {
+  if getent hosts "$1" >/dev/null; then echo "$1"; else scontrol -o show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'; fi
+}
+
 # Start an entry on all nodes of the job, one launcher on each.
 launch() {
   local nodes=${SLURM_JOB_NUM_NODES:-1} each=${SAMI_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
   local head port=${SAMI_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-  head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  head=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
   local words=(--num_machines "$nodes" --num_processes $((nodes * each)) --mixed_precision no --dynamo_backend no)
   [ $((nodes * each)) -eq 1 ] || words+=(--multi_gpu)
   [ "$nodes" -eq 1 ] || words+=(--main_process_ip "$head" --rdzv_backend static)

@@ -1,0 +1,167 @@
+"""A throw-away SLURM on this machine: one controller, two virtual nodes of two cores."""
+
+import contextlib
+import getpass
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
+CONF = """
+ClusterName=toy
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
+CredType=cred/munge
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=2,bf_interval=2,requeue_delay=0
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+SlurmctldTimeout=10
+SlurmdTimeout=10
+KillWait=2
+MinJobAge=3600
+ReturnToService=2
+JobRequeue=1
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 State=UNKNOWN
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+"""
+
+
+def missing() -> list[str]:
+    """Programs that are not installed."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+
+
+class Cluster:
+    """Its daemons, and the commands that talk to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.daemons: dict[str, subprocess.Popen] = {}
+        for name in ("state", "spool-n1", "spool-n2"):
+            (folder / name).mkdir(parents=True)
+        key = folder / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o600)
+        ports = [_free_port() for _ in range(3)]
+        conf = CONF.format(folder=folder, ports=ports, user=getpass.getuser())
+        (folder / "slurm.conf").write_text(conf)
+        self.environment = os.environ | {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+        }
+        munge = [f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("key-file", "socket")]
+        munge = [f"--key-file={key}", f"--socket={folder}/munge.sock"]
+        munge += [f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log"]
+        self._start("munged", ["munged", "--foreground", "--force", f"--seed-file={folder}/seed", *munge])
+        self.wait(lambda: (folder / "munge.sock").exists(), "munged")
+        self._start("slurmctld", ["slurmctld", "-D", "-c"])
+        for node in ("n1", "n2"):
+            self.start_node(node)
+        self.wait(lambda: self.nodes() == {"n1": "IDLE", "n2": "IDLE"}, "two idle nodes")
+
+    def _start(self, name: str, words: list[str]) -> None:
+        log = (self.folder / f"{name}.out").open("ab")
+        with log:
+            self.daemons[name] = subprocess.Popen(
+                words, stdout=log, stderr=log, env=self.environment, start_new_session=True
+            )
+
+    def start_node(self, node: str) -> None:
+        self._start(node, ["slurmd", "-D", "-N", node])
+
+    def kill_node(self, node: str) -> None:
+        """The node dies with all that runs on it."""
+        steps = _children(self.daemons[node].pid)
+        for pid in [self.daemons[node].pid, *steps]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.daemons[node].wait()
+
+    def stop(self) -> None:
+        self.call("scancel", "--full", f"--user={getpass.getuser()}", check=False)
+        time.sleep(1)
+        for process in reversed(self.daemons.values()):
+            process.terminate()
+        for process in self.daemons.values():
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def call(self, *words: str, check: bool = True, **more: str) -> str:
+        """A command of SLURM's; what it printed."""
+        done = subprocess.run(
+            words, capture_output=True, text=True, env=self.environment | more, timeout=60
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def nodes(self) -> dict[str, str]:
+        """State by node."""
+        lines = self.call("sinfo", "-h", "-N", "-o", "%N %T", check=False).splitlines()
+        return {line.split()[0]: line.split()[1].upper() for line in lines}
+
+    def job(self, number: str) -> dict[str, str]:
+        """What ``scontrol show job`` tells; of an array, of the task ``ARRAY_TASK``."""
+        told = self.call("scontrol", "-o", "show", "job", number).splitlines()[0]
+        return dict(word.split("=", 1) for word in told.split() if "=" in word)
+
+    def state(self, number: str) -> str:
+        return self.job(number)["JobState"]
+
+    def wait_for(self, number: str, *states: str, seconds: float = 240) -> dict[str, str]:
+        """Wait until a job is in one of some states."""
+        self.wait(lambda: self.state(number) in states, f"{number} {states}", seconds)
+        return self.job(number)
+
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if condition():
+                return
+            time.sleep(0.3)
+        raise TimeoutError(f"{what} did not come; {self.last_words()}")
+
+    def last_words(self) -> str:
+        logs = sorted(self.folder.glob("*.log")) + sorted(self.folder.glob("*.out"))
+        return json.dumps({log.name: log.read_text(errors="replace")[-1500:] for log in logs}, indent=1)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def _children(pid: int) -> list[int]:
+    """All processes below one; and slurmstepd's of a node, which leave it."""
+    found = []
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                if int((place / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                    found += [int(place.name), *_children(int(place.name))]
+    return found
