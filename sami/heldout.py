@@ -25,14 +25,18 @@ class EvalConfig:
     Attributes:
         every: steps between measurements; 0 for the end of the run alone.
         samples: at most so many pictures, the first of val_shards.
+        probe: at most so many labelled pictures (.cls) of data.shards, and of val_shards, for k-NN
+            and a linear probe of the encoder (val_knn, val_linear); 0 for none.
     """
 
     every: int = 2000
     samples: int = 2000
+    probe: int = 0
 
     def check(self) -> None:
         require(self.every >= 0, f"eval.every {self.every} must be 0 (only at the end) or more")
         require(self.samples > 0, f"eval.samples {self.samples} must be positive, such as 2000")
+        require(self.probe >= 0, f"eval.probe {self.probe} must be 0 (none) or more")
 
 
 class Sums:

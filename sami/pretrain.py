@@ -35,6 +35,7 @@ from sami.model import (
     pixel_target,
 )
 from sami.pictures import draw_reconstruction
+from sami.probe import probe
 from sami.sam_encoder import SAM_SHAPES
 from sami.teacher import (
     Teacher,
@@ -106,6 +107,10 @@ class PretrainConfig:
         require(
             self.target.kind == "teacher" or not self.teacher.cached,
             "teacher.cached true goes with target.kind teacher; pixels need no teacher",
+        )
+        require(
+            not self.eval.probe or bool(self.data.val_shards),
+            f"eval.probe {self.eval.probe} needs data.val_shards, with labels (.cls)",
         )
 
 
@@ -216,6 +221,10 @@ def train(cfg: PretrainConfig, run: Run) -> int:
                     measures = measure(
                         run, model, targets, held_out, views, cfg.eval.samples, cfg.data.workers
                     )
+                    if cfg.eval.probe:
+                        measures |= probe(
+                            run, encoder, order.shards, held_out, cfg.eval.probe, cfg.data.workers
+                        )
                 record.update({f"val_{name}": value for name, value in measures.items()})
             run.record(step, steps, record)
         whole = step % order.steps_per_epoch == 0

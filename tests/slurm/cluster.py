@@ -73,7 +73,9 @@ class Cluster:
         munge = [f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("key-file", "socket")]
         munge = [f"--key-file={key}", f"--socket={folder}/munge.sock"]
         munge += [f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log"]
-        self._start("munged", ["munged", "--foreground", "--force", f"--seed-file={folder}/seed", *munge])
+        self._start(
+            "munged", ["munged", "--foreground", "--force", f"--seed-file={folder}/seed", *munge]
+        )
         self.wait(lambda: (folder / "munge.sock").exists(), "munged")
         self._start("slurmctld", ["slurmctld", "-D", "-c"])
         for node in ("n1", "n2"):
@@ -147,7 +149,9 @@ class Cluster:
 
     def last_words(self) -> str:
         logs = sorted(self.folder.glob("*.log")) + sorted(self.folder.glob("*.out"))
-        return json.dumps({log.name: log.read_text(errors="replace")[-1500:] for log in logs}, indent=1)
+        return json.dumps(
+            {log.name: log.read_text(errors="replace")[-1500:] for log in logs}, indent=1
+        )
 
 
 def _free_port() -> int:

@@ -1,15 +1,13 @@
-"""The batch scripts on a real SLURM: two nodes, requeues, lost nodes, arrays with a failing task."""
+"""The batch scripts on a real SLURM: two nodes, requeues, lost nodes, arrays."""
 
 import json
 import os
-import shutil
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, arguments, numbers, summary, write_shards
+from tests.runs import ROOT, arguments, command, numbers, run, summary, write_shards
 from tests.slurm.cluster import Cluster, missing
 
 pytestmark = [
@@ -75,8 +73,6 @@ def wait_for_step(cluster, folder, step):
 @pytest.fixture(scope="module")
 def reference(shards, tmp_path_factory):
     """The numbers of the long run without SLURM."""
-    from tests.runs import command, run
-
     folder = tmp_path_factory.mktemp("reference") / "run"
     done = run(command(long_run(folder, shards)), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
@@ -87,7 +83,9 @@ def test_two_nodes_give_one_nodes_losses(cluster, submit, shards, tmp_path):
     for nodes, each in ((2, 1), (1, 2)):
         words = arguments(tmp_path / f"of-{nodes}", shards, **{"train.steps": 6})
         options = [f"--nodes={nodes}", "--cpus-per-task=2"]
-        job = submit("slurm/pretrain.sbatch", *words, options=options, SAMI_PROCESSES_PER_NODE=str(each))
+        job = submit(
+            "slurm/pretrain.sbatch", *words, options=options, SAMI_PROCESSES_PER_NODE=str(each)
+        )
         assert cluster.wait_for(job, *ENDED)["JobState"] == "COMPLETED"
     assert summary(tmp_path / "of-2")["hardware"]["processes"] == 2
     assert numbers(tmp_path / "of-1") == numbers(tmp_path / "of-2")

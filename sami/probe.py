@@ -1,0 +1,192 @@
+"""What a pretrained encoder knows of labels it has not seen: k-NN and a linear probe.
+
+Quick measures for during and after stage 1, on shards with .cls, of the mean of the patch tokens of
+each picture's central square. They rank encoders; the paper's numbers are those of finetuning
+(finetune/classify.py).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import IterableDataset, get_worker_info
+
+from sami.core.config import require
+from sami.core.errors import BadSample
+from sami.core.images import Normalise, cut, open_image, upright_size
+from sami.core.order import deal
+from sami.core.run import Run
+from sami.core.shards import PICTURE, RawSample, Shard, read_samples
+from sami.core.stream import make_loader
+from sami.data import centre_square
+from sami.encoder import Encoder
+
+BATCH = 64  # pictures per forward
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of k-NN, as DINO has them (arXiv 2104.14294, appendix F.2)
+STEPS, DECAY = 200, 1e-4  # of the linear probe: full batches, L2 on its weights
+
+
+@dataclass
+class LabelledBatch:
+    """``images`` uint8 [B, 3, H, H] and ``labels`` [B]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def pin_memory(self) -> "LabelledBatch":
+        return LabelledBatch(self.images.pin_memory(), self.labels.pin_memory())
+
+
+class Labelled(IterableDataset):
+    """The central squares of some samples with their labels; those without either are left out."""
+
+    def __init__(self, shards: list[Shard], numbers: np.ndarray, size: int) -> None:
+        """``numbers`` ascend: of samples in the shards laid end to end. ``size`` in pixels."""
+        self.shards, self.numbers, self.size = shards, numbers, size
+
+    def __iter__(self) -> Iterator[LabelledBatch]:
+        info = get_worker_info()
+        number, of = (0, 1) if info is None else (info.id, info.num_workers)
+        part = deal(range(len(self.numbers)), number, of)
+        items: list[tuple[np.ndarray, int]] = []
+        for sample in self._read(self.numbers[part.start : part.stop]):
+            with contextlib.suppress(BadSample):
+                items.append((self._square(sample), read_label(sample)))
+            if len(items) == BATCH:
+                yield _collate(items)
+                items = []
+        if items:
+            yield _collate(items)
+
+    def _read(self, numbers: np.ndarray) -> Iterator[RawSample]:
+        start = 0
+        for shard in self.shards:
+            rows = numbers[(numbers >= start) & (numbers < start + shard.count)] - start
+            if len(rows):
+                yield from read_samples(shard, rows, (PICTURE, "cls"))
+            start += shard.count
+
+    def _square(self, sample: RawSample) -> np.ndarray:
+        image = open_image(sample.part(PICTURE))
+        return cut(image, centre_square(*upright_size(image)), [self.size], False)[0]
+
+
+def _collate(items: list[tuple[np.ndarray, int]]) -> LabelledBatch:
+    images, labels = zip(*items, strict=True)
+    stacked = np.stack([image.transpose(2, 0, 1) for image in images])
+    return LabelledBatch(torch.from_numpy(stacked), torch.tensor(labels))
+
+
+def read_label(sample: RawSample) -> int:
+    """The class number of a sample.
+
+    Raises:
+        BadSample: it has none, or not a number from 0 on.
+    """
+    try:
+        label = int(sample.part("cls"))
+    except ValueError as error:
+        raise BadSample("cls member is not a class number") from error
+    if label < 0:
+        raise BadSample("cls member is not a class number")
+    return label
+
+
+@torch.no_grad()
+def embed(
+    run: Run, encoder: Encoder, shards: list[Shard], samples: int, workers: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features fp32 [P, D] and labels [P] of samples spread evenly over the shards. Collective.
+
+    Args:
+        samples: at most so many.
+    """
+    total = sum(shard.count for shard in shards)
+    numbers = np.unique(np.linspace(0, total - 1, min(samples, total)).astype(np.int64))
+    part = deal(range(len(numbers)), run.rank, run.processes)
+    dataset = Labelled(shards, numbers[part.start : part.stop], encoder.shape.image_size)
+    normalise = Normalise().to(run.device)
+    features, labels = [torch.zeros(0, encoder.shape.width)], [torch.zeros(0, dtype=torch.long)]
+    training = encoder.training
+    encoder.eval()
+    for batch in make_loader(dataset, workers, run.device):
+        images = normalise(batch.images.to(run.device, non_blocking=True))
+        with run.accelerator.autocast():
+            tokens = encoder(images)[:, 1:]
+        features.append(tokens.float().mean(1).cpu())
+        labels.append(batch.labels)
+    encoder.train(training)
+    parts = run.gather((torch.cat(features), torch.cat(labels)))
+    return tuple(torch.cat(kind).to(run.device) for kind in zip(*parts, strict=True))
+
+
+@torch.no_grad()
+def knn_accuracy(
+    bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, truth: torch.Tensor
+) -> float:
+    """Share of the queries [Q, D] whose neighbours in the bank [P, D] vote for their class.
+
+    Votes weigh exp(cosine / TEMPERATURE).
+    """
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    right, classes = 0, int(torch.cat([labels, truth]).max()) + 1
+    for part, wanted in zip(queries.split(1024), truth.split(1024), strict=True):
+        near, at = (part @ bank.T).topk(min(NEIGHBOURS, len(bank)), dim=1)
+        votes = torch.zeros(len(part), classes, device=bank.device)
+        votes.scatter_add_(1, labels[at], (near / TEMPERATURE).exp())
+        right += int((votes.argmax(1) == wanted).sum())
+    return right / len(queries)
+
+
+@torch.enable_grad()
+def linear_accuracy(
+    bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, truth: torch.Tensor
+) -> float:
+    """The same with one linear layer on standardised features, trained on the bank (L-BFGS)."""
+    mean, std = bank.mean(0), bank.std(0).clamp(min=1e-6)
+    bank, queries = (bank - mean) / std, (queries - mean) / std
+    classes = int(torch.cat([labels, truth]).max()) + 1
+    layer = nn.Linear(bank.shape[1], classes, device=bank.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(layer(bank), labels) + DECAY * layer.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        return float((layer(queries).argmax(1) == truth).float().mean())
+
+
+def probe(
+    run: Run,
+    encoder: Encoder,
+    train: list[Shard],
+    held_out: list[Shard],
+    samples: int,
+    workers: int,
+) -> dict[str, float]:
+    """Top-1 of both on held-out pictures, as shares. Collective.
+
+    Args:
+        samples: at most so many training pictures make the bank; of held_out likewise.
+
+    Raises:
+        UserError: no labels.
+    """
+    bank = embed(run, encoder, train, samples, workers)
+    queries = embed(run, encoder, held_out, samples, workers)
+    for name, (_, labels) in (("data.shards", bank), ("data.val_shards", queries)):
+        require(
+            len(labels) > 0,
+            f"{name} hold no labelled picture (.cls), which eval.probe needs; set eval.probe 0",
+        )
+    return {"knn": knn_accuracy(*bank, *queries), "linear": linear_accuracy(*bank, *queries)}

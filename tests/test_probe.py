@@ -1,0 +1,111 @@
+"""k-NN and linear probe: right where features tell the classes apart, chance where they do not."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+
+from sami.core.errors import BadSample
+from sami.core.shards import PICTURE, RawSample
+from sami.pretrain import main
+from sami.probe import Labelled, knn_accuracy, linear_accuracy, read_label
+from tests.runs import arguments, numbers, opened
+
+
+def clouds(count, distance, classes=3, width=16, seed=0):
+    """Features around a centre for each class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(9)) * distance
+    return centres[labels] + torch.randn(count, width, generator=generator), labels
+
+
+@pytest.mark.parametrize("accuracy", [knn_accuracy, linear_accuracy])
+def test_what_features_tell(accuracy):
+    assert accuracy(*clouds(300, 5), *clouds(90, 5, seed=1)) == 1.0
+    assert accuracy(*clouds(300, 0), *clouds(600, 0, seed=1)) == pytest.approx(1 / 3, abs=0.08)
+
+
+def test_neighbours_against_the_obvious_way():
+    (bank, labels), (queries, truth) = clouds(100, 0.5), clouds(50, 0.5, seed=1)
+    right = 0
+    for query, wanted in zip(queries.numpy(), truth.tolist(), strict=True):
+        cosine = bank.numpy() @ query / (np.linalg.norm(bank, axis=1) * np.linalg.norm(query))
+        votes = np.zeros(3)
+        for at in np.argsort(-cosine)[:20]:
+            votes[labels[at]] += np.exp(cosine[at] / 0.07)
+        right += votes.argmax() == wanted
+    assert knn_accuracy(bank, labels, queries, truth) == right / 50
+
+
+def test_the_linear_probe_is_at_its_optimum():
+    """A hundred more steps of plain gradient descent do not find a better layer."""
+    (bank, labels), (queries, truth) = clouds(200, 0.3), clouds(200, 0.3, seed=1)
+    found = linear_accuracy(bank, labels, queries, truth)
+    mean, std = bank.mean(0), bank.std(0)
+    layer = torch.nn.Linear(16, 3)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.02, weight_decay=0)
+    for _ in range(1000):
+        loss = torch.nn.functional.cross_entropy(layer((bank - mean) / std), labels)
+        loss = loss + 1e-4 * layer.weight.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    other = (layer((queries - mean) / std).argmax(1) == truth).float().mean().item()
+    assert found == pytest.approx(other, abs=0.011)
+
+
+def labelled(path, counts=3, per_class=8, seed=0):
+    """A shard of pictures whose colour is their class, one without a label, one damaged."""
+    rng = np.random.default_rng(seed)
+    with wds.TarWriter(str(path)) as writer:
+        for number in range(counts * per_class):
+            label = number % counts
+            pixels = rng.integers(0, 60, (40, 50, 3), dtype=np.uint8)
+            pixels[..., label] += 180
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, "PNG")
+            writer.write({"__key__": f"{number:04d}", "png": stream.getvalue(), "cls": label})
+        writer.write({"__key__": "x", "png": stream.getvalue()})
+        writer.write({"__key__": "y", "png": b"nothing", "cls": 1})
+    return str(path)
+
+
+def test_labelled_samples(tmp_path):
+    (source,) = opened(labelled(tmp_path / "a.tar"), tmp_path)
+    (batch,) = Labelled(source.shards, np.arange(source.count), 32)
+    assert batch.images.shape == (24, 3, 32, 32) and batch.labels.tolist() == [0, 1, 2] * 8
+    (few,) = Labelled(source.shards, np.array([1, 5, 24, 25]), 32)
+    assert few.labels.tolist() == [1, 2]
+    for data in (b"cat", b"-1", b""):
+        with pytest.raises(BadSample, match="not a class number"):
+            read_label(RawSample("k", {PICTURE: b"", "cls": data}))
+
+
+def test_probes_while_pretraining(tmp_path, in_process):
+    options = {
+        "data.val_shards": labelled(tmp_path / "val.tar", seed=1),
+        "eval.probe": 100,
+        "eval.every": 2,
+        "train.steps": 4,
+    }
+    words = arguments(tmp_path / "run", labelled(tmp_path / "train.tar"), **options)
+    code, said = in_process(main, [*words, "--data.max_bad_fraction=0.5"])
+    assert code == 0, said
+    told = [line for line in numbers(tmp_path / "run") if "val_knn" in line]
+    assert [line["step"] for line in told] == [2, 4]
+    assert told[-1]["val_knn"] == 1.0 and told[-1]["val_linear"] > 0.9  # colour is easy
+
+    bare = tmp_path / "bare.tar"
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(stream, "PNG")
+    with wds.TarWriter(str(bare)) as writer:
+        for number in range(16):
+            writer.write({"__key__": str(number), "png": stream.getvalue()})
+    code, said = in_process(main, arguments(tmp_path / "other", bare, **options))
+    assert code == 2 and "data.shards hold no labelled picture (.cls)" in said
+    code, said = in_process(main, [*words, "--data.val_shards="])
+    assert code == 2 and "eval.probe 100 needs data.val_shards" in said
