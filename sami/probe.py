@@ -128,7 +128,7 @@ def embed(
 def knn_accuracy(
     bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, truth: torch.Tensor
 ) -> float:
-    """Share of the queries [Q, D] whose neighbours in the bank [P, D] vote for their class.
+    """Queries [Q, D] in % whose neighbours in the bank [P, D] vote for their class.
 
     Votes weigh exp(cosine / TEMPERATURE).
     """
@@ -139,7 +139,7 @@ def knn_accuracy(
         votes = torch.zeros(len(part), classes, device=bank.device)
         votes.scatter_add_(1, labels[at], (near / TEMPERATURE).exp())
         right += int((votes.argmax(1) == wanted).sum())
-    return right / len(queries)
+    return 100 * right / len(queries)
 
 
 @torch.enable_grad()
@@ -163,7 +163,7 @@ def linear_accuracy(
 
     optimizer.step(loss)
     with torch.no_grad():
-        return float((layer(queries).argmax(1) == truth).float().mean())
+        return 100 * float((layer(queries).argmax(1) == truth).float().mean())
 
 
 def probe(
@@ -174,7 +174,7 @@ def probe(
     samples: int,
     workers: int,
 ) -> dict[str, float]:
-    """Top-1 of both on held-out pictures, as shares. Collective.
+    """Top-1 of both on held-out pictures, in %. Collective.
 
     Args:
         samples: at most so many training pictures make the bank; of held_out likewise.

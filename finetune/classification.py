@@ -1,0 +1,273 @@
+"""ImageNet finetuning's parts: timm's ViT on a pretrained encoder, timm's augmentation and rates.
+
+EfficientSAM, section 4.1 "Downstream Tasks", and MAE's recipe (arXiv 2111.06377, table 9) where it
+is silent.
+"""
+
+import random
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data import Mixup, create_transform
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import VisionTransformer
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from sami.core.config import require
+from sami.core.errors import BadSample
+from sami.core.images import MEAN, STD, open_image
+from sami.core.optim import OptimConfig
+from sami.core.order import sample_rng
+from sami.core.shards import PICTURE, RawSample
+from sami.encoder import EncoderConfig, EncoderShape, load_encoder
+from sami.probe import read_label
+
+
+@dataclass
+class DataConfig:
+    """Labelled pictures.
+
+    Attributes:
+        shards: one pattern of tar shards with .cls, several, or several with the share of the
+            samples that comes from each; braces, globs, URLs.
+        val_shards: one pattern or several to measure on.
+        classes: their number.
+        workers: processes per rank that decode; 0 decodes in the training process.
+        epoch_samples: samples of one epoch if it shall be shorter than the shards; null for all.
+        max_bad_fraction: stop once more than this share of the samples was bad.
+        shuffle_mb: bound of each reader's shuffle buffer of encoded pictures, in MB.
+        image_size: side of the picture in pixels.
+    """
+
+    shards: str | list[str] | dict[str, float] = ""
+    val_shards: str | list[str] = ""
+    classes: int = 1000
+    workers: int = 8
+    epoch_samples: int | None = None
+    max_bad_fraction: float = 0.1
+    shuffle_mb: int = 128
+    image_size: int = 224
+
+    def check(self) -> None:
+        for name in ("classes", "image_size", "shuffle_mb"):
+            value = getattr(self, name)
+            require(value > 0, f"data.{name} {value} must be positive")
+        require(self.workers >= 0, f"data.workers {self.workers} must be 0 or more")
+        require(
+            self.epoch_samples is None or self.epoch_samples > 0,
+            f"data.epoch_samples {self.epoch_samples} must be positive, or null for all",
+        )
+        require(
+            0 <= self.max_bad_fraction <= 1,
+            f"data.max_bad_fraction {self.max_bad_fraction} must be within 0..1, such as 0.1",
+        )
+
+
+@dataclass
+class AugmentConfig:
+    """timm's augmentation and regularisation.
+
+    Attributes:
+        auto: RandAugment as timm spells it; empty for none.
+        erase: share of the pictures in which a rectangle is erased.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of cutmix; 0 for none.
+        smoothing: of the labels.
+        drop_path: share of the last block's outputs that is dropped; less below.
+    """
+
+    auto: str = "rand-m9-mstd0.5-inc1"
+    erase: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+    drop_path: float = 0.1
+
+    def check(self) -> None:
+        for name in ("erase", "smoothing", "drop_path"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"augment.{name} {value} must be at least 0 and under 1")
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            require(value >= 0, f"augment.{name} {value} must be 0 (none) or more")
+
+
+@dataclass
+class LabelledBatch:
+    """``images`` fp32 [B, 3, H, H], normalised, and ``labels`` [B]; ``keys`` of the samples."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    keys: list[str]
+
+    def to(self, device: torch.device) -> "LabelledBatch":
+        images, labels = (x.to(device, non_blocking=True) for x in (self.images, self.labels))
+        return LabelledBatch(images, labels, self.keys)
+
+    def pin_memory(self) -> "LabelledBatch":
+        return LabelledBatch(self.images.pin_memory(), self.labels.pin_memory(), self.keys)
+
+
+class Labelled:
+    """How samples are made; what is random follows from (seed, epoch, sample key)."""
+
+    fields: ClassVar[tuple[str, ...]] = (PICTURE, "cls")
+
+    def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int) -> None:
+        self.seed, self.classes = seed, data.classes
+        common = {"interpolation": "bicubic", "mean": MEAN, "std": STD}
+        self.augmented = create_transform(
+            data.image_size,
+            is_training=True,
+            auto_augment=augment.auto or None,
+            color_jitter=0.0,
+            re_prob=augment.erase,
+            re_mode="pixel",
+            **common,
+        )
+        self.plain = create_transform(data.image_size, crop_pct=224 / 256, **common)
+
+    def decode(self, sample: RawSample, epoch: int, stand_in: bool) -> tuple:
+        """Key, picture [3, H, H] and label of a training sample."""
+        key = f"{sample.key}/stand-in" if stand_in else sample.key
+        rng = sample_rng(self.seed, epoch, key)
+        # timm draws from all three libraries' own generators.
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            random.seed(int(rng.integers(2**63)))
+            np.random.seed(int(rng.integers(2**32)))
+            torch.manual_seed(int(rng.integers(2**63)))
+            return self._make(sample, self.augmented)
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])
+
+    def decode_held_out(self, sample: RawSample) -> tuple:
+        """The same of a held-out sample: the central part, unchanged."""
+        return self._make(sample, self.plain)
+
+    def _make(self, sample: RawSample, transform) -> tuple:
+        label = read_label(sample)
+        if label >= self.classes:
+            raise BadSample("class number is not under data.classes")
+        image = open_image(sample.part(PICTURE))
+        try:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise BadSample("damaged picture") from error
+        return sample.key, transform(image), label
+
+    def collate(self, items: list[tuple]) -> LabelledBatch:
+        keys, images, labels = zip(*items, strict=True)
+        return LabelledBatch(torch.stack(images), torch.tensor(labels), list(keys))
+
+
+def build_classifier(
+    encoder: EncoderConfig, data: DataConfig, augment: AugmentConfig
+) -> VisionTransformer:
+    """timm's ViT with mean pooling; from stage 1's encoder, or from scratch without a checkpoint.
+
+    Raises:
+        UserError: a checkpoint of another shape.
+    """
+    shape = EncoderShape(*encoder.shape, encoder.patch_size, data.image_size)
+    start = None
+    if encoder.checkpoint is not None:
+        start = load_encoder(encoder.checkpoint)
+        require(
+            start.shape == shape,
+            f"encoder.checkpoint {encoder.checkpoint} is a {start.shape}, the configuration asks "
+            f"for a {shape}; set encoder.name and data.image_size to its own",
+        )
+    model = VisionTransformer(
+        img_size=shape.image_size,
+        patch_size=shape.patch_size,
+        embed_dim=shape.width,
+        depth=shape.depth,
+        num_heads=shape.heads,
+        num_classes=data.classes,
+        global_pool="avg",
+        drop_path_rate=augment.drop_path,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    if start is not None:  # the final norm is a new one behind the pooling, as in MAE
+        tensors = {k: v for k, v in start.state_dict().items() if not k.startswith("norm.")}
+        lacking = model.load_state_dict(tensors, strict=False)
+        allowed = {name for name in lacking.missing_keys if name.startswith(("fc_norm", "head"))}
+        require(
+            not lacking.unexpected_keys and set(lacking.missing_keys) == allowed,
+            f"encoder.checkpoint {encoder.checkpoint} does not fit timm's ViT",
+        )
+    nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    return model
+
+
+def build_groups(model: VisionTransformer, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over timm's groups, with its layer decay."""
+    keep = model.no_weight_decay()
+    if optim.layer_decay < 1:
+        groups = param_groups_layer_decay(
+            model, optim.weight_decay, keep, layer_decay=optim.layer_decay
+        )
+    else:
+        groups = param_groups_weight_decay(model, optim.weight_decay, keep)
+    groups = [{"lr_scale": 1.0, **group} for group in groups]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
+
+
+class Rate:
+    """timm's cosine with linear warm-up, by optimizer step."""
+
+    def __init__(self, optim: OptimConfig, steps: int, batch_size: int) -> None:
+        self.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        peak = optim.lr * batch_size / optim.base_batch
+        self.optimizer.param_groups[0]["lr"] = peak
+        warmup = round(optim.warmup * steps) if optim.warmup < 1 else int(optim.warmup)
+        self.schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=max(1, steps - warmup),
+            warmup_t=warmup,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+
+    def __call__(self, step: int, steps: int) -> float:
+        self.schedule.step_update(step)
+        return self.optimizer.param_groups[0]["lr"]
+
+
+class Classification(nn.Module):
+    """A classifier with its loss: one forward from a batch to losses."""
+
+    def __init__(self, model: VisionTransformer, augment: AugmentConfig, classes: int) -> None:
+        super().__init__()
+        self.model = model
+        mixed = augment.mixup > 0 or augment.cutmix > 0
+        self.mixup = (
+            Mixup(
+                augment.mixup,
+                augment.cutmix,
+                label_smoothing=augment.smoothing,
+                num_classes=classes,
+            )
+            if mixed
+            else None
+        )
+        self.loss = (
+            SoftTargetCrossEntropy() if mixed else LabelSmoothingCrossEntropy(augment.smoothing)
+        )
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``loss`` of a micro-batch, mixed up if that is asked for (numpy's generator decides)."""
+        if self.mixup is not None:
+            images, labels = self.mixup(images, labels)
+        logits = self.model(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return {"loss": self.loss(logits.float(), labels)}

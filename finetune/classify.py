@@ -1,0 +1,304 @@
+"""ImageNet finetuning of a pretrained encoder: what the paper measures stage 1 by.
+
+accelerate launch finetune/classify.py --config configs/classify/sami_ti.yaml [--group.field v ...]
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from timm.models import VisionTransformer
+from torch.utils.data import IterableDataset, get_worker_info
+
+from finetune.classification import (
+    AugmentConfig,
+    Classification,
+    DataConfig,
+    Labelled,
+    LabelledBatch,
+    Rate,
+    build_classifier,
+    build_groups,
+)
+from sami.core.checkpoint import write_weights
+from sami.core.config import load_config, require, to_dict
+from sami.core.errors import BadSample
+from sami.core.exits import FINISHED, run_entry
+from sami.core.optim import OptimConfig, TrainConfig, poison
+from sami.core.order import Layout, Order, deal
+from sami.core.run import Run, RunConfig, is_due
+from sami.core.shards import Shard, fingerprint, read_range
+from sami.core.state import State
+from sami.core.stream import Batches, make_loader, open_data, take_up
+from sami.encoder import EncoderConfig
+from sami.sam_encoder import SAM_SHAPES
+
+BATCH = 64  # pictures per forward of the evaluation
+# What may change between two starts of one run; see sami/pretrain.py.
+FREE = {f"run.{item.name}" for item in fields(RunConfig) if item.name != "seed"} | {
+    "eval",
+    "data.workers",
+    "data.shards",
+    "data.val_shards",
+    "data.max_bad_fraction",
+    "encoder.checkpoint",
+    "train.micro_batch_size",
+    "train.compile",
+    "train.precision",
+    "train.max_bad_steps",
+}
+
+
+@dataclass
+class EvalConfig:
+    """Top-1 on ``data.val_shards``.
+
+    Attributes:
+        every: steps between measurements; 0 for the end of the run alone.
+        samples: at most so many pictures, the first ones; null for all.
+    """
+
+    every: int = 0
+    samples: int | None = None
+
+    def check(self) -> None:
+        require(self.every >= 0, f"eval.every {self.every} must be 0 (only at the end) or more")
+        require(
+            self.samples is None or self.samples > 0,
+            f"eval.samples {self.samples} must be positive, or null for all",
+        )
+
+
+@dataclass
+class ClassifyConfig:
+    """ImageNet finetuning after stage 1."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=1e-3, base_batch=1024, betas=(0.9, 0.999), warmup=0.05, layer_decay=0.75
+        )
+    )
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=100, batch_size=1024))
+
+    def check(self) -> None:
+        """What no group can see alone."""
+        require(
+            self.encoder.name not in SAM_SHAPES,
+            f"encoder.name {self.encoder.name} is no classifier; choose vit_ti, vit_s, vit_b or "
+            "custom",
+        )
+        require(
+            self.optim.schedule == "cosine",
+            f"optim.schedule {self.optim.schedule}: timm's cosine is what this entry has",
+        )
+        size = self.train.micro_batch_size or self.train.batch_size
+        mixed = self.augment.mixup > 0 or self.augment.cutmix > 0
+        require(
+            not mixed or size % 2 == 0,
+            f"augment.mixup needs an even micro-batch, and it has {size} pictures; set "
+            "train.micro_batch_size even, or augment.mixup and cutmix 0",
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    cfg = load_config(ClassifyConfig, argv)
+    with Run(cfg.run, cfg.train.precision) as run:
+        return train(cfg, run)
+
+
+def train(cfg: ClassifyConfig, run: Run) -> int:
+    # ---- What it is trained on
+    sources, held_out = open_data(cfg.data, run)
+    order = Order(
+        sources,
+        fields=Labelled.fields,
+        batch_size=cfg.train.batch_size,
+        seed=cfg.run.seed,
+        buffer_bytes=cfg.data.shuffle_mb * 1_000_000,
+        epoch_samples=cfg.data.epoch_samples,
+    )
+    require(
+        order.steps_per_epoch > 0,
+        f"data.shards hold {order.samples} pictures, less than one train.batch_size of "
+        f"{cfg.train.batch_size}; lower it or give more shards",
+    )
+    layout = Layout(
+        batch_size=cfg.train.batch_size,
+        micro_batch_size=cfg.train.micro_batch(run.processes),
+        processes=run.processes,
+        workers=max(1, cfg.data.workers),
+    )
+    steps = cfg.train.total_steps(order.steps_per_epoch)
+
+    # ---- What is trained
+    model = build_classifier(cfg.encoder, cfg.data, cfg.augment)
+    objective = Classification(model, cfg.augment, cfg.data.classes).to(run.device)
+    state = State(
+        objective,
+        cfg.optim,
+        cfg.train,
+        run,
+        optimizer=build_groups(model, cfg.optim),
+        rate=Rate(cfg.optim, steps, cfg.train.batch_size),
+    )
+    samples = Labelled(cfg.data, cfg.augment, cfg.run.seed)
+    facts = {
+        "data": {
+            "pictures": order.samples,
+            "shards": len(order.shards),
+            "fingerprint": fingerprint(sources),
+            "weights": [source.weight for source in sources],
+        }
+    }
+
+    # ---- Where training stands
+    identity = {"config": to_dict(cfg), "facts": facts}
+    step, legs = state.resume(identity, FREE)
+    if step == steps and run.is_finished():
+        run.say(f"{run.dir} is finished; start another with --run.dir, or delete the folder")
+        return FINISHED
+    run.begin(cfg, step, facts)
+    legs = take_up(run, order, layout, step, legs)
+    run.say(
+        f"{run.dir}: {cfg.encoder.name} from {cfg.encoder.checkpoint or 'random weights'} on "
+        f"{order.samples} pictures of {cfg.data.classes} classes, {order.steps_per_epoch} steps "
+        f"an epoch, {steps} steps, now at {step}"
+    )
+    if cfg.train.compile:
+        objective.model = torch.compile(model)
+    wrapped = run.accelerator.prepare(objective)
+    batches = Batches(
+        order, samples, legs, rank=run.rank, step=step, workers=cfg.data.workers, device=run.device
+    )
+
+    while step < steps:
+        # ---- One optimizer step
+        state.begin_step(step, steps)
+        run.seed_step(step)
+        np.random.seed(torch.initial_seed() % 2**32)  # timm's mixup draws from it
+        for part in range(layout.micro_batches_per_step):
+            with state.clock.wait():
+                batch, bad = next(batches)
+            state.note_bad(bad)
+            batch = batch.to(run.device)
+            last_part = part == layout.micro_batches_per_step - 1
+            with contextlib.nullcontext() if last_part else run.accelerator.no_sync(wrapped):
+                losses = wrapped(batch.images, batch.labels)
+                run.accelerator.backward(poison(losses["loss"]) / layout.micro_batches_per_step)
+            state.window.add("loss", losses["loss"])
+        state.update()
+        step += 1
+
+        # ---- What is due after it
+        last = step == steps
+        measure = bool(held_out) and is_due(step, cfg.eval.every or steps, last)
+        if is_due(step, cfg.run.log_every, last) or measure:
+            record = state.read_metrics(step)
+            if measure:
+                with state.averaged():
+                    measures = evaluate(run, model, samples, held_out, cfg)
+                record.update({f"val_{name}": value for name, value in measures.items()})
+            run.record(step, steps, record)
+        whole = step % order.steps_per_epoch == 0
+        if is_due(step, cfg.run.log_every, last or whole):
+            state.stop_if_hopeless(step, cfg.data.max_bad_fraction, whole)
+        run.advance(step, steps)
+        state.clock.pause()
+        stop, by_clock = run.stop_and_save()
+        if is_due(step, cfg.run.save_every, last) or by_clock or stop:
+            state.save(step, identity, batches.position(step))
+            if stop and not last:
+                return run.leave_asked(step, **state.bad_summary())
+
+    # ---- What is left behind
+    finish(cfg, run, steps, model, state)
+    return FINISHED
+
+
+class HeldOut(IterableDataset):
+    """The held-out samples of one rank in fixed order; bad ones are left out."""
+
+    def __init__(self, shards: list[Shard], samples: Labelled, positions: range) -> None:
+        self.shards, self.samples, self.positions = shards, samples, positions
+
+    def __iter__(self) -> Iterator[LabelledBatch]:
+        info = get_worker_info()
+        number, of = (0, 1) if info is None else (info.id, info.num_workers)
+        items: list[tuple] = []
+        positions = deal(self.positions, number, of)
+        for sample in read_range(self.shards, positions, self.samples.fields):
+            with contextlib.suppress(BadSample):
+                items.append(self.samples.decode_held_out(sample))
+            if len(items) == BATCH:
+                yield self.samples.collate(items)
+                items = []
+        if items:
+            yield self.samples.collate(items)
+
+
+@torch.no_grad()
+def evaluate(
+    run: Run,
+    model: VisionTransformer,
+    samples: Labelled,
+    shards: list[Shard],
+    cfg: ClassifyConfig,
+) -> dict[str, float]:
+    """Top-1 and top-5 in %, and how many pictures were measured. Collective."""
+    total = sum(shard.count for shard in shards)
+    positions = range(min(cfg.eval.samples or total, total))
+    dataset = HeldOut(shards, samples, deal(positions, run.rank, run.processes))
+    counts = torch.zeros(3, dtype=torch.float64, device=run.device)  # right, among 5, pictures
+    model.eval()
+    for batch in make_loader(dataset, cfg.data.workers, run.device):
+        batch = batch.to(run.device)
+        with run.accelerator.autocast():
+            logits = model(batch.images)
+        best = logits.topk(min(5, cfg.data.classes), dim=1).indices == batch.labels[:, None]
+        counts += torch.stack([best[:, 0].sum(), best.sum(), best.new_ones(len(best)).sum()])
+    model.train()
+    right, among, pictures = run.accelerator.reduce(counts, "sum").tolist()
+    require(
+        pictures > 0,
+        "data.val_shards hold no labelled picture (.cls) under data.classes; leave them empty, or "
+        "make shards with labels (tools/make_shards.py on a folder per class)",
+    )
+    return {
+        "top1": 100 * right / pictures,
+        "top5": 100 * among / pictures,
+        "pictures": pictures,
+    }
+
+
+def finish(
+    cfg: ClassifyConfig, run: Run, steps: int, model: VisionTransformer, state: State
+) -> None:
+    """Export the classifier under timm's names and close the summary."""
+    bad = state.bad_summary()
+    if not run.is_main:
+        return
+    with state.averaged():
+        write_weights(run.dir / "classifier.safetensors", model.state_dict(), {"format": "timm"})
+    final = next((line for line in reversed(run.metrics.read()) if line["step"] == steps), {})
+    held_out = {k.removeprefix("val_"): v for k, v in final.items() if k.startswith("val_")}
+    run.summarise(
+        status="finished",
+        exit_code=FINISHED,
+        steps=steps,
+        loss=final.get("loss"),
+        **bad,
+        evaluation=held_out or None,
+    )
+    run.say(f"finished: {run.dir}/classifier.safetensors, metrics.jsonl beside it")
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))
