@@ -98,7 +98,8 @@ def test_a_chain_of_stages_and_one_that_is_skipped(shards, tmp_path, capsys):
     content["stages"]["again"] = {**second, "set": options}
     content["stages"]["report"] = {
         "entry": "tools/report.py",
-        "words": ["{again}", "--out", "{report}.html"],
+        "words": ["{again}"],
+        "set": {"out": "{report}.html"},
     }
     content["vary"] = {}
     content["settings"] = {
@@ -155,6 +156,7 @@ def test_asked_to_stop_it_says_75_and_goes_on(shards, tmp_path, capsys):
         ({}, ["table"], "holds no results yet"),
         ({"seeds": []}, ["list"], "has no seeds"),
         ({"stages": {"pretrain": {"entry": "sami/no.py"}}}, ["list"], "there is no sami/no.py"),
+        ({"vary": {"pretrain.mask.ratio": 0.5}}, ["list"], "vary is not what it should be"),
         ({}, ["list", "--set", "nonsense"], "--set nonsense must be"),
     ],
 )
@@ -168,13 +170,39 @@ def test_results_are_not_mixed(shards, tmp_path, in_process):
     path = sweep(tmp_path, shards, seeds=[0])
     assert main(["run", path, "0"]) == 0
     code, said = in_process(main, ["run", path, "0", "--set", "pretrain.train.steps=4"])
-    assert code == 2 and "--train.steps=3 there, --train.steps=4 here" in said
+    assert code == 2 and "train.steps 3 there, train.steps 4 here" in said
     other = tmp_path / "other.yaml"
     other.write_text((tmp_path / "sweep.yaml").read_text())
-    code, said = in_process(main, ["table", str(other)])
-    assert code == 2 and "holds the results of another sweep: sweep there, other here" in said
+    for words in (["table"], ["status"], ["list"], ["run", "0"]):
+        code, said = in_process(main, [words[0], str(other), *words[1:]])
+        assert code == 2 and "holds the results of another sweep, 'sweep', not of 'other'" in said
     # More of the same is no other sweep.
     assert main(["status", sweep(tmp_path, shards, seeds=[0, 1])]) == 0
+    # A file, or a config, that was changed is: its old results are in no table.
+    for words in (["table"], ["status"], ["plot"], ["run", "1"]):
+        content = yaml.safe_load(Path(sweep(tmp_path, shards, seeds=[0, 1])).read_text())
+        content["stages"]["pretrain"]["set"]["train.steps"] = 5
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+        code, said = in_process(main, [words[0], path, *words[1:]])
+        assert code == 2 and "train.steps 3 there, train.steps 5 here" in said
+    path = sweep(tmp_path, shards)
+    (tmp_path / "small.yaml").write_text("# a comment\nencoder: {name: custom}\n")
+    assert main(["table", path]) == 0
+    (tmp_path / "small.yaml").write_text("encoder: {name: custom, heads: 1}\n")
+    code, said = in_process(main, ["table", path])
+    assert code == 2 and "holds a run with other settings: what " in said
+
+
+def test_overrides_are_remembered(shards, tmp_path, capsys):
+    path = sweep(tmp_path, shards, seeds=[0])
+    assert main(["run", path, "0", "--set", "pretrain.train.steps=2"]) == 0
+    assert main(["run", path, "1"]) == 0
+    assert main(["status", path]) == 0
+    assert "2 finished" in capsys.readouterr().out
+    runs = tmp_path / "out"
+    assert [
+        json.loads(file.read_text())["steps"] for file in sorted(runs.glob("*/*/summary.json"))
+    ] == [2, 2]
 
 
 @pytest.mark.parametrize(

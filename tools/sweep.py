@@ -8,8 +8,9 @@ python tools/sweep.py plot   SWEEP      the same as OUT/plot.png
 python tools/sweep.py folder SWEEP N    where run N is
     [--out DIR] [--set STAGE.GROUP.FIELD=VALUE ...] [--launch 'accelerate launch ...']
 
-SWEEP is one of configs/sweeps/. --set changes every run, such as --set pretrain.data.shards=...; a
-run whose stages were begun with other overrides or another config file is refused, not mixed in.
+SWEEP is one of configs/sweeps/. --set changes every run, such as --set pretrain.data.shards=...;
+it is remembered and need not be said again. Results of other overrides, of another config or of a
+sweep file as it was before are refused, not mixed in; settings and seeds may be added.
 `run` leaves with the exit code of the stage that did not finish: 75 if it was asked to stop
 (SIGTERM, SIGUSR1, or a file OUT/RUN/STAGE/stop); run it again.
 """
@@ -26,7 +27,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ ROOT = Path(__file__).parents[1]
 SKIP = "skip"
 CODES = (FINISHED, USER_ERROR, ASKED_TO_STOP)
 PLAN, SWEEP, DONE = "plan.json", "sweep.json", "done.json"
+BEFORE = "results of the sweep as it was before"
+KINDS = {"seeds": list, "stages": dict, "measures": dict, "vary": dict, "settings": dict}
 
 
 @dataclass
@@ -56,8 +60,8 @@ class Stage:
         entry: path of the script; one with ``config`` is a training run, with a folder and a seed
             of its own.
         config: of the entry.
-        set: overrides in every run.
-        words: the whole command line of an entry without a config.
+        set: overrides in every run; options, for an entry without a config.
+        words: what stands in front of the options of an entry without a config.
     """
 
     entry: str
@@ -97,6 +101,12 @@ class Sweep:
         require(unknown is None, f"{path}: {unknown} is none of {', '.join(sorted(known))}")
         for key in ("stages", "seeds", "measures"):
             require(bool(content.get(key)), f"{path} has no {key}; see configs/sweeps/")
+        for key, kind in KINDS.items():
+            told = content.get(key) or kind()
+            require(
+                isinstance(told, kind) and (key != "vary" or all(map(_is_list, told.values()))),
+                f"{path}: {key} is not what it should be; see configs/sweeps/",
+            )
         self.path, self.name = path, path.stem
         self.out = out or ROOT / content.get("out", f"runs/sweeps/{path.stem}")
         self.seeds, self.measures = content["seeds"], content["measures"]
@@ -106,12 +116,17 @@ class Sweep:
         except (TypeError, AttributeError) as error:
             raise UserError(f"{path}: stages: {error}") from error
         for name, stage in self.stages.items():
+            require(
+                isinstance(stage.set, dict) and isinstance(stage.words, list),
+                f"{path}: stages.{name}: set must hold fields and values, words a list",
+            )
             for file in (stage.entry, stage.config):
                 require(
                     file is None or (ROOT / file).is_file(),
                     f"{path}: stages.{name}: there is no {file}",
                 )
-        for word in more:
+        self.more = more or self._stored().get("set", [])
+        for word in self.more:
             key, equals, value = word.partition("=")
             require(bool(equals), f"--set {word} must be STAGE.GROUP.FIELD=VALUE")
             stage, field_name = self.split(key, "--set")
@@ -174,22 +189,18 @@ class Sweep:
         Raises:
             UserError: an override of a field that the stage's configuration does not have.
         """
-        for name in names:
+        told = {name: "--print_config" if self.stages[name].config else "--help" for name in names}
+        with ThreadPoolExecutor() as pool:
+            entries = [self.stages[name].entry for name in names]
+            found = dict(zip(names, pool.map(_fields, entries, told.values()), strict=True))
+        for name, shown in told.items():
             stage = self.stages[name]
             used = {key for run in self.runs for key in run.overrides[name] if key}
-            if stage.config is None:
-                require(
-                    not used,
-                    f"{self.path}: stages.{name} has no config, so no {min(used, default='')}",
-                )
-                continue
-            config = _fields(stage.entry, stage.config)
             for key in sorted(used | set(stage.set)):
-                group, _, rest = key.partition(".")
                 require(
-                    rest in (config.get(group) or {}),
+                    key in found[name],
                     f"{self.path}: {name}.{key} is no field of {stage.entry}; "
-                    f"python {stage.entry} --print_config shows them",
+                    f"python {stage.entry} {shown} shows them",
                 )
 
     # -- one run --------------------------------------------------------------------------------
@@ -215,24 +226,46 @@ class Sweep:
             except (KeyError, IndexError) as error:
                 raise UserError(f"{self.path}: {words} names no stage ({error})") from error
 
-        if stage.config is None:
-            return [str(ROOT / stage.entry), *map(fill, stage.words)]
         options = {**stage.set, **{k: v for k, v in run.overrides[name].items() if k}}
+        if stage.config is None:
+            words = [*stage.words]
+            for key, value in options.items():
+                words += [f"--{key}", *(value if isinstance(value, list) else [value])]
+            return [str(ROOT / stage.entry), *map(fill, words)]
         options |= {"run.dir": folders[name], "run.seed": run.seed}
         words = [f"--{key}={fill(value)}" for key, value in options.items()]
         return [str(ROOT / stage.entry), "--config", str(ROOT / stage.config), *words]
 
     def plan(self, run: Run) -> dict[str, Any]:
-        """What a run consists of, wherever its folder is."""
+        """What a run consists of, wherever its folder is; a config counts by what it sets."""
         told = {}
         for name, stage in self.stages_of(run):
             words = [word.replace(str(self.out), "OUT") for word in self.command(run, name)]
             told[name] = [word.replace(f"{ROOT}/", "") for word in words]
             if stage.config is not None:
-                content = (ROOT / stage.config).read_bytes()
-                told[name].append(
-                    f"sha256 of {stage.config}: {hashlib.sha256(content).hexdigest()}"
-                )
+                told[name].append(f"what {stage.config} sets: {_digest(ROOT / stage.config)}")
+        return told
+
+    def identity(self) -> dict[str, Any]:
+        """What all runs of a folder have in common; settings and seeds may be added to it."""
+        stages = {name: asdict(stage) for name, stage in self.stages.items()}
+        return {"sweep": self.name, "stages": stages}
+
+    def _stored(self) -> dict[str, Any]:
+        """The identity that the folder of results was begun with; empty before the first run."""
+        try:
+            told = json.loads((self.out / SWEEP).read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.out / SWEEP} cannot be read ({error}); name another --out"
+            ) from error
+        require(
+            isinstance(told, dict) and told.get("sweep") == self.name,
+            f"{self.out} holds the results of another sweep, {told.get('sweep')!r}, "
+            f"not of {self.name!r}; name another --out, or delete it",
+        )
         return told
 
     def claim(self, run: Run) -> None:
@@ -243,7 +276,7 @@ class Sweep:
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._same(self.out / SWEEP, {"sweep": self.name}, "the results of another sweep")
+            self._same(self.out / SWEEP, self.identity(), BEFORE, set=self.more)
             self.folder(run).mkdir(exist_ok=True)
             self._same(self.folder(run) / PLAN, self.plan(run), "a run with other settings")
         except OSError as error:
@@ -254,23 +287,28 @@ class Sweep:
     def check_results(self) -> None:
         """
         Raises:
-            UserError: there are none, or they are another sweep's.
+            UserError: there are none, or they are another sweep's, or of other settings.
         """
         file = self.out / SWEEP
         require(file.exists(), f"{self.out} holds no results yet; run one of the sweep's runs")
-        self._same(file, {"sweep": self.name}, "the results of another sweep")
+        self._same(file, self.identity(), BEFORE, set=self.more)
+        for run in self.runs:
+            if (self.folder(run) / PLAN).exists():
+                self._same(self.folder(run) / PLAN, self.plan(run), "a run with other settings")
 
     @staticmethod
-    def _same(file: Path, told: dict[str, Any], what: str) -> None:
+    def _same(file: Path, told: dict[str, Any], what: str, **more: Any) -> None:
+        """Write what identifies a folder, and ``more``; or find the same there."""
         if not file.exists():
-            write_text(file, json.dumps(told, indent=1) + "\n")
+            write_text(file, json.dumps(told | more, indent=1) + "\n")
             return
-        there = json.loads(file.read_text())
+        there = {
+            key: value for key, value in json.loads(file.read_text()).items() if key not in more
+        }
         if there == told:
             return
-        before, now = map(_words, (there, told))
-        old = next((word for word in before if word not in now), "less")
-        new = next((word for word in now if word not in before), "less")
+        before, now = set(_words(there)), set(_words(told))
+        old, new = min(before - now, default="less"), min(now - before, default="less")
         raise UserError(
             f"{file.parent} holds {what}: {old} there, {new} here; name another --out, or delete it"
         )
@@ -375,19 +413,36 @@ class Sweep:
         return rows
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
 @cache
-def _fields(entry: str, config: str) -> dict[str, Any]:
-    """All fields of an entry, by group, as it prints them itself."""
-    words = [sys.executable, ROOT / entry, "--config", ROOT / config, "--print_config"]
+def _fields(entry: str, option: str) -> set[str]:
+    """All options of an entry, as it tells them itself: group.field, or its own words."""
+    words = [sys.executable, ROOT / entry, option]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
-    return yaml.safe_load(done.stdout)
+    if option == "--help":
+        return set(re.findall(r"--([a-z][a-z-]*)", done.stdout))
+    groups = yaml.safe_load(done.stdout)
+    return {f"{group}.{name}" for group, told in groups.items() for name in told or {}}
 
 
-def _words(told: dict[str, Any]) -> list[str]:
-    """All words of a plan."""
-    return [word for one in told.values() for word in ([one] if isinstance(one, str) else one)]
+def _digest(config: Path) -> str:
+    """Of what a config file sets, not of its words."""
+    told = json.dumps(yaml.safe_load(config.read_text()), sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _words(told: Any, key: str = "") -> list[str]:
+    """Every value in nested dictionaries and lists, with the key that it stands under."""
+    if isinstance(told, dict):
+        return [word for name, one in told.items() for word in _words(one, str(name))]
+    if isinstance(told, list):
+        return [word for one in told for word in _words(one)]
+    return [f"{key} {told}".strip()]
 
 
 def _call(words: list[str], folder: Path) -> int:
