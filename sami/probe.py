@@ -96,32 +96,35 @@ def read_label(sample: RawSample) -> int:
     return label
 
 
+def spread(shards: list[Shard], samples: int) -> np.ndarray:
+    """Numbers of at most ``samples`` samples, evenly over the shards laid end to end."""
+    total = sum(shard.count for shard in shards)
+    return np.unique(np.linspace(0, total - 1, min(samples, total)).astype(np.int64))
+
+
 @torch.no_grad()
 def embed(
-    run: Run, encoder: Encoder, shards: list[Shard], samples: int, workers: int
+    encoder: Encoder,
+    shards: list[Shard],
+    numbers: np.ndarray,
+    device: torch.device,
+    bf16: bool,
+    workers: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features fp32 [P, D] and labels [P] of samples spread evenly over the shards. Collective.
-
-    Args:
-        samples: at most so many.
-    """
-    total = sum(shard.count for shard in shards)
-    numbers = np.unique(np.linspace(0, total - 1, min(samples, total)).astype(np.int64))
-    part = deal(range(len(numbers)), run.rank, run.processes)
-    dataset = Labelled(shards, numbers[part.start : part.stop], encoder.shape.image_size)
-    normalise = Normalise().to(run.device)
+    """Features fp32 [P, D] and labels [P], on the CPU, of the samples that have a label."""
+    dataset = Labelled(shards, numbers, encoder.shape.image_size)
+    normalise = Normalise().to(device)
     features, labels = [torch.zeros(0, encoder.shape.width)], [torch.zeros(0, dtype=torch.long)]
     training = encoder.training
     encoder.eval()
-    for batch in make_loader(dataset, workers, run.device):
-        images = normalise(batch.images.to(run.device, non_blocking=True))
-        with run.accelerator.autocast():
+    for batch in make_loader(dataset, workers, device):
+        images = normalise(batch.images.to(device, non_blocking=True))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             tokens = encoder(images)[:, 1:]
         features.append(tokens.float().mean(1).cpu())
         labels.append(batch.labels)
     encoder.train(training)
-    parts = run.gather((torch.cat(features), torch.cat(labels)))
-    return tuple(torch.cat(kind).to(run.device) for kind in zip(*parts, strict=True))
+    return torch.cat(features), torch.cat(labels)
 
 
 @torch.no_grad()
@@ -166,6 +169,23 @@ def linear_accuracy(
         return 100 * float((layer(queries).argmax(1) == truth).float().mean())
 
 
+def compare(
+    bank: tuple[torch.Tensor, torch.Tensor], queries: tuple[torch.Tensor, torch.Tensor]
+) -> dict[str, float]:
+    """Top-1 in % of k-NN and linear probe, from features and labels as :func:`embed` gives them.
+
+    Raises:
+        UserError: no labels.
+    """
+    for name, (_, labels) in (("training", bank), ("held-out", queries)):
+        require(
+            len(labels) > 0,
+            f"the {name} shards hold no labelled picture (.cls), which k-NN and linear probe "
+            "need; name others, or set eval.probe 0",
+        )
+    return {"knn": knn_accuracy(*bank, *queries), "linear": linear_accuracy(*bank, *queries)}
+
+
 def probe(
     run: Run,
     encoder: Encoder,
@@ -174,7 +194,7 @@ def probe(
     samples: int,
     workers: int,
 ) -> dict[str, float]:
-    """Top-1 of both on held-out pictures, in %. Collective.
+    """Top-1 of both on held-out pictures, in %. Collective: the ranks share the pictures.
 
     Args:
         samples: at most so many training pictures make the bank; of held_out likewise.
@@ -182,11 +202,13 @@ def probe(
     Raises:
         UserError: no labels.
     """
-    bank = embed(run, encoder, train, samples, workers)
-    queries = embed(run, encoder, held_out, samples, workers)
-    for name, (_, labels) in (("data.shards", bank), ("data.val_shards", queries)):
-        require(
-            len(labels) > 0,
-            f"{name} hold no labelled picture (.cls), which eval.probe needs; set eval.probe 0",
-        )
-    return {"knn": knn_accuracy(*bank, *queries), "linear": linear_accuracy(*bank, *queries)}
+
+    def gathered(shards: list[Shard]) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers = spread(shards, samples)
+        part = deal(range(len(numbers)), run.rank, run.processes)
+        part = numbers[part.start : part.stop]
+        found = run.gather(embed(encoder, shards, part, run.device, run.bf16, workers))
+        features, labels = (torch.cat(kind).to(run.device) for kind in zip(*found, strict=True))
+        return features, labels
+
+    return compare(gathered(train), gathered(held_out))

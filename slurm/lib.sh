@@ -1,7 +1,7 @@
 # What the batch scripts share; sourced by them.
 #
-# A job is asked to stop through its run's stop file: a signal to `accelerate launch` would kill the
-# launcher and orphan the ranks. Two minutes before the time limit SLURM sends USR1 to the batch script
+# A run is asked to stop through its stop file: a signal to `accelerate launch` would kill the launcher
+# and orphan the ranks. Two minutes before the time limit SLURM sends USR1 to the batch script
 # (#SBATCH --signal=B:USR1@120), at preemption TERM. How it ended stands in the run's summary.json.
 
 say() { echo "$(date '+%F %T') job ${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}: $*"; }
@@ -44,16 +44,43 @@ P
 
 # Wait for a process whatever signals come; its exit code.
 await() {
-  local code
-  while :; do
-    wait "$1"; code=$?
-    kill -0 "$1" 2>/dev/null || return $code
-  done
+  while kill -0 "$1" 2>/dev/null; do wait "$1"; done
+  wait "$1"
 }
 
+# Ask the run in a folder to stop, every two seconds until a process has ended: one that is still
+# starting has no folder yet, or takes the stop file away as an old one.
+ask() {
+  asked=$3
+  say "$asked: asked to stop"
+  while kill -0 "$2" 2>/dev/null; do
+    [ ! -d "$1" ] || touch "$1/stop"
+    sleep 2
+  done &
+}
+
+# Have `ask FOLDER PID` called when SLURM wants the node back.
+ask_when_told() {
+  asked=
+  # shellcheck disable=SC2064
+  trap "ask '$1' $2 'the time limit comes near'" USR1
+  # shellcheck disable=SC2064
+  trap "ask '$1' $2 'taken away, by a requeue or a cancellation'" TERM
+}
+
+# Queue this job again; it goes on where it is. A job that is no longer running was taken away: SLURM
+# starts it again itself, unless it was cancelled.
 requeue() {
-  say "$1: requeued, it will go on where it is"
-  scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+  local id job
+  id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
+  job=$(scontrol -o show job "$id")
+  [[ $job != *PreemptTime=[0-9]* ]] || asked=preempted
+  if [[ $job == *JobState=RUNNING* ]]; then
+    scontrol requeue "$id" || { say "it could not be requeued; the same sbatch goes on"; exit 75; }
+    say "${asked:-asked to stop by hand}: requeued, it will go on where it is"
+  else
+    say "${asked:-taken away}: SLURM starts it again, unless it was cancelled; it will go on where it is"
+  fi
   exit 0
 }
 
@@ -78,21 +105,30 @@ launch() {
 
 # Train: start, pass requests to stop on, and decide how the job ends.
 train() {
-  local run
+  local run pid code status exit_code i
   run=$(run_folder "$@") || fail "the command line above is not right: $*"
   log_to "$run/slurm"
-  local before
-  before=$(told "$run")
-  trap 'say "asked to stop"; touch "$run/stop"' USR1 TERM
+  [ "$(told "$run")" != "running None" ] ||
+    say "the start before was cut off: killed, requeued from outside, or its node was lost"
+  touch "$run/slurm/started"
   launch "$@" &
-  await $!
-  local code=$? status exit_code
-  read -r status exit_code <<<"$(told "$run")"
-  say "left with $code; summary.json: $status, exit code $exit_code (before: $before)"
-  case "$status $exit_code" in
+  pid=$!
+  ask_when_told "$run" $pid
+  await $pid
+  code=$?
+  status=nothing
+  # After TERM the ranks, which had it too, may still be writing their checkpoint.
+  for ((i = 0; i < 60; i++)); do
+    [ ! "$run/summary.json" -nt "$run/slurm/started" ] || read -r status exit_code <<<"$(told "$run")"
+    [ "$status" = running ] && [ -n "$asked" ] || break
+    sleep 1
+  done
+  say "left with $code; summary.json: $status, exit code ${exit_code:-None}"
+  case "$status ${exit_code:-}" in
     "finished 0") say finished; exit 0 ;;
-    "interrupted 75") requeue "asked to stop" ;;
-    "failed 2") say "failed for good; its last words stand above"; exit 2 ;;
-    *) say "ended without a word, such as by a kill or a lost node"; exit 1 ;;
+    "interrupted 75") requeue ;;
+    "failed 2") say "failed for good: mend what stands above, and submit it again"; exit 2 ;;
+    "failed "*) say "crashed: the traceback stands above; the same sbatch goes on from the last checkpoint"; exit 1 ;;
+    *) say "ended without a word, as by a kill; the same sbatch goes on from the last checkpoint"; exit 1 ;;
   esac
 }

@@ -62,8 +62,3 @@ def test_what_fails_is_said(tmp_path):
     assert "nothing-*.tar" in done.stderr and "logs/teacher.log" in done.stderr
     done = chain(tmp_path / "out", "x", "--config", "none")
     assert done.returncode == 2 and "--config none: there is no" in done.stderr
-
-
-def test_a_report_needs_runs(tmp_path):
-    done = run([sys.executable, str(ROOT / "tools/report.py"), str(tmp_path)])
-    assert done.returncode == 2 and "is not the folder of a run" in done.stderr

@@ -1,6 +1,7 @@
 """k-NN and linear probe: right where features tell the classes apart, chance where they do not."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sami.core.shards import PICTURE, RawSample
 from sami.pretrain import main
 from sami.probe import Labelled, knn_accuracy, linear_accuracy, read_label
 from tests.runs import arguments, numbers, opened
+from tools.probe import main as probe_tool
 
 
 def clouds(count, distance, classes=3, width=16, seed=0):
@@ -87,17 +89,29 @@ def test_labelled_samples(tmp_path):
 
 def test_probes_while_pretraining(tmp_path, in_process):
     options = {
+        "data.shards": labelled(tmp_path / "train.tar"),
         "data.val_shards": labelled(tmp_path / "val.tar", seed=1),
         "eval.probe": 100,
         "eval.every": 2,
         "train.steps": 4,
     }
-    words = arguments(tmp_path / "run", labelled(tmp_path / "train.tar"), **options)
-    code, said = in_process(main, [*words, "--data.max_bad_fraction=0.5"])
+    words = [
+        *arguments(tmp_path / "run", "", **options),
+        "--data.max_bad_fraction=0.5",
+    ]
+    code, said = in_process(main, words)
     assert code == 0, said
     told = [line for line in numbers(tmp_path / "run") if "val_knn" in line]
     assert [line["step"] for line in told] == [2, 4]
     assert told[-1]["val_knn"] == 100 and told[-1]["val_linear"] > 90  # colour is easy
+
+    # The tool finds the same in the finished encoder.
+    words = [tmp_path / "run", "--shards", options["data.shards"], "--val-shards"]
+    words += [options["data.val_shards"], "--samples", "100", "--out", tmp_path / "probe.json"]
+    assert in_process(probe_tool, list(map(str, words)))[0] == 0
+    found = json.loads((tmp_path / "probe.json").read_text())
+    assert (found["knn"], found["linear"]) == (told[-1]["val_knn"], told[-1]["val_linear"])
+    assert in_process(probe_tool, [*map(str, words)])[1].count("holds a result already") == 1
 
     bare = tmp_path / "bare.tar"
     stream = io.BytesIO()
@@ -105,7 +119,10 @@ def test_probes_while_pretraining(tmp_path, in_process):
     with wds.TarWriter(str(bare)) as writer:
         for number in range(16):
             writer.write({"__key__": str(number), "png": stream.getvalue()})
-    code, said = in_process(main, arguments(tmp_path / "other", bare, **options))
-    assert code == 2 and "data.shards hold no labelled picture (.cls)" in said
+    code, said = in_process(
+        main, arguments(tmp_path / "other", "", **options | {"data.shards": bare})
+    )
+    assert code == 2 and "the training shards hold no labelled picture (.cls)" in said
+    words = arguments(tmp_path / "run", "", **options)
     code, said = in_process(main, [*words, "--data.val_shards="])
     assert code == 2 and "eval.probe 100 needs data.val_shards" in said

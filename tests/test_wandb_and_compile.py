@@ -32,6 +32,7 @@ def wandb_records(path):
 def test_wandb_offline_gets_metrics_config_and_pictures(tmp_path):
     shards = write_shards(tmp_path / "shards")
     options = {"run.wandb": "offline", "run.picture_every": 4, "train.steps": 8, "run.log_every": 2}
+    options |= {"data.val_shards": shards, "eval.every": 4}
     done = run(command(arguments(tmp_path / "run", shards, **options)))
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
@@ -44,7 +45,12 @@ def test_wandb_offline_gets_metrics_config_and_pictures(tmp_path):
         }
         if "loss" in row:
             losses[row["step"]] = row["loss"]
+            assert {"lr", "images_per_second", "data_wait"} <= row.keys()
+            assert ("val_r2" in row) == (row["step"] % 4 == 0)
         pictures += any(key.startswith("reconstruction") for key in row)
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert json.loads(config["environment"])["commit"] == told["commit"]
+    assert json.loads(config["facts"])["teacher"] == told["teacher"]
     assert losses == {line["step"]: line["loss"] for line in numbers(tmp_path / "run")}
     assert json.loads(config["train"])["steps"] == 8
     assert pictures == 2

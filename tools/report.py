@@ -1,10 +1,10 @@
-"""One self-contained page about runs: curves, pictures, evaluations.
+"""One self-contained page about runs: curves over each other, pictures, evaluations, differences.
 
-python tools/report.py RUN [RUN ...] [--comparison FILE] [--out report.html]
+python tools/report.py RUN [RUN ...] [--comparison FILE] [--pictures N] [--out report.html]
 
-RUN is a run folder of either stage; an evaluation below it (evaluation/evaluation.json, of
-tools/evaluate.py) comes along. --comparison takes what tools/chain.py wrote. The page needs no
-network.
+RUN is a run folder of either stage or of classification; what tools/evaluate.py found below it
+(evaluation/) comes along, or RUN is itself a folder of tools/evaluate.py's. Of a sweep:
+runs/sweeps/NAME/*/*. --comparison takes what tools/chain.py wrote. The page needs no network.
 """
 
 import argparse
@@ -14,10 +14,12 @@ import io
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -25,10 +27,15 @@ from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
+from sami.core.metrics import MetricsFile
 
+# The group of fields that only one entry has.
+GROUPS = {"pretrain": "mask", "finetune": "prompt", "classify": "augment"}
+COLORS, LINES = colormaps["tab10"], ("-", "--", ":", "-.")
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 } caption { text-align: left; color: #555 }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
+caption { text-align: left; color: #555 }
 td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
 td:first-child, th:first-child { text-align: left } img { max-width: 100% }
 code { background: #f3f3f3; padding: 0 .2rem }
@@ -36,45 +43,77 @@ code { background: #f3f3f3; padding: 0 .2rem }
 
 
 class RunFolder:
-    """What a run left behind."""
+    """What a run, or an evaluation, left behind.
+
+    Attributes:
+        name: what tells it from the others; set by :func:`name_apart`.
+        kind: pretrain, finetune, classify, or evaluate for the folder of an evaluation.
+        config: every field, as group.field.
+        evaluation: what tools/evaluate.py found, if it was asked.
+    """
 
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            UserError: no run folder.
+            UserError: neither.
         """
-        self.path, self.name = path, path.name
+        self.path, self.name = path.absolute(), path.name
+        self.summary: dict[str, Any] = {}
+        self.config: dict[str, Any] = {}
+        self.metrics: list[dict[str, Any]] = []
+        self.kind = "evaluate"
+        own = path / "evaluation.json"
+        self.drawn = path if own.exists() else path / "evaluation"
         try:
-            self.summary = json.loads((path / "summary.json").read_text())
-            lines = (path / "metrics.jsonl").read_text().splitlines()
-            self.metrics = [json.loads(line) for line in lines]
-        except (OSError, ValueError) as error:
+            if not own.exists():
+                self.summary = json.loads((path / "summary.json").read_text())
+                groups = yaml.safe_load((path / "config.yaml").read_text())
+                self.config = {f"{g}.{f}": v for g, told in groups.items() for f, v in told.items()}
+                self.metrics = MetricsFile(path / "metrics.jsonl").read()
+                named = [kind for kind, group in GROUPS.items() if group in groups]
+                self.kind = named[0]
+            self.evaluation = None
+            if (self.drawn / "evaluation.json").exists():
+                self.evaluation = json.loads((self.drawn / "evaluation.json").read_text())
+        except (OSError, ValueError, AttributeError, IndexError, yaml.YAMLError) as error:
             raise UserError(
-                f"{path} is not the folder of a run ({error}); name one with summary.json and "
-                "metrics.jsonl"
+                f"{path} is not the folder of a run ({error}); name one with summary.json, "
+                "config.yaml and metrics.jsonl, or one of tools/evaluate.py"
             ) from error
-
-    @property
-    def stage(self) -> int:
-        """1 or 2."""
-        return 2 if any("loss_dice" in line for line in self.metrics) else 1
 
     def column(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a number, where it was recorded."""
         told = [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
         return [step for step, _ in told], [value for _, value in told]
 
-    def last_picture(self) -> Path | None:
-        """The evaluation's picture, or the newest that was drawn while training."""
-        evaluated = self.path / "evaluation" / "masks.png"
-        if evaluated.exists():
-            return evaluated
-        return max(self.path.glob("pictures/*.png"), default=None)
+    def pictures(self, most: int) -> list[tuple[str, Path]]:
+        """What was drawn while training, first to last, ``most`` of them, evenly; and after it."""
+        drawn = sorted(self.path.glob("pictures/*.png"))
+        count = min(most, len(drawn))
+        places = [round(i * (len(drawn) - 1) / max(count - 1, 1)) for i in range(count)]
+        found = [(self._when(drawn[place]), drawn[place]) for place in places or ()]
+        masks = self.drawn / "masks.png"
+        return found + [("evaluated", masks)] * masks.exists()
 
-    def evaluation(self) -> dict[str, Any] | None:
-        """What tools/evaluate.py found, if it was asked."""
-        file = self.path / "evaluation" / "evaluation.json"
-        return json.loads(file.read_text()) if file.exists() else None
+    def _when(self, picture: Path) -> str:
+        """The step, and the epoch where the run knows its epochs, of a picture's name."""
+        step = int(picture.stem.rpartition("-")[2])
+        pictures = (self.summary.get("data") or {}).get("pictures")
+        batch = self.config.get("train.batch_size")
+        epoch = f", epoch {step * batch / pictures:.3g}" if pictures and batch else ""
+        return f"step {step}{epoch}"
+
+
+def name_apart(runs: list[RunFolder]) -> None:
+    """Name each by as much of its path as tells it from the others."""
+    for parts in range(1, max(len(run.path.parts) for run in runs) + 1):
+        names = ["/".join(run.path.parts[-parts:]) for run in runs]
+        if len(set(names)) == len(runs):
+            break
+    twice = next((name for name in names if names.count(name) > 1), None)
+    require(twice is None, f"{twice} is named twice; name each run once")
+    for run, name in zip(runs, names, strict=True):
+        run.name = name
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], caption: str = "") -> str:
@@ -99,18 +138,33 @@ def curves(runs: list[RunFolder], columns: dict[str, str]) -> str:
     names = [name for name in columns if any(run.column(name)[0] for run in runs)]
     if not names:
         return ""
-    figure = Figure(figsize=(5 * len(names), 3.6), layout="constrained")
+    lines = -(-len(names) // 3)
+    figure = Figure(figsize=(15, 3.6 * lines + 0.25 * len(runs)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for run in runs:
+    axes = figure.subplots(lines, 3, squeeze=False).flatten()
+    for axis in axes[len(names) :]:
+        axis.remove()
+    handles: dict[str, Any] = {}
+    for axis, name in zip(axes, names, strict=False):
+        for number, run in enumerate(runs):
             steps, values = run.column(name)
+            style = {"color": COLORS(number % 10), "linestyle": LINES[number // 10 % len(LINES)]}
             if steps:
-                axis.plot(steps, values, label=run.name, linewidth=1, marker="." * (len(steps) < 9))
+                marker = "." * (len(steps) < 9)
+                (line,) = axis.plot(steps, values, linewidth=1, marker=marker, **style)
+                handles.setdefault(run.name, line)
         axis.set(xlabel="step", title=columns[name])
         axis.grid(alpha=0.3)
         if name == "loss":
             axis.set_yscale("log")
-    axis.legend(fontsize=8)
+    columns_of_legend = max(1, 150 // max(map(len, handles)))
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower left",
+        fontsize=8,
+        ncols=min(columns_of_legend, 6),
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=80)
     return picture(buffer.getvalue(), ", ".join(columns[name] for name in names))
@@ -122,29 +176,70 @@ def percent(value: float | None) -> str:
 
 
 def evaluations(runs: list[RunFolder]) -> str:
-    """mIoU of the runs that were evaluated, with intervals over pictures."""
-    told = {run.name: found for run in runs if (found := run.evaluation())}
+    """mIoU of what was evaluated, with intervals over pictures."""
+    told = {run.name: run.evaluation for run in runs if run.evaluation}
     if not told:
         return ""
-    prompts = [r["prompt"] for r in next(iter(told.values()))["results"] if r["choice"] == "oracle"]
+    prompts = list(dict.fromkeys(r["prompt"] for one in told.values() for r in one["results"]))
     rows = []
     for name, found in told.items():
         for choice in ("predicted", "oracle"):
-            by_prompt = {
+            there = {
                 r["prompt"]: r["miou"]["all"] for r in found["results"] if r["choice"] == choice
             }
             cells = [
-                f"{percent(m['mean'])} ({percent(m['low'])}-{percent(m['high'])})"
-                for m in (by_prompt[p] for p in prompts if p in by_prompt)
+                f"{percent(m['mean'])} ({percent(m['low'])}-{percent(m['high'])})" if m else "-"
+                for m in (there.get(prompt) for prompt in prompts)
             ]
-            rows.append([name, choice, *cells])
-    count = next(iter(told.values()))
+            size = f"{found['pictures']} / {found['objects']}"
+            rows.append([name, choice, size, *cells])
     caption = (
-        f"mIoU in % on {count['pictures']} pictures with {count['objects']} objects; 95 % "
-        "bootstrap intervals over pictures. predicted: the mask that the model thinks best; "
-        "oracle: the best of three."
+        "mIoU in %; 95 % bootstrap intervals over pictures. predicted: the mask that the model "
+        "thinks best; oracle: the best of three."
     )
-    return "<h2>Evaluation</h2>" + table(["run", "mask", *prompts], rows, caption)
+    head = ["run", "mask", "pictures / objects", *prompts]
+    return "<h2>Evaluation</h2>" + table(head, rows, caption)
+
+
+def held_out(runs: list[RunFolder]) -> str:
+    """What the runs measured themselves when they were finished."""
+    told = {run.name: run.summary["evaluation"] for run in runs if run.summary.get("evaluation")}
+    if not told:
+        return ""
+    names = list(dict.fromkeys(name for one in told.values() for name in one))
+    rows = [
+        [run, *("-" if one.get(n) is None else f"{one[n]:.4g}" for n in names)]
+        for run, one in told.items()
+    ]
+    return "<h3>Held out, at the end</h3>" + table(["run", *names], rows)
+
+
+def differences(runs: list[RunFolder]) -> str:
+    """The fields in which runs of a kind differ."""
+    names = list(dict.fromkeys(name for run in runs for name in run.config))
+    rows = []
+    for name in names:
+        values = [json.dumps(run.config.get(name)) for run in runs]
+        if len(set(values)) > 1 and name != "run.dir":
+            rows.append([name, *values])
+    if len(runs) < 2:
+        return ""
+    if not rows:
+        return "<h3>Configurations</h3><p>The same but for the folder.</p>"
+    caption = "the fields that differ; all others are the same"
+    return "<h3>Configurations</h3>" + table(["field", *(r.name for r in runs)], rows, caption)
+
+
+def whole_configs(runs: list[RunFolder]) -> str:
+    """Every field of every run, folded away."""
+    parts = []
+    for run in runs:
+        text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in run.config.items())
+        parts.append(
+            f"<details><summary>{html.escape(run.name)}</summary><pre>{html.escape(text)}</pre>"
+            "</details>"
+        )
+    return "<h2>Configurations</h2>" + "".join(parts) if parts else ""
 
 
 def comparison(found: dict[str, Any]) -> str:
@@ -193,46 +288,76 @@ def comparison(found: dict[str, Any]) -> str:
 
 
 def about(runs: list[RunFolder]) -> str:
-    """Where the runs were made."""
+    """Where the runs were made, and from what."""
     rows = []
     for run in runs:
-        told, hardware = run.summary, run.summary.get("hardware", {})
+        told, hardware = run.summary, run.summary.get("hardware") or {}
         machine = f"{hardware.get('processes')} x {hardware.get('gpu') or 'CPU'}"
-        threads = f"{machine}, {hardware.get('threads')} thread(s)"
-        steps = f"{told['status']}, {told.get('steps', '-')} steps"
-        rows.append([run.name, steps, threads, str(told.get("commit"))[:60]])
-    return "<h2>Runs</h2>" + table(["run", "state", "machine", "commit"], rows)
+        threads = f"{machine}, {hardware.get('threads')} thread(s), {hardware.get('precision')}"
+        teacher = told.get("teacher") or {}
+        learnt = f"{teacher.get('name')} {str(teacher.get('sha256') or '')[:12]}".strip()
+        data = told.get("data") or {}
+        rows.append(
+            [
+                run.name,
+                f"{told.get('status')}, {told.get('steps', '-')} steps",
+                threads,
+                f"{data.get('pictures')} ({data.get('fingerprint')})",
+                learnt if teacher else "-",
+                ", ".join(f"{c} {why}" for why, c in (told.get("bad_samples") or {}).items())
+                or "0",
+                ", ".join(f"{name} {v}" for name, v in (told.get("versions") or {}).items()),
+                str(told.get("commit"))[:60],
+            ]
+        )
+    head = ["run", "state", "machine", "pictures", "teacher", "bad samples", "versions", "commit"]
+    return "<h2>Environment</h2>" + table(head, rows) if rows else ""
 
 
-STAGE_1 = {"loss": "loss", "val_r2": "r2 on held-out pictures", "lr": "learning rate"}
-STAGE_2 = {
-    "loss": "loss",
-    "val_miou_box": "mIoU by box, held-out",
-    "val_miou_1_click": "mIoU by 1 click, held-out",
+SPEED = {"lr": "learning rate", "images_per_second": "images/s", "data_wait": "data wait"}
+COLUMNS = {
+    "pretrain": {
+        "loss": "loss",
+        "val_r2": "r2 on held-out pictures",
+        "val_knn": "k-NN, held-out, %",
+        "val_linear": "linear probe, held-out, %",
+    },
+    "finetune": {
+        "loss": "loss",
+        "val_miou_box": "mIoU by box, held-out",
+        "val_miou_1_click": "mIoU by 1 click, held-out",
+        "val_miou_3_clicks": "mIoU by 3 clicks, held-out",
+    },
+    "classify": {"loss": "loss", "val_top1": "top-1, held-out, %"},
+}
+TITLES = {
+    "pretrain": ("Stage 1: pretraining", "masked input, target, result"),
+    "finetune": ("Stage 2: finetuning", "true masks, by box, by click"),
+    "classify": ("Classification", ""),
+    "evaluate": ("Masks", "true masks, by box, by click"),
 }
 
 
-def page(runs: list[RunFolder], found: dict[str, Any] | None) -> str:
+def page(runs: list[RunFolder], found: dict[str, Any] | None, most: int) -> str:
     """The whole of it."""
+    name_apart(runs)
     parts = ["<h1>sami: report</h1>"]
     if found is not None:
         parts += [comparison(found), f"<p><code>{html.escape(found['command'])}</code></p>"]
-    of_stage: dict[int, list[RunFolder]] = {1: [], 2: []}
-    for run in runs:
-        of_stage[run.stage].append(run)
-    sections: list[tuple[int, str, dict[str, str], Callable[[RunFolder], str]]] = [
-        (1, "Stage 1: pretraining", STAGE_1, lambda r: f"{r.name}: masked input, target, result"),
-        (2, "Stage 2: finetuning", STAGE_2, lambda r: f"{r.name}: true masks, by box, by click"),
-    ]
-    for stage, title, columns, caption in sections:
-        if of_stage[stage]:
-            parts += [f"<h2>{title}</h2>", curves(of_stage[stage], columns)]
-        for run in of_stage[stage]:
-            file = run.last_picture()
-            if file is not None:
-                text = caption(run)
-                parts += [f"<h3>{html.escape(text)}</h3>", picture(file.read_bytes(), text)]
-    parts += [evaluations(runs), about(runs)]
+    trained = [run for run in runs if run.kind != "evaluate"]
+    for kind, (title, drawn) in TITLES.items():
+        of_kind = [run for run in runs if run.kind == kind]
+        pictures = [(run, run.pictures(most)) for run in of_kind]
+        if kind in COLUMNS and of_kind:
+            parts += [f"<h2>{title}</h2>", curves(of_kind, COLUMNS[kind] | SPEED)]
+            parts += [held_out(of_kind), differences(of_kind)]
+        for run, files in pictures:
+            if files:
+                parts.append(f"<h3>{html.escape(run.name)}: {drawn}</h3>")
+            for when, file in files:
+                parts.append(f"<p>{html.escape(when)}</p>")
+                parts.append(picture(file.read_bytes(), f"{run.name}, {when}"))
+    parts += [evaluations(runs), about(trained), whole_configs(trained)]
     head = f'<meta charset="utf-8"><title>sami: report</title><style>{STYLE}</style>'
     return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
@@ -243,13 +368,18 @@ def main() -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--comparison", type=Path, help="comparison.json of tools/chain.py")
+    parser.add_argument(
+        "--pictures", type=int, default=6, help="of a run's training, first to last; default: 6"
+    )
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     args = parser.parse_args()
+    require(args.pictures >= 0, f"--pictures {args.pictures} must be 0 or more")
     found = None
     if args.comparison is not None:
         require(args.comparison.is_file(), f"--comparison {args.comparison} does not exist")
         found = json.loads(args.comparison.read_text())
-    write_text(args.out, page([RunFolder(path) for path in args.runs], found))
+    runs = [RunFolder(path) for path in args.runs]
+    write_text(args.out, page(runs, found, args.pictures))
     print(args.out)
     return 0
 

@@ -12,7 +12,7 @@ SWEEP is one of configs/sweeps/. --set changes every run, such as --set pretrain
 it is remembered and need not be said again. Results of other overrides, of another config or of a
 sweep file as it was before are refused, not mixed in; settings and seeds may be added.
 `run` leaves with the exit code of the stage that did not finish: 75 if it was asked to stop
-(SIGTERM, SIGUSR1, or a file OUT/RUN/STAGE/stop); run it again.
+(SIGTERM, SIGUSR1, or a file OUT/RUN/stop); run it again.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -349,24 +350,27 @@ class Sweep:
         left = [name for name, _ in self.stages_of(run) if not self.is_finished(run, name)]
         self.check_fields(left[1:])  # the first one says so itself, now
         self.claim(run)
-        for name, stage in self.stages_of(run):
-            folder = self.folder(run, name)
-            if self.is_finished(run, name):
-                print(f"{run.name}: {name} is finished", flush=True)
-                continue
-            words = self.command(run, name)
-            print(f"{run.name}: {name}: {shlex.join(words)}", flush=True)
-            start = launch if stage.config is not None and launch else [sys.executable]
-            before = self.summary(run, name)
-            code = _call([*start, *words], folder)
-            # accelerate launch turns every failure into 1; what the run itself said is in there.
-            if code not in CODES and self.summary(run, name) != before:
-                code = self.summary(run, name).get("exit_code") or code
-            if code != FINISHED:
-                return code
-            if stage.config is None:
-                folder.mkdir(exist_ok=True)
-                write_text(folder / DONE, json.dumps({"command": shlex.join(words)}) + "\n")
+        with _asked(self.folder(run) / "stop") as stop:
+            for name, stage in self.stages_of(run):
+                folder = self.folder(run, name)
+                if self.is_finished(run, name):
+                    print(f"{run.name}: {name} is finished", flush=True)
+                    continue
+                if stop.exists():
+                    return ASKED_TO_STOP
+                words = self.command(run, name)
+                print(f"{run.name}: {name}: {shlex.join(words)}", flush=True)
+                start = launch if stage.config is not None and launch else [sys.executable]
+                before = self.summary(run, name)
+                code = _call([*start, *words], stop, stage.config and folder)
+                # accelerate launch turns every failure into 1; what the run itself said is there.
+                if code not in CODES and self.summary(run, name) != before:
+                    code = self.summary(run, name).get("exit_code") or code
+                if code != FINISHED:
+                    return code
+                if stage.config is None:
+                    folder.mkdir(exist_ok=True)
+                    write_text(folder / DONE, json.dumps({"command": shlex.join(words)}) + "\n")
         print(f"{run.name}: finished", flush=True)
         return FINISHED
 
@@ -445,20 +449,41 @@ def _words(told: Any, key: str = "") -> list[str]:
     return [f"{key} {told}".strip()]
 
 
-def _call(words: list[str], folder: Path) -> int:
-    """Run a program to its end; asked to stop, it is asked through its stop file."""
-    process = subprocess.Popen(words)
-
-    def ask(number: int, frame: Any) -> None:
-        if folder.is_dir():
-            (folder / "stop").touch()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+@contextmanager
+def _asked(stop: Path) -> Iterator[Path]:
+    """Meanwhile a signal leaves a stop file; an old one is taken away."""
+    stop.unlink(missing_ok=True)
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {n: signal.signal(n, lambda number, frame: stop.touch()) for n in numbers}
     try:
-        return process.wait()
+        yield stop
     finally:
+        stop.unlink(missing_ok=True)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _call(words: list[str], stop: Path, folder: Path | None) -> int:
+    """Run a program to its end.
+
+    Args:
+        words: its command line.
+        stop: once this file is there, the program is asked to stop, ...
+        folder: ... a training run by the stop file in its folder, again and again, because one that
+            is still starting takes an old stop file away; None: a program that is simply ended and
+            starts anew the next time.
+    """
+    process = subprocess.Popen(words)
+    while True:
+        try:
+            code = process.wait(1)
+        except subprocess.TimeoutExpired:
+            if stop.exists() and folder is None:
+                process.terminate()
+            elif stop.exists() and folder.is_dir():
+                (folder / "stop").touch()
+            continue
+        return ASKED_TO_STOP if folder is None and code == -signal.SIGTERM else code
 
 
 def _is_locked(path: Path) -> bool:

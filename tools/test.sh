@@ -20,4 +20,4 @@ if [ -n "$slurm" ]; then
 fi
 ruff format --check .
 ruff check .
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@"

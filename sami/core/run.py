@@ -171,12 +171,12 @@ class Run:
             try:
                 self._wandb = wandb.init(
                     project="sami",
-                    name=self.dir.name,
+                    name="/".join(self.dir.absolute().parts[-2:]),
                     id=name_file.read_text().strip(),
                     resume="allow",
                     dir=str(self.dir),
                     mode=self.config.wandb,
-                    config=to_dict(config),
+                    config=to_dict(config) | {"facts": facts, "environment": told},
                 )
             except wandb.Error as error:
                 raise UserError(

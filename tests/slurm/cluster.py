@@ -1,4 +1,4 @@
-"""A throw-away SLURM on this machine: one controller, two virtual nodes of two cores."""
+"""A throw-away SLURM on this machine: one controller, two virtual nodes of eight alleged cores."""
 
 import contextlib
 import getpass
@@ -25,6 +25,7 @@ CredType=cred/munge
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,bf_interval=2,requeue_delay=0
@@ -40,9 +41,12 @@ KillWait=2
 MinJobAge=3600
 ReturnToService=2
 JobRequeue=1
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 State=UNKNOWN
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 State=UNKNOWN
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 State=UNKNOWN
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=9
 """
 
 
@@ -70,7 +74,6 @@ class Cluster:
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
         }
-        munge = [f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("key-file", "socket")]
         munge = [f"--key-file={key}", f"--socket={folder}/munge.sock"]
         munge += [f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log"]
         self._start(
@@ -94,11 +97,15 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """The node dies with all that runs on it."""
-        steps = _children(self.daemons[node].pid)
-        for pid in [self.daemons[node].pid, *steps]:
+        self.daemons[node].kill()
+        self.daemons[node].wait()
+        here = f"SLURMD_NODENAME={node}\0".encode()
+        running = [pid for pid in _processes() if here in _environment(pid)]
+        # What watches over them first: it would tell the controller.
+        watching = {_parent(pid) for pid in running} - {*running, 1}
+        for pid in [*watching, *running]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.daemons[node].wait()
 
     def stop(self) -> None:
         self.call("scancel", "--full", f"--user={getpass.getuser()}", check=False)
@@ -136,8 +143,17 @@ class Cluster:
 
     def wait_for(self, number: str, *states: str, seconds: float = 240) -> dict[str, str]:
         """Wait until a job is in one of some states."""
-        self.wait(lambda: self.state(number) in states, f"{number} {states}", seconds)
+        self.wait(lambda: self.state(number) in states, f"job {number} {states}", seconds)
         return self.job(number)
+
+    def wait_for_restart(self, number: str, restarts: int) -> None:
+        """Wait until a job runs for the so-and-so-many-th time after its first start."""
+
+        def there() -> bool:
+            told = self.job(number)
+            return (told["Restarts"], told["JobState"]) == (str(restarts), "RUNNING")
+
+        self.wait(there, f"restart {restarts} of job {number}", 120)
 
     def wait(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
@@ -160,12 +176,17 @@ def _free_port() -> int:
         return one.getsockname()[1]
 
 
-def _children(pid: int) -> list[int]:
-    """All processes below one; and slurmstepd's of a node, which leave it."""
-    found = []
-    for place in Path("/proc").iterdir():
-        if place.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                if int((place / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
-                    found += [int(place.name), *_children(int(place.name))]
-    return found
+def _processes() -> list[int]:
+    return [int(place.name) for place in Path("/proc").iterdir() if place.name.isdigit()]
+
+
+def _environment(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    return b""
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return 1

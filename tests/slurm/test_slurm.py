@@ -1,14 +1,20 @@
-"""The batch scripts on a real SLURM: two nodes, requeues, lost nodes, arrays."""
+"""The batch scripts on a real SLURM: two nodes, time limits, requeues, kills, arrays."""
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.runs import ROOT, arguments, command, numbers, run, summary, write_shards
 from tests.slurm.cluster import Cluster, missing
+from tests.test_toy_shards import draw
+from tests.test_train import arguments as stage2_arguments
+from tests.test_train import command as stage2_command
+from tools.sweep import main as sweep
 
 pytestmark = [
     pytest.mark.skipif(
@@ -18,6 +24,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
+STEPS = 160
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +40,14 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Shards with masks."""
+    done = draw(tmp_path_factory.mktemp("scenes"), "--shards", "2", "--pictures", "16")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(": ")[-1].strip()
 
 
 @pytest.fixture
@@ -53,10 +68,26 @@ def submit(cluster, tmp_path):
     return call
 
 
-def long_run(folder, shards, **more):
-    """Options of a run of half a minute, with many checkpoints."""
-    options = {"train.steps": 400, "run.save_every": 5, "run.log_every": 5, "run.device": "cpu"}
-    return arguments(folder, shards, **{**options, **more})
+def long_run(stage, folder, data):
+    """Options of a run of some seconds, with many checkpoints."""
+    options = {"train.steps": STEPS, "run.save_every": 5, "run.log_every": 5, "run.device": "cpu"}
+    options |= {"train.epochs": "null"}
+    return {"pretrain": arguments, "finetune": stage2_arguments}[stage](folder, data, **options)
+
+
+@pytest.fixture(scope="module")
+def references(shards, scenes, tmp_path_factory):
+    """What the long runs say without SLURM."""
+    found = {}
+    for stage, data, call in (
+        ("pretrain", shards, command),
+        ("finetune", scenes, stage2_command),
+    ):
+        folder = tmp_path_factory.mktemp("reference") / stage
+        done = run(call(long_run(stage, folder, data)), OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        found[stage] = numbers(folder)
+    return found
 
 
 def wait_for_step(cluster, folder, step):
@@ -70,92 +101,117 @@ def wait_for_step(cluster, folder, step):
     )
 
 
-@pytest.fixture(scope="module")
-def reference(shards, tmp_path_factory):
-    """The numbers of the long run without SLURM."""
-    folder = tmp_path_factory.mktemp("reference") / "run"
-    done = run(command(long_run(folder, shards)), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    return folder
+def log_of(folder, job):
+    return (folder / "slurm" / f"slurm-{job}.log").read_text()
 
 
 def test_two_nodes_give_one_nodes_losses(cluster, submit, shards, tmp_path):
+    jobs = {}
     for nodes, each in ((2, 1), (1, 2)):
         words = arguments(tmp_path / f"of-{nodes}", shards, **{"train.steps": 6})
-        options = [f"--nodes={nodes}", "--cpus-per-task=2"]
-        job = submit(
-            "slurm/pretrain.sbatch", *words, options=options, SAMI_PROCESSES_PER_NODE=str(each)
+        jobs[nodes] = submit(
+            "slurm/pretrain.sbatch",
+            *words,
+            options=[f"--nodes={nodes}"],
+            SAMI_PROCESSES_PER_NODE=str(each),
         )
+    for job in jobs.values():
         assert cluster.wait_for(job, *ENDED)["JobState"] == "COMPLETED"
+    assert cluster.job(jobs[2])["NumNodes"] == "2"
     assert summary(tmp_path / "of-2")["hardware"]["processes"] == 2
     assert numbers(tmp_path / "of-1") == numbers(tmp_path / "of-2")
-    assert list((tmp_path / "of-2" / "slurm").glob("*.log"))
 
 
-def test_requeued_and_out_of_time_it_goes_on_exactly(cluster, submit, shards, reference, tmp_path):
-    """First the signal that the time limit sends, then a requeue from outside."""
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_asked_and_requeued_it_goes_on_exactly(
+    cluster, submit, shards, scenes, references, tmp_path, stage
+):
+    """The signal of the time limit in the middle, then a requeue from outside."""
     folder = tmp_path / "run"
-    job = submit("slurm/pretrain.sbatch", *long_run(folder, shards), options=["--nodes=1"])
+    words = long_run(stage, folder, {"pretrain": shards, "finetune": scenes}[stage])
+    job = submit(f"slurm/{stage}.sbatch", *words)
     wait_for_step(cluster, folder, 20)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
-    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "the requeue", 60)
-    cluster.wait_for(job, "RUNNING")
-    cluster.wait(lambda: summary(folder)["status"] == "running", "the second start")
-    wait_for_step(cluster, folder, 150)
+    cluster.wait_for_restart(job, 1)
+    stopped = int(sorted((folder / "checkpoints").glob("step-*"))[-1].name.rpartition("-")[2])
+    assert stopped < STEPS
+    wait_for_step(cluster, folder, stopped + 20)
     cluster.call("scontrol", "requeue", job)
     assert cluster.wait_for(job, *ENDED)["JobState"] == "COMPLETED"
     assert cluster.job(job)["Restarts"] == "2"
-    assert numbers(folder) == numbers(reference)
-    log = next((folder / "slurm").glob("*.log")).read_text()
-    assert "asked to stop: requeued, it will go on where it is" in log and "restart 2" in log
+    assert numbers(folder) == references[stage]
+    log = log_of(folder, job)
+    assert "the time limit comes near: requeued, it will go on where it is" in log
+    assert "taken away, by a requeue" in log or "the start before was cut off" in log
 
 
-def test_a_real_time_limit(cluster, submit, shards, reference, tmp_path):
-    """One minute, with the signal 40 seconds before: the job comes back until it is finished."""
+def test_a_real_time_limit(cluster, submit, shards, tmp_path):
+    """Of a minute: SLURM sends the signal, perhaps while the run still starts."""
     folder = tmp_path / "run"
-    words = long_run(folder, shards, **{"train.steps": 1_000_000})
-    options = ["--nodes=1", "--time=1", "--signal=B:USR1@40"]
+    words = [*long_run("pretrain", folder, shards), "--train.steps=1000000"]
+    options = ["--time=1", "--signal=B:USR1@40"]
     job = submit("slurm/pretrain.sbatch", *words, options=options)
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "the requeue", 150)
-    assert summary(folder)["status"] in ("interrupted", "running")
     cluster.call("scancel", job)
+    assert "summary.json: interrupted, exit code 75" in log_of(folder, job)
 
 
-def test_killed_it_failed_and_starts_again_by_hand(cluster, submit, shards, reference, tmp_path):
+def test_killed_it_is_told_and_submitted_again(cluster, submit, shards, references, tmp_path):
+    """Not requeued: what was killed, as for its memory, might be killed for ever."""
     folder = tmp_path / "run"
-    words = long_run(folder, shards)
-    job = submit("slurm/pretrain.sbatch", *words, options=["--nodes=1"])
-    wait_for_step(cluster, folder, 20)
+    words = long_run("pretrain", folder, shards)
+    job = submit("slurm/pretrain.sbatch", *words)
+    wait_for_step(cluster, folder, 10)
+    os.kill(int((folder / "lock").read_text().rpartition("pid ")[2]), signal.SIGKILL)
+    told = cluster.wait_for(job, *ENDED)
+    assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", "1:0", "0")
+    assert "ended without a word, as by a kill" in log_of(folder, job)
+    job = submit("slurm/pretrain.sbatch", *words)
+    wait_for_step(cluster, folder, 60)
+    assert "the start before was cut off: killed" in log_of(folder, job)
     cluster.call("scancel", "--full", "--signal=KILL", job)
-    assert cluster.wait_for(job, *ENDED)["JobState"] in ("FAILED", "CANCELLED")
-    job = submit("slurm/pretrain.sbatch", *words, options=["--nodes=1"])
+    assert cluster.wait_for(job, *ENDED)["JobState"] == "CANCELLED"
+    job = submit("slurm/pretrain.sbatch", *words)
     assert cluster.wait_for(job, *ENDED)["JobState"] == "COMPLETED"
-    assert numbers(folder) == numbers(reference)
+    assert numbers(folder) == references["pretrain"]
 
 
-def test_a_node_that_dies(cluster, submit, shards, reference, tmp_path):
+def test_a_node_that_dies(cluster, submit, shards, references, tmp_path):
     """SLURM requeues the job on the other node, and it goes on from its last checkpoint."""
     folder = tmp_path / "run"
-    job = submit("slurm/pretrain.sbatch", *long_run(folder, shards), options=["--nodes=1"])
+    job = submit("slurm/pretrain.sbatch", *long_run("pretrain", folder, shards))
     wait_for_step(cluster, folder, 20)
     node = cluster.job(job)["NodeList"]
     cluster.kill_node(node)
     try:
         cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "the requeue", 120)
-        assert cluster.wait_for(job, *ENDED)["JobState"] == "COMPLETED"
-        assert cluster.job(job)["NodeList"] != node
-        assert numbers(folder) == numbers(reference)
+        told = cluster.wait_for(job, *ENDED)
+        assert (told["JobState"], told["NodeList"] != node) == ("COMPLETED", True)
+        assert numbers(folder) == references["pretrain"]
     finally:
         cluster.start_node(node)
         cluster.wait(lambda: cluster.nodes()[node] == "IDLE", f"{node} again")
 
 
+def test_preempted_it_saves_and_comes_back(cluster, submit, shards, references, tmp_path):
+    """A job of a partition above takes both nodes for some seconds; then this one goes on."""
+    folder = tmp_path / "run"
+    job = submit("slurm/pretrain.sbatch", *long_run("pretrain", folder, shards))
+    wait_for_step(cluster, folder, 20)
+    words = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
+    cluster.call("sbatch", *words, "--wrap=sleep 1")
+    assert cluster.wait_for(job, *ENDED)["JobState"] == "COMPLETED"
+    assert cluster.job(job)["Restarts"] == "1"
+    assert numbers(folder) == references["pretrain"]
+    assert "preempted: requeued, it will go on where it is" in log_of(folder, job)
+
+
 def test_what_fails_for_good_is_not_requeued(cluster, submit, shards, tmp_path):
     words = arguments(tmp_path / "run", shards, **{"train.batch_size": 4096})
-    job = submit("slurm/pretrain.sbatch", *words, options=["--nodes=1"])
+    job = submit("slurm/pretrain.sbatch", *words)
     told = cluster.wait_for(job, *ENDED)
     assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", "2:0", "0")
-    log = next((tmp_path / "run" / "slurm").glob("*.log")).read_text()
+    log = log_of(tmp_path / "run", job)
     assert "less than one train.batch_size of 4096" in log and "failed for good" in log
 
 
@@ -170,7 +226,7 @@ def test_an_array_of_slices_with_one_that_fails(cluster, submit, tmp_path):
     job = submit("slurm/cache_teacher.sbatch", *words, options=["--array=0-2"])
     states = [cluster.wait_for(f"{job}_{task}", *ENDED)["JobState"] for task in range(3)]
     assert states == ["COMPLETED", "FAILED", "COMPLETED"]
-    log = (tmp_path / "out" / "slurm" / f"slurm-{job}_1.log").read_text()
+    log = log_of(tmp_path / "out", f"{job}_1")
     assert "s-001.tar is not a readable tar" in log
     assert "again: SAMI_SLICES=3 sbatch --array=1" in log
     bad.write_bytes(good)
@@ -179,4 +235,48 @@ def test_an_array_of_slices_with_one_that_fails(cluster, submit, tmp_path):
     told = json.loads((tmp_path / "out" / "manifest.json").read_text())["shards"]
     assert {name: one["samples"] for name, one in told.items()} == dict.fromkeys(
         (f"s-00{number}.tar" for number in range(3)), 6
+    )
+
+
+def test_a_sweep_from_its_file_to_its_table(cluster, submit, scenes, tmp_path, capsys):
+    """Mask ratios through both stages and the evaluation; one task is asked to stop on its way."""
+
+    def small(words):
+        told = dict(word.removeprefix("--").split("=", 1) for word in words)
+        return {
+            key: value if "{" in value else yaml.safe_load(value)
+            for key, value in told.items()
+            if key != "run.dir"
+        }
+
+    file = ROOT / "configs/sweeps/mask_ratio_toy.yaml"
+    content = yaml.safe_load(file.read_text()) | {"seeds": [0]}
+    content["vary"]["pretrain.mask.ratio"] = [0.5, 0.75]
+    stages, data = content["stages"], {"data.val_shards": scenes, "run.device": "cpu"}
+    stages["pretrain"]["set"] = small(arguments("", scenes, **data))
+    more = {"encoder.checkpoint": "{pretrain}", "train.steps": 3}
+    stages["finetune"]["set"] = small(stage2_arguments("", scenes, **data, **more))
+    stages["evaluate"]["set"] |= {"shards": scenes, "masks": 2, "seeds": 1}
+    ours = tmp_path / "mask_ratio_small.yaml"
+    ours.write_text(yaml.safe_dump(content, sort_keys=False))
+    out = ["--out", str(tmp_path / "out")]
+    job = submit("slurm/sweep.sbatch", ours, *out, options=["--array=0-1"])
+    folder = tmp_path / "out" / "mask.ratio-0.75_seed-0"
+    cluster.wait(lambda: list(folder.glob("slurm/*.log")), "the second task")
+    cluster.call("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    for task in range(2):
+        assert cluster.wait_for(f"{job}_{task}", *ENDED)["JobState"] == "COMPLETED"
+    assert "the time limit comes near: requeued" in log_of(folder, f"{job}_1")
+    assert sweep(["table", str(ours), *out]) == 0
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [row["setting"] for row in rows] == [f"mask.ratio {ratio}" for ratio in (0.5, 0.75)]
+    assert all(told["mean"] is not None for row in rows for told in row["measures"].values())
+    assert sweep(["status", str(ours), *out]) == 0
+    assert "2 finished" in capsys.readouterr().out
+    job = submit("slurm/sweep.sbatch", ours, *out, options=["--array=9"])
+    told = cluster.wait_for(f"{job}_9", *ENDED)
+    assert (told["JobState"], told["ExitCode"]) == ("FAILED", "2:0")
+    assert (
+        "has runs 0 to 1, and no 9"
+        in next(tmp_path.glob("*.out")).parent.joinpath(f"{told['JobId']}.out").read_text()
     )
