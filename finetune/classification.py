@@ -219,6 +219,7 @@ def build_groups(model: VisionTransformer, optim: OptimConfig) -> torch.optim.Ad
     else:
         groups = param_groups_weight_decay(model, optim.weight_decay, keep)
     groups = [{"lr_scale": 1.0, **group} for group in groups]
+    groups.sort(key=lambda group: -group["lr_scale"])  # the first one's rate is the one recorded
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
 
 

@@ -99,13 +99,6 @@ class ClassifyConfig:
             self.optim.schedule == "cosine",
             f"optim.schedule {self.optim.schedule}: timm's cosine is what this entry has",
         )
-        size = self.train.micro_batch_size or self.train.batch_size
-        mixed = self.augment.mixup > 0 or self.augment.cutmix > 0
-        require(
-            not mixed or size % 2 == 0,
-            f"augment.mixup needs an even micro-batch, and it has {size} pictures; set "
-            "train.micro_batch_size even, or augment.mixup and cutmix 0",
-        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,6 +128,12 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
         micro_batch_size=cfg.train.micro_batch(run.processes),
         processes=run.processes,
         workers=max(1, cfg.data.workers),
+    )
+    mixed = cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
+    require(
+        not mixed or layout.micro_batch_size % 2 == 0,
+        f"augment.mixup needs an even micro-batch, and it has {layout.micro_batch_size} pictures; "
+        "set train.micro_batch_size even, or augment.mixup and cutmix 0",
     )
     steps = cfg.train.total_steps(order.steps_per_epoch)
 
@@ -172,8 +171,8 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
         f"{order.samples} pictures of {cfg.data.classes} classes, {order.steps_per_epoch} steps "
         f"an epoch, {steps} steps, now at {step}"
     )
-    if cfg.train.compile:
-        objective.model = torch.compile(model)
+    if cfg.train.compiles(run.device):
+        model.compile()  # in place: its weights keep their names
     wrapped = run.accelerator.prepare(objective)
     batches = Batches(
         order, samples, legs, rank=run.rank, step=step, workers=cfg.data.workers, device=run.device

@@ -154,8 +154,8 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
     run.begin(cfg, step, facts)
     legs = take_up(run, order, layout, step, legs)
     announce(cfg, run, order, layout, steps, step, model)
-    if cfg.train.compile:
-        model.image_encoder = torch.compile(model.image_encoder)
+    if cfg.train.compiles(run.device):
+        model.image_encoder.compile()  # in place: its weights keep their names
     wrapped = run.accelerator.prepare(objective)
     batches = Batches(
         order, samples, legs, rank=run.rank, step=step, workers=cfg.data.workers, device=run.device

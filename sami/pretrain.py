@@ -4,8 +4,6 @@ accelerate launch sami/pretrain.py --config configs/pretrain/sami_ti.yaml [--gro
 """
 
 import contextlib
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -180,13 +178,7 @@ def train(cfg: PretrainConfig, run: Run) -> int:
     legs = take_up(run, order, layout, step, legs)
     announce(cfg, run, order, layout, steps, step, model, facts)
     shown = load_shown(run, held_out or order.shards, views)
-    if cfg.train.compile:
-        compiler = os.environ.get("CXX", "g++")
-        require(
-            run.device.type != "cpu" or shutil.which(compiler) is not None,
-            f"train.compile on a CPU needs a C++ compiler and {compiler} is not there; install one "
-            "or set train.compile false",
-        )
+    if cfg.train.compiles(run.device):
         model.predict = torch.compile(model.predict)
     wrapped = run.accelerator.prepare(model)
     batches = Batches(

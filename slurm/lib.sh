@@ -2,9 +2,14 @@
 #
 # A run is asked to stop through its stop file: a signal to `accelerate launch` would kill the launcher
 # and orphan the ranks. Two minutes before the time limit SLURM sends USR1 to the batch script
-# (#SBATCH --signal=B:USR1@120), at preemption TERM. How it ended stands in the run's summary.json.
+# (#SBATCH --signal=B:USR1@120), when it takes the node back TERM. How a run ended stands in its
+# summary.json.
 
-say() { echo "$(date '+%F %T') job ${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}: $*"; }
+LATE="the time limit comes near" TAKEN="taken away, by a requeue or a cancellation"
+asked= # why the job is to end
+id=${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+
+say() { echo "$(date '+%F %T') job $id: $*"; }
 fail() { echo "error: $*" >&2; exit 2; }
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "submit this with sbatch; without SLURM run accelerate launch yourself"
@@ -16,13 +21,25 @@ SITE=${SAMI_SITE:-slurm/site.env}
 source "$SITE"
 sami_setup || fail "sami_setup in $SITE failed"
 
-# The job's output goes under a folder, one file per job and task, restarts behind each other.
+# The job's output goes to slurm/ in a folder, one file per job and task, restarts behind each other.
 log_to() {
-  mkdir -p "$1" || fail "$1 cannot be made"
-  local log="$1/slurm-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}.log"
+  folder=$1
+  mkdir -p "$folder/slurm" || fail "$folder/slurm cannot be made"
+  log=$folder/slurm/slurm-$id.log
+  started=$folder/slurm/.started-$id
+  touch "$log" "$started"
+  began=$(wc -c <"$log")
   echo "the output goes to $log"
   exec >>"$log" 2>&1
   say "on ${SLURM_JOB_NODELIST}, restart ${SLURM_RESTART_COUNT:-0}"
+}
+
+# What a program of ours said last that its user can mend, since this start.
+sentence() { tail -c +$((began + 1)) "$log" | sed -nE 's/^(rank [0-9]+: )?error: //p' | tail -n 1; }
+
+# Whether this start has finished something: a checkpoint, a stage, a shard.
+progressed() {
+  [ -n "$(find "$folder" -newer "$started" \( -name 'step-*' -o -name done.json -o -name '*.tar' \) -print -quit)" ]
 }
 
 # The value of run.dir of an entry's command line.
@@ -48,39 +65,49 @@ await() {
   wait "$1"
 }
 
-# Ask the run in a folder to stop, every two seconds until a process has ended: one that is still
-# starting has no folder yet, or takes the stop file away as an old one.
+# Ask the run in the folder to stop, every two seconds until process $1 has ended: one that is still
+# starting has no folder yet, or takes the stop file away as an old one. A run that is in something long,
+# such as an evaluation, is requeued as it is before the time is over.
 ask() {
-  asked=$3
+  local end
   say "$asked: asked to stop"
-  while kill -0 "$2" 2>/dev/null; do
-    [ ! -d "$1" ] || touch "$1/stop"
+  end=$(squeue -h -j "$SLURM_JOB_ID" -o %e)
+  end=$(date -d "${end:-none}" +%s 2>/dev/null) || end=$(($(date +%s) + 120))
+  while kill -0 "$1" 2>/dev/null; do
+    touch "$folder/stop"
+    if [ "$asked" = "$LATE" ] && [ "$(date +%s)" -gt $((end - 20)) ]; then
+      say "it has not stopped in time"
+      requeue
+    fi
     sleep 2
   done &
 }
 
-# Have `ask FOLDER PID` called when SLURM wants the node back.
 ask_when_told() {
-  asked=
-  # shellcheck disable=SC2064
-  trap "ask '$1' $2 'the time limit comes near'" USR1
-  # shellcheck disable=SC2064
-  trap "ask '$1' $2 'taken away, by a requeue or a cancellation'" TERM
+  pid=$1
+  trap 'asked=$LATE; ask "$pid"' USR1
+  trap 'asked=$TAKEN; ask "$pid"' TERM
 }
 
 # Queue this job again; it goes on where it is. A job that is no longer running was taken away: SLURM
 # starts it again itself, unless it was cancelled.
 requeue() {
-  local id job
-  id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
-  job=$(scontrol -o show job "$id")
-  [[ $job != *PreemptTime=[0-9]* ]] || asked=preempted
-  if [[ $job == *JobState=RUNNING* ]]; then
-    scontrol requeue "$id" || { say "it could not be requeued; the same sbatch goes on"; exit 75; }
-    say "${asked:-asked to stop by hand}: requeued, it will go on where it is"
-  else
-    say "${asked:-taken away}: SLURM starts it again, unless it was cancelled; it will go on where it is"
+  local job=
+  if [ "$asked" = "$LATE" ] && ! progressed; then
+    say "nothing was finished since this start, no checkpoint, stage or shard: not requeued; give it more time"
+    exit 1
   fi
+  for _ in 1 2 3 4 5; do
+    job=$(scontrol -o show job "$id") && break
+    sleep 5
+  done
+  [[ $job != *PreemptTime=[0-9]* ]] || asked=preempted
+  if [ -n "$job" ] && [[ $job != *JobState=RUNNING* ]]; then
+    say "${asked:-taken away}: SLURM starts it again, unless it was cancelled; it will go on where it is"
+    exit 0
+  fi
+  scontrol requeue "$id" || { say "it could not be requeued; the same sbatch goes on"; exit 75; }
+  say "${asked:-asked to stop}: requeued, it will go on where it is"
   exit 0
 }
 
@@ -89,46 +116,57 @@ address_of() {
   if getent hosts "$1" >/dev/null; then echo "$1"; else scontrol -o show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'; fi
 }
 
+# The launcher's words for some nodes, with what the site asks for on each. With a configuration of ours,
+# so that nobody's own default is taken.
+launcher() {
+  local each=${SAMI_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} config=gpu
+  [ $(($1 * each)) -eq 1 ] || config=gpu_8
+  echo "accelerate launch --config_file configs/accelerate/$config.yaml --num_machines $1" \
+    "--num_processes $(($1 * each)) --main_process_port ${SAMI_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+}
+
 # Start an entry on all nodes of the job, one launcher on each.
 launch() {
-  local nodes=${SLURM_JOB_NUM_NODES:-1} each=${SAMI_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-  local head port=${SAMI_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-  head=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
-  local words=(--num_machines "$nodes" --num_processes $((nodes * each)) --mixed_precision no --dynamo_backend no)
-  [ $((nodes * each)) -eq 1 ] || words+=(--multi_gpu)
-  [ "$nodes" -eq 1 ] || words+=(--main_process_ip "$head" --rdzv_backend static)
-  words+=(--main_process_port "$port")
-  export SAMI_LAUNCH="accelerate launch ${words[*]}"
-  srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+  local nodes=${SLURM_JOB_NUM_NODES:-1}
+  SAMI_LAUNCH=$(launcher "$nodes")
+  [ "$nodes" -eq 1 ] ||
+    SAMI_LAUNCH+=" --rdzv_backend static --main_process_ip $(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")"
+  export SAMI_LAUNCH
+  # srun does not take the cores over from sbatch, since SLURM 22.05.
+  srun --export=ALL --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
     bash -c '$SAMI_LAUNCH --machine_rank "$SLURM_NODEID" "$@"' launch "$@"
 }
 
 # Train: start, pass requests to stop on, and decide how the job ends.
 train() {
-  local run pid code status exit_code i
+  local run code status exit_code words
   run=$(run_folder "$@") || fail "the command line above is not right: $*"
-  log_to "$run/slurm"
+  log_to "$run"
   [ "$(told "$run")" != "running None" ] ||
     say "the start before was cut off: killed, requeued from outside, or its node was lost"
-  touch "$run/slurm/started"
   launch "$@" &
-  pid=$!
-  ask_when_told "$run" $pid
+  ask_when_told $!
   await $pid
   code=$?
-  status=nothing
   # After TERM the ranks, which had it too, may still be writing their checkpoint.
-  for ((i = 0; i < 60; i++)); do
-    [ ! "$run/summary.json" -nt "$run/slurm/started" ] || read -r status exit_code <<<"$(told "$run")"
-    [ "$status" = running ] && [ -n "$asked" ] || break
+  for _ in {1..60}; do
+    status=nothing exit_code=
+    [ $code -ne 0 ] && [ ! "$run/summary.json" -nt "$started" ] || read -r status exit_code <<<"$(told "$run")"
+    [ "$status" = running ] || break
+    [ -n "$asked" ] || squeue -h -s -j "$SLURM_JOB_ID" -o %i | grep -qE '\.[0-9]+$' || break
     sleep 1
   done
   say "left with $code; summary.json: $status, exit code ${exit_code:-None}"
+  words=$(sentence)
   case "$status ${exit_code:-}" in
     "finished 0") say finished; exit 0 ;;
     "interrupted 75") requeue ;;
-    "failed 2") say "failed for good: mend what stands above, and submit it again"; exit 2 ;;
+    "failed 2") say "failed for good: ${words:-see above}"; exit 2 ;;
     "failed "*) say "crashed: the traceback stands above; the same sbatch goes on from the last checkpoint"; exit 1 ;;
-    *) say "ended without a word, as by a kill; the same sbatch goes on from the last checkpoint"; exit 1 ;;
   esac
+  [ -z "$words" ] || { say "failed for good: $words"; exit 2; }
+  [ -z "$asked" ] || requeue
+  say "ended without a word, as by a kill; the same sbatch goes on from the last checkpoint"
+  exit 1
 }

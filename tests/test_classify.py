@@ -1,5 +1,7 @@
 """finetune/classify.py: learns what is easy, resumes exactly, and is timm's where timm has it."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -85,6 +87,29 @@ def test_stopped_it_goes_on_exactly(shards, tmp_path, in_process):
     assert numbers(again) != numbers(tmp_path / "whole")
 
 
+def test_compiled_it_goes_on_too(shards, tmp_path, in_process, monkeypatch):
+    """Weights and moving average keep their names; the eager backend is the quick one."""
+    compile_ = torch.nn.Module.compile
+    compiled = []
+
+    def eager(module):
+        compiled.append(module)
+        compile_(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    options = {"train.compile": "true", "optim.ema": 0.9, "run.save_every": 5}
+    assert in_process(main, words(tmp_path / "run", shards, **options))[0] == 0
+    whole = numbers(tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "step-12"
+    shutil.rmtree(last)
+    (tmp_path / "run" / "summary.json").unlink()
+    assert in_process(main, words(tmp_path / "run", shards, **options))[0] == 0
+    assert numbers(tmp_path / "run") == whole and len(compiled) == 2
+    assert in_process(main, words(tmp_path / "plain", shards, **{"optim.ema": 0.9}))[0] == 0
+    for ours, plain in zip(whole, numbers(tmp_path / "plain"), strict=True):
+        assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+
+
 def test_a_sample_is_a_function_of_seed_epoch_and_key(shards, tmp_path):
     samples = Labelled(DataConfig(classes=3, image_size=32), AugmentConfig(), 0)
     (source,) = opened(str(shards / "train.tar"), tmp_path)
@@ -120,6 +145,7 @@ def test_rates_and_groups():
     model = build_classifier(
         EncoderConfig("custom", width=32, depth=3), DataConfig(classes=4), AugmentConfig()
     )
+    assert build_groups(model, optim).param_groups[0]["lr_scale"] == 1.0
     scales = {
         name: group["lr_scale"]
         for group in build_groups(model, optim).param_groups

@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.runs import ROOT, arguments, write_shards
-from tools.sweep import main
+from tools.sweep import Sweep, main
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,14 @@ def test_asked_to_stop_it_says_75_and_goes_on(shards, tmp_path, capsys):
         ({"seeds": []}, ["list"], "has no seeds"),
         ({"stages": {"pretrain": {"entry": "sami/no.py"}}}, ["list"], "there is no sami/no.py"),
         ({"vary": {"pretrain.mask.ratio": 0.5}}, ["list"], "vary is not what it should be"),
+        ({"settings": {"a": 1}}, ["list"], "settings is not what it should be"),
+        ({"settings": {"a": {"pretrain": "Skip"}}}, ["list"], "pretrain can only be skip"),
+        ({"paper": ["r2"]}, ["table"], "paper is not what it should be"),
+        ({"out": 3}, ["list"], "out is not what it should be"),
+        ({"seeds": [[0]]}, ["table"], "seeds is not what it should be"),
+        ({"stages": {"pretrain": {"entry": ["a"]}}}, ["list"], "stages.pretrain is not what"),
+        ({"stages": {"pretrain": {"entri": "a"}}}, ["list"], "entri"),
+        ({}, ["list", "--set", "pretrain=skip"], "must be STAGE.GROUP.FIELD=VALUE"),
         ({}, ["list", "--set", "nonsense"], "--set nonsense must be"),
     ],
 )
@@ -164,6 +174,34 @@ def test_bad_sweeps(shards, tmp_path, in_process, changes, words, says):
     path = sweep(tmp_path, shards, **changes)
     code, said = in_process(main, [words[0], path, *words[1:]])
     assert code == 2 and says in said and said.count("\n") == 1
+
+
+def test_what_failed_says_why(shards, tmp_path, capsys):
+    """A run before it has a folder, and a program that has none of its own."""
+    path = sweep(tmp_path, shards, vary={"pretrain.mask.ratio": [2, 0.5]}, seeds=[0])
+    content = yaml.safe_load(Path(path).read_text())
+    content["stages"]["judge"] = {"entry": "tools/evaluate.py", "words": ["{pretrain}/{0..1}"]}
+    content["stages"]["judge"]["set"] = {"shards": "*.tar"}
+    Path(path).write_text(yaml.safe_dump(content, sort_keys=False))
+    (tmp_path / "out" / "mask.ratio-0.5_seed-0" / "slurm").mkdir(parents=True)
+    assert main(["status", path]) == 0 and "2 missing" in capsys.readouterr().out
+    assert [main(["run", path, number]) for number in "01"] == [2, 2]
+    capsys.readouterr()
+    assert main(["status", path]) == 0
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert "failed" in first and "pretrain: mask.ratio 2.0 must be" in first
+    assert "failed" in second and "judge: " in second and "pretrain/{0..1} does not" in second
+    assert last == "2 failed"
+
+
+def test_many_begin_at_once(shards, tmp_path):
+    """One of them writes what identifies the folder, and no other trips over it."""
+    one = Sweep(Path(sweep(tmp_path, shards)), None, [])
+    for _ in range(20):
+        shutil.rmtree(one.out, ignore_errors=True)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(one.claim, one.runs))
+        assert len(list(one.out.iterdir())) == 5
 
 
 def test_results_are_not_mixed(shards, tmp_path, in_process):
@@ -189,8 +227,13 @@ def test_results_are_not_mixed(shards, tmp_path, in_process):
     (tmp_path / "small.yaml").write_text("# a comment\nencoder: {name: custom}\n")
     assert main(["table", path]) == 0
     (tmp_path / "small.yaml").write_text("encoder: {name: custom, heads: 1}\n")
+    for words in (["table"], ["run", "1"]):
+        code, said = in_process(main, [words[0], path, *words[1:]])
+        assert code == 2 and "small.yaml, which sets " in said
+    (tmp_path / "small.yaml").write_text("encoder: {name: custom}\n")
+    path = sweep(tmp_path, shards, vary={}, settings={"mask.ratio 0.5": {}})
     code, said = in_process(main, ["table", path])
-    assert code == 2 and "holds a run with other settings: what " in said
+    assert code == 2 and "holds a run with other settings: --mask.ratio=0.5 there" in said
 
 
 def test_overrides_are_remembered(shards, tmp_path, capsys):

@@ -3,8 +3,9 @@
 python tools/report.py RUN [RUN ...] [--comparison FILE] [--pictures N] [--out report.html]
 
 RUN is a run folder of either stage or of classification; what tools/evaluate.py found below it
-(evaluation/) comes along, or RUN is itself a folder of tools/evaluate.py's. Of a sweep:
-runs/sweeps/NAME/*/*. --comparison takes what tools/chain.py wrote. The page needs no network.
+(evaluation/) comes along, or RUN is itself a folder of tools/evaluate.py's. Of a sweep's runs:
+runs/sweeps/NAME/*/pretrain, for example. --comparison takes what tools/chain.py wrote. The page
+needs no network.
 """
 
 import argparse
@@ -175,6 +176,13 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
+def short(value: Any) -> str:
+    """A number as tables have it."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
 def evaluations(runs: list[RunFolder]) -> str:
     """mIoU of what was evaluated, with intervals over pictures."""
     told = {run.name: run.evaluation for run in runs if run.evaluation}
@@ -207,10 +215,7 @@ def held_out(runs: list[RunFolder]) -> str:
     if not told:
         return ""
     names = list(dict.fromkeys(name for one in told.values() for name in one))
-    rows = [
-        [run, *("-" if one.get(n) is None else f"{one[n]:.4g}" for n in names)]
-        for run, one in told.items()
-    ]
+    rows = [[run, *(short(one.get(name)) for name in names)] for run, one in told.items()]
     return "<h3>Held out, at the end</h3>" + table(["run", *names], rows)
 
 

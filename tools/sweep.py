@@ -16,19 +16,24 @@ sweep file as it was before are refused, not mixed in; settings and seeds may be
 """
 
 import argparse
+import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
 import json
+import os
 import re
+import secrets
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -50,7 +55,19 @@ SKIP = "skip"
 CODES = (FINISHED, USER_ERROR, ASKED_TO_STOP)
 PLAN, SWEEP, DONE = "plan.json", "sweep.json", "done.json"
 BEFORE = "results of the sweep as it was before"
-KINDS = {"seeds": list, "stages": dict, "measures": dict, "vary": dict, "settings": dict}
+# What a sweep file holds; {str: x} and [x] of anything many.
+SCALAR = (str, int, float, bool, type(None))
+FORM: dict[str, Any] = {
+    "out": str,
+    "seeds": [int],
+    "stages": {str: {str: object}},
+    "vary": {str: [SCALAR]},
+    "settings": {str: (dict, str, type(None))},
+    "measures": {str: str},
+    "paper": {str: {str: (int, float, type(None))}},
+}
+STATE = "state.json"
+HELD = (errno.EACCES, errno.EAGAIN)
 
 
 @dataclass
@@ -96,20 +113,18 @@ class Sweep:
             raise UserError(
                 f"{path} cannot be read ({words}); name one of configs/sweeps/"
             ) from error
-        known = {"out", "seeds", "stages", "vary", "settings", "measures", "paper"}
         require(isinstance(content, dict), f"{path} is no sweep; see configs/sweeps/")
-        unknown = next((key for key in content if key not in known), None)
-        require(unknown is None, f"{path}: {unknown} is none of {', '.join(sorted(known))}")
+        unknown = next((key for key in content if key not in FORM), None)
+        require(unknown is None, f"{path}: {unknown} is none of {', '.join(FORM)}")
         for key in ("stages", "seeds", "measures"):
             require(bool(content.get(key)), f"{path} has no {key}; see configs/sweeps/")
-        for key, kind in KINDS.items():
-            told = content.get(key) or kind()
+        for key, told in content.items():
             require(
-                isinstance(told, kind) and (key != "vary" or all(map(_is_list, told.values()))),
-                f"{path}: {key} is not what it should be; see configs/sweeps/",
+                _fits(told, FORM[key]) or told is None,
+                f"{path}: {key} is not what it should be; see docs/sweeps.md",
             )
         self.path, self.name = path, path.stem
-        self.out = out or ROOT / content.get("out", f"runs/sweeps/{path.stem}")
+        self.out = out or ROOT / (content.get("out") or f"runs/sweeps/{path.stem}")
         self.seeds, self.measures = content["seeds"], content["measures"]
         self.paper = content.get("paper") or {}
         try:
@@ -118,8 +133,10 @@ class Sweep:
             raise UserError(f"{path}: stages: {error}") from error
         for name, stage in self.stages.items():
             require(
-                isinstance(stage.set, dict) and isinstance(stage.words, list),
-                f"{path}: stages.{name}: set must hold fields and values, words a list",
+                _fits(stage.set, {str: (*SCALAR, list, dict)})
+                and _fits(stage.words, [SCALAR])
+                and _fits([stage.entry, stage.config or ""], [str]),
+                f"{path}: stages.{name} is not what it should be; see docs/sweeps.md",
             )
             for file in (stage.entry, stage.config):
                 require(
@@ -131,7 +148,8 @@ class Sweep:
             key, equals, value = word.partition("=")
             require(bool(equals), f"--set {word} must be STAGE.GROUP.FIELD=VALUE")
             stage, field_name = self.split(key, "--set")
-            self.stages[stage].set[field_name] = yaml.safe_load(value)
+            require(bool(field_name), f"--set {word} must be STAGE.GROUP.FIELD=VALUE")
+            self.stages[stage].set[field_name] = _value(value)
         for where in self.measures.values():
             self.split(where, "measures")
         self.vary = content.get("vary") or {}
@@ -161,6 +179,10 @@ class Sweep:
             for name, overrides in named.items():
                 whole = ", ".join(filter(None, [str(name), *words]))
                 require(whole not in found, f"{self.path}: two settings have the name '{whole}'")
+                require(
+                    isinstance(overrides or {}, dict),
+                    f"{self.path}: settings.{name} must hold fields and values",
+                )
                 found[whole] = {**(overrides or {}), **varied}
         return found
 
@@ -170,6 +192,14 @@ class Sweep:
             by_stage: dict[str, dict[str, Any]] = {name: {} for name in self.stages}
             for key, value in overrides.items():
                 stage, name = self.split(key, f"settings.{setting}")
+                require(
+                    bool(name) or value == SKIP,
+                    f"{self.path}: settings.{setting}: {key} can only be {SKIP}",
+                )
+                require(
+                    _fits(value, (*SCALAR, list, dict)),
+                    f"{self.path}: settings.{setting}: {key}: {value} is no plain value",
+                )
                 by_stage[stage][name] = value
             for seed in self.seeds:
                 slug = re.sub(r"[^A-Za-z0-9.]+", "-", setting).strip("-")
@@ -222,10 +252,9 @@ class Sweep:
 
         def fill(value: Any) -> str:
             words = value if isinstance(value, str) else json.dumps(value)
-            try:
-                return words.format(**folders) if re.search(r"\{[a-z_]+\}", words) else words
-            except (KeyError, IndexError) as error:
-                raise UserError(f"{self.path}: {words} names no stage ({error})") from error
+            for other, folder in folders.items():
+                words = words.replace(f"{{{other}}}", folder)
+            return words
 
         options = {**stage.set, **{k: v for k, v in run.overrides[name].items() if k}}
         if stage.config is None:
@@ -238,18 +267,22 @@ class Sweep:
         return [str(ROOT / stage.entry), "--config", str(ROOT / stage.config), *words]
 
     def plan(self, run: Run) -> dict[str, Any]:
-        """What a run consists of, wherever its folder is; a config counts by what it sets."""
+        """What a run consists of, wherever its folder is."""
         told = {}
-        for name, stage in self.stages_of(run):
+        for name, _ in self.stages_of(run):
             words = [word.replace(str(self.out), "OUT") for word in self.command(run, name)]
             told[name] = [word.replace(f"{ROOT}/", "") for word in words]
-            if stage.config is not None:
-                told[name].append(f"what {stage.config} sets: {_digest(ROOT / stage.config)}")
         return told
 
     def identity(self) -> dict[str, Any]:
-        """What all runs of a folder have in common; settings and seeds may be added to it."""
+        """What all runs of a folder have in common; settings and seeds may be added to it.
+
+        A config counts by what it sets, not by its words.
+        """
         stages = {name: asdict(stage) for name, stage in self.stages.items()}
+        for stage in stages.values():
+            if stage["config"]:
+                stage["config"] += f", which sets {_digest(ROOT / stage['config'])}"
         return {"sweep": self.name, "stages": stages}
 
     def _stored(self) -> dict[str, Any]:
@@ -299,10 +332,19 @@ class Sweep:
 
     @staticmethod
     def _same(file: Path, told: dict[str, Any], what: str, **more: Any) -> None:
-        """Write what identifies a folder, and ``more``; or find the same there."""
+        """Write what identifies a folder, and ``more``; or find the same there.
+
+        Of several tasks that start together one is first, and the others compare with it.
+        """
         if not file.exists():
-            write_text(file, json.dumps(told | more, indent=1) + "\n")
-            return
+            mine = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
+            write_text(mine, json.dumps(told | more, indent=1) + "\n")
+            try:
+                with contextlib.suppress(FileExistsError):
+                    os.link(mine, file)
+            except OSError:  # no links on this file system
+                mine.replace(file)
+            mine.unlink(missing_ok=True)
         there = {
             key: value for key, value in json.loads(file.read_text()).items() if key not in more
         }
@@ -316,22 +358,35 @@ class Sweep:
 
     def state(self, run: Run) -> tuple[str, str]:
         """What stands of a run, and why."""
+        last = self.last(run)
         for name, _ in self.stages_of(run):
             folder = self.folder(run, name)
             if self.is_finished(run, name):
                 continue
             summary = self.summary(run, name)
             status, steps = summary.get("status"), summary.get("steps")
-            if _is_locked(folder / "lock"):
+            mine = last if last.get("stage") == name else {}
+            if _is_locked(folder / "lock") or mine and _is_locked(self.folder(run) / "lock"):
                 return "running", f"{name}{f', at step {steps}' if steps else ''}"
-            if status is None:
-                return "missing", f"{name} has not run"
+            if mine.get("code") not in (None, FINISHED, ASKED_TO_STOP):
+                return "failed", f"{name}: {mine.get('error') or summary.get('error')}"
             if status == "failed":
                 return "failed", f"{name}: {summary.get('error')}"
             if status == "interrupted":
                 return "interrupted", f"{name}: asked to stop at step {steps}"
+            if mine.get("code") == ASKED_TO_STOP:
+                return "interrupted", f"{name}: asked to stop"
+            if status is None and not mine:
+                return "missing", f"{name} has not run"
             return "interrupted", f"{name}: killed"
         return "finished", ""
+
+    def last(self, run: Run) -> dict[str, Any]:
+        """The stage that was started last, the code it left with, and its own sentence."""
+        try:
+            return json.loads((self.folder(run) / STATE).read_text())
+        except (OSError, ValueError):
+            return {}
 
     def summary(self, run: Run, name: str) -> dict[str, Any]:
         """What a training run says of itself; empty where it has not begun."""
@@ -350,29 +405,41 @@ class Sweep:
         left = [name for name, _ in self.stages_of(run) if not self.is_finished(run, name)]
         self.check_fields(left[1:])  # the first one says so itself, now
         self.claim(run)
-        with _asked(self.folder(run) / "stop") as stop:
+        with _locked(self.folder(run)), _asked(self.folder(run) / "stop") as stop:
             for name, stage in self.stages_of(run):
-                folder = self.folder(run, name)
                 if self.is_finished(run, name):
                     print(f"{run.name}: {name} is finished", flush=True)
                     continue
                 if stop.exists():
                     return ASKED_TO_STOP
-                words = self.command(run, name)
-                print(f"{run.name}: {name}: {shlex.join(words)}", flush=True)
-                start = launch if stage.config is not None and launch else [sys.executable]
-                before = self.summary(run, name)
-                code = _call([*start, *words], stop, stage.config and folder)
-                # accelerate launch turns every failure into 1; what the run itself said is there.
-                if code not in CODES and self.summary(run, name) != before:
-                    code = self.summary(run, name).get("exit_code") or code
+                code = self._run_stage(run, name, stage, stop, launch)
                 if code != FINISHED:
                     return code
-                if stage.config is None:
-                    folder.mkdir(exist_ok=True)
-                    write_text(folder / DONE, json.dumps({"command": shlex.join(words)}) + "\n")
         print(f"{run.name}: finished", flush=True)
         return FINISHED
+
+    def _run_stage(self, run: Run, name: str, stage: Stage, stop: Path, launch: list[str]) -> int:
+        folder = self.folder(run, name)
+        words = self.command(run, name)
+        print(f"{run.name}: {name}: {shlex.join(words)}", flush=True)
+        if stage.config is None and folder.is_dir():
+            shutil.rmtree(folder)  # what a start that was cut off left
+        start = launch if stage.config is not None and launch else [sys.executable]
+        before = self.summary(run, name)
+        write_text(self.folder(run) / STATE, json.dumps({"stage": name}) + "\n")
+        code, said = _call([*start, *words], stop, stage.config and folder)
+        summary = self.summary(run, name)
+        # accelerate launch turns every failure into 1; what the run itself said is there.
+        if code not in CODES and summary != before:
+            code = summary.get("exit_code") or code
+        if code not in CODES and said:
+            code = USER_ERROR
+        if code == FINISHED and stage.config is None:
+            folder.mkdir(exist_ok=True)
+            write_text(folder / DONE, json.dumps({"command": shlex.join(words)}) + "\n")
+        told = {"stage": name, "code": code, "error": said or f"left with {code}"}
+        write_text(self.folder(run) / STATE, json.dumps(told) + "\n")
+        return code
 
     # -- all runs -------------------------------------------------------------------------------
 
@@ -417,8 +484,25 @@ class Sweep:
         return rows
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind: types, [kind] or {str: kind}; True is no number."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_fits(one, kind[0]) for one in value)
+    if isinstance(kind, dict):
+        (inner,) = kind.values()
+        return isinstance(value, dict) and all(
+            isinstance(name, str) and _fits(one, inner) for name, one in value.items()
+        )
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return isinstance(value, kinds) and not (isinstance(value, bool) and kinds == (int,))
+
+
+def _value(word: str) -> Any:
+    """A value on a command line: YAML, and what is none, such as *.tar, as it is."""
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        return word
 
 
 @cache
@@ -449,7 +533,7 @@ def _words(told: Any, key: str = "") -> list[str]:
     return [f"{key} {told}".strip()]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _asked(stop: Path) -> Iterator[Path]:
     """Meanwhile a signal leaves a stop file; an old one is taken away."""
     stop.unlink(missing_ok=True)
@@ -463,8 +547,8 @@ def _asked(stop: Path) -> Iterator[Path]:
             signal.signal(number, handler)
 
 
-def _call(words: list[str], stop: Path, folder: Path | None) -> int:
-    """Run a program to its end.
+def _call(words: list[str], stop: Path, folder: Path | None) -> tuple[int, str]:
+    """Run a program to its end; its exit code, and the last sentence that it ended with an error.
 
     Args:
         words: its command line.
@@ -473,17 +557,46 @@ def _call(words: list[str], stop: Path, folder: Path | None) -> int:
             is still starting takes an old stop file away; None: a program that is simply ended and
             starts anew the next time.
     """
-    process = subprocess.Popen(words)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE)
+    sentences: list[str] = []
+
+    def pass_on() -> None:
+        with process.stderr:
+            for line in process.stderr:
+                sys.stderr.write(line.decode(errors="replace"))
+                sys.stderr.flush()
+                found = re.match(rb"(?:rank \d+: )?error: (.*)", line)
+                sentences.extend([found[1].decode(errors="replace")] if found else [])
+
+    listener = threading.Thread(target=pass_on, daemon=True)
+    listener.start()
     while True:
         try:
             code = process.wait(1)
+            break
         except subprocess.TimeoutExpired:
             if stop.exists() and folder is None:
                 process.terminate()
             elif stop.exists() and folder.is_dir():
                 (folder / "stop").touch()
-            continue
-        return ASKED_TO_STOP if folder is None and code == -signal.SIGTERM else code
+    listener.join(5)
+    if folder is None and code == -signal.SIGTERM:
+        code = ASKED_TO_STOP
+    return code, sentences[-1] if sentences else ""
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """
+    Raises:
+        UserError: another process runs this run.
+    """
+    with (folder / "lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            require(error.errno not in HELD, f"{folder} is being run already; wait for it")
+        yield
 
 
 def _is_locked(path: Path) -> bool:
@@ -491,10 +604,8 @@ def _is_locked(path: Path) -> bool:
     try:
         with path.open("r+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:  # or it is not there, not ours, or not on a file system with locks
+        return path.exists() and os.access(path, os.W_OK) and error.errno in HELD
     return False
 
 
@@ -511,7 +622,7 @@ def list_runs(sweep: Sweep) -> int:
 
 
 def show_status(sweep: Sweep) -> int:
-    if sweep.out.exists():
+    if (sweep.out / SWEEP).exists():
         sweep.check_results()
     counts: dict[str, int] = {}
     for number, run in enumerate(sweep.runs):

@@ -1,6 +1,8 @@
 """Parameter groups, the learning rate as a function of the step, and the guarded update."""
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -96,6 +98,20 @@ class TrainConfig:
         for name in ("steps", "epochs", "batch_size", "micro_batch_size", "max_bad_steps"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name} {value} must be positive")
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether to compile.
+
+        Raises:
+            UserError: asked for on a CPU without a compiler.
+        """
+        compiler = os.environ.get("CXX", "g++")
+        require(
+            not self.compile or device.type != "cpu" or shutil.which(compiler) is not None,
+            f"train.compile on a CPU needs a C++ compiler and {compiler} is not there; install one "
+            "or set train.compile false",
+        )
+        return self.compile
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""

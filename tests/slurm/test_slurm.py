@@ -86,7 +86,7 @@ def references(shards, scenes, tmp_path_factory):
         folder = tmp_path_factory.mktemp("reference") / stage
         done = run(call(long_run(stage, folder, data)), OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr
-        found[stage] = numbers(folder)
+        found[stage] = folder
     return found
 
 
@@ -112,7 +112,7 @@ def test_two_nodes_give_one_nodes_losses(cluster, submit, shards, tmp_path):
         jobs[nodes] = submit(
             "slurm/pretrain.sbatch",
             *words,
-            options=[f"--nodes={nodes}"],
+            options=[f"--nodes={nodes}", "--cpus-per-task=2"],
             SAMI_PROCESSES_PER_NODE=str(each),
         )
     for job in jobs.values():
@@ -139,7 +139,7 @@ def test_asked_and_requeued_it_goes_on_exactly(
     cluster.call("scontrol", "requeue", job)
     assert cluster.wait_for(job, *ENDED)["JobState"] == "COMPLETED"
     assert cluster.job(job)["Restarts"] == "2"
-    assert numbers(folder) == references[stage]
+    assert numbers(folder) == numbers(references[stage])
     log = log_of(folder, job)
     assert "the time limit comes near: requeued, it will go on where it is" in log
     assert "taken away, by a requeue" in log or "the start before was cut off" in log
@@ -173,7 +173,7 @@ def test_killed_it_is_told_and_submitted_again(cluster, submit, shards, referenc
     assert cluster.wait_for(job, *ENDED)["JobState"] == "CANCELLED"
     job = submit("slurm/pretrain.sbatch", *words)
     assert cluster.wait_for(job, *ENDED)["JobState"] == "COMPLETED"
-    assert numbers(folder) == references["pretrain"]
+    assert numbers(folder) == numbers(references["pretrain"])
 
 
 def test_a_node_that_dies(cluster, submit, shards, references, tmp_path):
@@ -187,7 +187,7 @@ def test_a_node_that_dies(cluster, submit, shards, references, tmp_path):
         cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "the requeue", 120)
         told = cluster.wait_for(job, *ENDED)
         assert (told["JobState"], told["NodeList"] != node) == ("COMPLETED", True)
-        assert numbers(folder) == references["pretrain"]
+        assert numbers(folder) == numbers(references["pretrain"])
     finally:
         cluster.start_node(node)
         cluster.wait(lambda: cluster.nodes()[node] == "IDLE", f"{node} again")
@@ -202,17 +202,44 @@ def test_preempted_it_saves_and_comes_back(cluster, submit, shards, references, 
     cluster.call("sbatch", *words, "--wrap=sleep 1")
     assert cluster.wait_for(job, *ENDED)["JobState"] == "COMPLETED"
     assert cluster.job(job)["Restarts"] == "1"
-    assert numbers(folder) == references["pretrain"]
+    assert numbers(folder) == numbers(references["pretrain"])
     assert "preempted: requeued, it will go on where it is" in log_of(folder, job)
 
 
-def test_what_fails_for_good_is_not_requeued(cluster, submit, shards, tmp_path):
-    words = arguments(tmp_path / "run", shards, **{"train.batch_size": 4096})
-    job = submit("slurm/pretrain.sbatch", *words)
-    told = cluster.wait_for(job, *ENDED)
-    assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", "2:0", "0")
-    log = log_of(tmp_path / "run", job)
-    assert "less than one train.batch_size of 4096" in log and "failed for good" in log
+def test_what_fails_for_good_is_not_requeued(cluster, submit, shards, references, tmp_path):
+    """Before the run can write a word, too; and what is finished already stays finished."""
+    folder = references["pretrain"]
+    before = (folder / "summary.json").stat().st_mtime_ns
+    jobs = {
+        "less than one train.batch_size of 4096": arguments(
+            tmp_path / "run", shards, **{"train.batch_size": 4096}
+        ),
+        "holds a run of another configuration: mask.ratio": [
+            *long_run("pretrain", folder, shards),
+            "--mask.ratio=0.5",
+        ],
+        "": long_run("pretrain", folder, shards),
+    }
+    jobs = {sentence: submit("slurm/pretrain.sbatch", *words) for sentence, words in jobs.items()}
+    done = jobs.pop("")
+    for sentence, job in jobs.items():
+        told = cluster.wait_for(job, *ENDED)
+        assert (told["JobState"], told["ExitCode"], told["Restarts"]) == ("FAILED", "2:0", "0")
+        (log,) = {*tmp_path.glob(f"*/slurm/slurm-{job}.log"), *folder.glob(f"slurm/*-{job}.log")}
+        assert (
+            f"failed for good: {sentence}"[:16] in log.read_text() and sentence in log.read_text()
+        )
+    assert cluster.wait_for(done, *ENDED)["JobState"] == "COMPLETED"
+    assert (folder / "summary.json").stat().st_mtime_ns == before
+
+
+def test_an_evaluation(cluster, submit, scenes, references, tmp_path):
+    words = [references["finetune"], "--shards", scenes, "--prompts", "box", "--masks", "2"]
+    job = submit("slurm/evaluate.sbatch", *words, "--out", tmp_path / "out", "--workers", "0")
+    assert cluster.wait_for(job, *ENDED)["JobState"] == "COMPLETED"
+    assert (tmp_path / "out" / "evaluation.json").exists() and "box" in log_of(
+        tmp_path / "out", job
+    )
 
 
 def test_an_array_of_slices_with_one_that_fails(cluster, submit, tmp_path):
