@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
-STEPS = 160
+STEPS = {"pretrain": 300, "finetune": 160}  # some seconds, also on a fast machine
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,12 @@ def submit(cluster, tmp_path):
 
 def long_run(stage, folder, data):
     """Options of a run of some seconds, with many checkpoints."""
-    options = {"train.steps": STEPS, "run.save_every": 5, "run.log_every": 5, "run.device": "cpu"}
+    options = {
+        "train.steps": STEPS[stage],
+        "run.save_every": 5,
+        "run.log_every": 5,
+        "run.device": "cpu",
+    }
     options |= {"train.epochs": "null"}
     return {"pretrain": arguments, "finetune": stage2_arguments}[stage](folder, data, **options)
 
@@ -134,7 +139,7 @@ def test_asked_and_requeued_it_goes_on_exactly(
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     cluster.wait_for_restart(job, 1)
     stopped = int(sorted((folder / "checkpoints").glob("step-*"))[-1].name.rpartition("-")[2])
-    assert stopped < STEPS
+    assert stopped < STEPS[stage]
     wait_for_step(cluster, folder, stopped + 20)
     cluster.call("scontrol", "requeue", job)
     assert cluster.wait_for(job, *ENDED)["JobState"] == "COMPLETED"
@@ -146,10 +151,10 @@ def test_asked_and_requeued_it_goes_on_exactly(
 
 
 def test_a_real_time_limit(cluster, submit, shards, tmp_path):
-    """Of a minute: SLURM sends the signal, perhaps while the run still starts."""
+    """Of two minutes: SLURM sends the signal, perhaps while the run still starts."""
     folder = tmp_path / "run"
     words = [*long_run("pretrain", folder, shards), "--train.steps=1000000"]
-    options = ["--time=1", "--signal=B:USR1@40"]
+    options = ["--time=2", "--signal=B:USR1@100"]
     job = submit("slurm/pretrain.sbatch", *words, options=options)
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "the requeue", 150)
     cluster.call("scancel", job)
