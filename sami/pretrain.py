@@ -33,7 +33,7 @@ from sami.model import (
     pixel_target,
 )
 from sami.pictures import draw_reconstruction
-from sami.probe import probe
+from sami.probe import probe, require_labels
 from sami.sam_encoder import SAM_SHAPES
 from sami.teacher import (
     Teacher,
@@ -143,6 +143,10 @@ def train(cfg: PretrainConfig, run: Run) -> int:
         workers=max(1, cfg.data.workers),
     )
     steps = cfg.train.total_steps(order.steps_per_epoch)
+
+    if cfg.eval.probe and run.is_main:
+        require_labels(order.shards, "data.shards")
+        require_labels(held_out, "data.val_shards")
 
     # ---- What is trained
     encoder = build_encoder(cfg.encoder, cfg.data.image_size)

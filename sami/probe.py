@@ -20,7 +20,7 @@ from sami.core.errors import BadSample
 from sami.core.images import Normalise, cut, open_image, upright_size
 from sami.core.order import deal
 from sami.core.run import Run
-from sami.core.shards import PICTURE, RawSample, Shard, read_samples
+from sami.core.shards import FIELDS, PICTURE, RawSample, Shard, read_samples
 from sami.core.stream import make_loader
 from sami.data import centre_square
 from sami.encoder import Encoder
@@ -96,6 +96,19 @@ def read_label(sample: RawSample) -> int:
     return label
 
 
+def require_labels(shards: list[Shard], key: str) -> None:
+    """
+    Raises:
+        UserError: no sample in the shards has a label, by their indexes.
+    """
+    column = FIELDS.index("cls")
+    require(
+        any((shard.members().sizes[:, column] > 0).any() for shard in shards),
+        f"{key} hold no labelled picture (.cls), which k-NN and linear probe need; name others, or "
+        "do without (eval.probe 0)",
+    )
+
+
 def spread(shards: list[Shard], samples: int) -> np.ndarray:
     """Numbers of at most ``samples`` samples, evenly over the shards laid end to end."""
     total = sum(shard.count for shard in shards)
@@ -150,7 +163,7 @@ def linear_accuracy(
     bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, truth: torch.Tensor
 ) -> float:
     """The same with one linear layer on standardised features, trained on the bank (L-BFGS)."""
-    mean, std = bank.mean(0), bank.std(0).clamp(min=1e-6)
+    mean, std = bank.mean(0), bank.std(0, correction=0).clamp(min=1e-6)
     bank, queries = (bank - mean) / std, (queries - mean) / std
     classes = int(torch.cat([labels, truth]).max()) + 1
     layer = nn.Linear(bank.shape[1], classes, device=bank.device)
@@ -178,11 +191,7 @@ def compare(
         UserError: no labels.
     """
     for name, (_, labels) in (("training", bank), ("held-out", queries)):
-        require(
-            len(labels) > 0,
-            f"the {name} shards hold no labelled picture (.cls), which k-NN and linear probe "
-            "need; name others, or set eval.probe 0",
-        )
+        require(len(labels) > 0, f"the {name} shards hold no picture with a usable label (.cls)")
     return {"knn": knn_accuracy(*bank, *queries), "linear": linear_accuracy(*bank, *queries)}
 
 

@@ -43,6 +43,14 @@ def test_the_resolved_config_is_a_config(tmp_path):
     assert to_dict(config)["data"]["shards"] == ["a.tar", "b-{0..1}.tar"]
 
 
+def test_check_alone(tmp_path):
+    done = run(command([f"--run.dir={tmp_path / 'run'}", "--mask.ratio=2", "--check"]))
+    assert done.returncode == 2 and "mask.ratio 2.0 must be" in done.stderr
+    config = f"--config={ROOT / 'configs/pretrain/sami_ti.yaml'}"
+    done = run(command([config, f"--run.dir={tmp_path / 'run'}", "--check"]))
+    assert (done.returncode, done.stdout, (tmp_path / "run").exists()) == (0, "", False)
+
+
 def test_print_config(tmp_path):
     done = run(command(["--optim.lr", "0.5", "--print_config"]))
     assert done.returncode == 0

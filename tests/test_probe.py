@@ -122,7 +122,10 @@ def test_probes_while_pretraining(tmp_path, in_process):
     code, said = in_process(
         main, arguments(tmp_path / "other", "", **options | {"data.shards": bare})
     )
-    assert code == 2 and "the training shards hold no labelled picture (.cls)" in said
+    assert code == 2 and "data.shards hold no labelled picture (.cls)" in said
+    assert not list(tmp_path.glob("other/checkpoints/*"))  # said at once
+    one = arguments(tmp_path / "one", "", **options | {"eval.probe": 1, "train.steps": 2})
+    assert in_process(main, one)[0] == 0  # one neighbour, one class
     words = arguments(tmp_path / "run", "", **options)
     code, said = in_process(main, [*words, "--data.val_shards="])
     assert code == 2 and "eval.probe 100 needs data.val_shards" in said

@@ -162,6 +162,10 @@ def test_asked_to_stop_it_says_75_and_goes_on(shards, tmp_path, capsys):
         ({"settings": {"a": 1}}, ["list"], "settings is not what it should be"),
         ({"settings": {"a": {"pretrain": "Skip"}}}, ["list"], "pretrain can only be skip"),
         ({"paper": ["r2"]}, ["table"], "paper is not what it should be"),
+        ({}, ["list", "--set", "pretrain.mask.ratio=0.3"], "is what the sweep varies"),
+        ({"settings": {"a": {"pretrain.mask.ratio": 1}}}, ["list"], "mask.ratio is varied too"),
+        ({}, ["run", "0", "--set", "pretrain.train.steps=abc"], "train.steps must be an integer"),
+        ({}, ["run", "0", "--set", "pretrain.mask.ratio_=1"], "is not a known option"),
         ({"out": 3}, ["list"], "out is not what it should be"),
         ({"seeds": [[0]]}, ["table"], "seeds is not what it should be"),
         ({"stages": {"pretrain": {"entry": ["a"]}}}, ["list"], "stages.pretrain is not what"),
@@ -176,7 +180,7 @@ def test_bad_sweeps(shards, tmp_path, in_process, changes, words, says):
     assert code == 2 and says in said and said.count("\n") == 1
 
 
-def test_what_failed_says_why(shards, tmp_path, capsys):
+def test_what_failed_says_why(shards, tmp_path, capsys, in_process):
     """A run before it has a folder, and a program that has none of its own."""
     path = sweep(tmp_path, shards, vary={"pretrain.mask.ratio": [2, 0.5]}, seeds=[0])
     content = yaml.safe_load(Path(path).read_text())
@@ -185,13 +189,41 @@ def test_what_failed_says_why(shards, tmp_path, capsys):
     Path(path).write_text(yaml.safe_dump(content, sort_keys=False))
     (tmp_path / "out" / "mask.ratio-0.5_seed-0" / "slurm").mkdir(parents=True)
     assert main(["status", path]) == 0 and "2 missing" in capsys.readouterr().out
-    assert [main(["run", path, number]) for number in "01"] == [2, 2]
+    assert [in_process(main, ["run", path, number])[0] for number in "01"] == [2, 2]
     capsys.readouterr()
     assert main(["status", path]) == 0
     first, second, last = capsys.readouterr().out.splitlines()
-    assert "failed" in first and "pretrain: mask.ratio 2.0 must be" in first
+    assert "missing" in first  # refused before anything was begun
     assert "failed" in second and "judge: " in second and "pretrain/{0..1} does not" in second
-    assert last == "2 failed"
+    assert last == "1 missing, 1 failed"
+
+
+def test_a_first_attempt_that_trained_nothing_binds_nobody(shards, tmp_path, in_process):
+    path = sweep(tmp_path, shards, seeds=[0])
+    words = ["run", path, "0", "--set"]
+    code, said = in_process(main, [*words, "pretrain.data.shards=nowhere/*.tar"])
+    assert code == 2 and "nowhere" in said
+    assert in_process(main, [*words, "pretrain.train.steps=2"])[0] == 0
+    code, said = in_process(main, [*words, "pretrain.train.steps=3"])
+    assert code == 2 and "pretrain.set.train.steps 2 there, pretrain.set.train.steps 3" in said
+
+
+def test_two_settings_of_one_name(shards, tmp_path, in_process):
+    path = sweep(tmp_path, shards, vary={})
+    text = "settings:\n  a: {pretrain.mask.ratio: 0.5}\n  a: {pretrain.mask.ratio: 0.7}\n"
+    Path(path).write_text(Path(path).read_text() + text)
+    code, said = in_process(main, ["list", path])
+    assert code == 2 and "'a' stands twice in the map" in said and said.count("\n") == 1
+
+
+def test_measures_that_nothing_has_and_folders_that_are_none(shards, tmp_path, in_process):
+    path = sweep(tmp_path, shards, seeds=[0], measures={"r2": "pretrain.evaluation.r22"})
+    assert in_process(main, ["run", path, "0"])[0] == 0
+    code, said = in_process(main, ["table", path])
+    assert code == 0 and "is finished and has no evaluation.r22" in said
+    (tmp_path / "else" / "checkpoints").mkdir(parents=True)
+    code, said = in_process(main, ["status", path, "--out", str(tmp_path / "else")])
+    assert code == 2 and "holds no results yet" in said
 
 
 def test_many_begin_at_once(shards, tmp_path):
@@ -208,7 +240,7 @@ def test_results_are_not_mixed(shards, tmp_path, in_process):
     path = sweep(tmp_path, shards, seeds=[0])
     assert main(["run", path, "0"]) == 0
     code, said = in_process(main, ["run", path, "0", "--set", "pretrain.train.steps=4"])
-    assert code == 2 and "train.steps 3 there, train.steps 4 here" in said
+    assert code == 2 and "pretrain.set.train.steps 3 there, pretrain.set.train.steps 4 here" in said
     other = tmp_path / "other.yaml"
     other.write_text((tmp_path / "sweep.yaml").read_text())
     for words in (["table"], ["status"], ["list"], ["run", "0"]):
@@ -222,7 +254,7 @@ def test_results_are_not_mixed(shards, tmp_path, in_process):
         content["stages"]["pretrain"]["set"]["train.steps"] = 5
         (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
         code, said = in_process(main, [words[0], path, *words[1:]])
-        assert code == 2 and "train.steps 3 there, train.steps 5 here" in said
+        assert code == 2 and "train.steps 3 there, pretrain.set.train.steps 5 here" in said
     path = sweep(tmp_path, shards)
     (tmp_path / "small.yaml").write_text("# a comment\nencoder: {name: custom}\n")
     assert main(["table", path]) == 0

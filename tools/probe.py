@@ -21,7 +21,7 @@ from sami.core.config import require
 from sami.core.exits import run_entry
 from sami.core.shards import expand, open_sources
 from sami.encoder import load_encoder
-from sami.probe import compare, embed, spread
+from sami.probe import compare, embed, require_labels, spread
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,12 +52,19 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             sources = open_sources(expand(patterns, f"--{name}"), Path(folder), print)
             shards = [shard for source in sources for shard in source.shards]
+            require_labels(shards, f"--{name.replace('_', '-')}")
             numbers = spread(shards, args.samples)
             bf16 = args.precision == "bf16"
             features, labels = embed(encoder, shards, numbers, device, bf16, args.workers)
         found.append((features.to(device), labels.to(device)))
         counts.append(len(labels))
     result = compare(*found)
+    known = torch.isin(found[1][1], found[0][1]).sum().item()
+    if known < counts[1]:
+        print(
+            f"only {known} of {counts[1]} held-out pictures have a label that occurs among the "
+            "training pictures: the others cannot be found"
+        )
     print(
         f"{args.run}: k-NN {result['knn']:.1f} %, linear probe {result['linear']:.1f} % of "
         f"{counts[1]} held-out pictures, after {counts[0]} others"

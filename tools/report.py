@@ -58,7 +58,7 @@ class RunFolder:
         Raises:
             UserError: neither.
         """
-        self.path, self.name = path.absolute(), path.name
+        self.path, self.name = path.resolve(), path.name
         self.summary: dict[str, Any] = {}
         self.config: dict[str, Any] = {}
         self.metrics: list[dict[str, Any]] = []
@@ -77,9 +77,11 @@ class RunFolder:
             if (self.drawn / "evaluation.json").exists():
                 self.evaluation = json.loads((self.drawn / "evaluation.json").read_text())
         except (OSError, ValueError, AttributeError, IndexError, yaml.YAMLError) as error:
+            why = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise UserError(
-                f"{path} is not the folder of a run ({error}); name one with summary.json, "
-                "config.yaml and metrics.jsonl, or one of tools/evaluate.py"
+                f"{path} is not the folder of a run ({why}); name one with summary.json, "
+                "config.yaml and metrics.jsonl, or one of tools/evaluate.py; of a sweep, "
+                "NAME/*/STAGE"
             ) from error
 
     def column(self, name: str) -> tuple[list[int], list[float]]:
@@ -125,7 +127,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], caption: str = "")
         return f"<tr>{inner}</tr>"
 
     body = line(head, "th") + "".join(line(row, "td") for row in rows)
-    return f"<table><caption>{html.escape(caption)}</caption>{body}</table>"
+    above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table>{above}{body}</table>"
 
 
 def picture(data: bytes, text: str) -> str:

@@ -12,7 +12,7 @@ SWEEP is one of configs/sweeps/. --set changes every run, such as --set pretrain
 it is remembered and need not be said again. Results of other overrides, of another config or of a
 sweep file as it was before are refused, not mixed in; settings and seeds may be added.
 `run` leaves with the exit code of the stage that did not finish: 75 if it was asked to stop
-(SIGTERM, SIGUSR1, or a file OUT/RUN/stop); run it again.
+(SIGTERM, SIGUSR1, Ctrl-C, or a file OUT/RUN/stop); run it again.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -68,6 +68,18 @@ FORM: dict[str, Any] = {
 }
 STATE = "state.json"
 HELD = (errno.EACCES, errno.EAGAIN)
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which no name stands twice: the first one would vanish."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"'{twice}' stands twice in the map that begins in line {line}")
+        return super().construct_mapping(node, deep)
 
 
 @dataclass
@@ -107,7 +119,7 @@ class Sweep:
             UserError: it cannot be read, or is not what a sweep consists of.
         """
         try:
-            content = yaml.safe_load(path.read_text())
+            content = yaml.load(path.read_text(), Loader)
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             words = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise UserError(
@@ -149,12 +161,17 @@ class Sweep:
             require(bool(equals), f"--set {word} must be STAGE.GROUP.FIELD=VALUE")
             stage, field_name = self.split(key, "--set")
             require(bool(field_name), f"--set {word} must be STAGE.GROUP.FIELD=VALUE")
+            require(
+                key not in (content.get("vary") or {}),
+                f"--set {word}: {key} is what the sweep varies; change vary in {path}",
+            )
             self.stages[stage].set[field_name] = _value(value)
         for where in self.measures.values():
             self.split(where, "measures")
         self.vary = content.get("vary") or {}
         self.settings = self._settings(content.get("settings") or {"": {}})
         self.runs = self._runs()
+        self.unknown: set[str] = set()  # measures that nothing had
 
     def split(self, key: str, where: str) -> tuple[str, str]:
         """Stage and field of a key.
@@ -183,6 +200,8 @@ class Sweep:
                     isinstance(overrides or {}, dict),
                     f"{self.path}: settings.{name} must hold fields and values",
                 )
+                both = next((key for key in overrides or {} if key in varied), None)
+                require(both is None, f"{self.path}: settings.{name}: {both} is varied too")
                 found[whole] = {**(overrides or {}), **varied}
         return found
 
@@ -234,6 +253,22 @@ class Sweep:
                     f"python {stage.entry} {shown} shows them",
                 )
 
+    def check_values(self, run: Run, names: list[str]) -> None:
+        """
+        Args:
+            names: of the stages that are going to run.
+
+        Raises:
+            UserError: a stage would refuse its configuration. Said now, not after the stages
+                before it.
+        """
+        trained = [name for name in names if self.stages[name].config is not None]
+        with ThreadPoolExecutor() as pool:
+            commands = [[sys.executable, *self.command(run, name), "--check"] for name in trained]
+            for name, done in zip(trained, pool.map(_ask, commands), strict=True):
+                require(not done.returncode, f"{self.path}: {name}: {_last(done.stderr)}")
+        self.check_fields([name for name in names if name not in trained])
+
     # -- one run --------------------------------------------------------------------------------
 
     def folder(self, run: Run, stage: str = "") -> Path:
@@ -251,7 +286,7 @@ class Sweep:
         folders = {other: str(self.folder(run, other)) for other in self.stages}
 
         def fill(value: Any) -> str:
-            words = value if isinstance(value, str) else json.dumps(value)
+            words = _plain(value)
             for other, folder in folders.items():
                 words = words.replace(f"{{{other}}}", folder)
             return words
@@ -318,6 +353,14 @@ class Sweep:
                 f"{self.out} cannot be written ({error.strerror}); name another --out"
             ) from error
 
+    def _holds_results(self, folder: Path) -> bool:
+        """Whether a stage below has begun to learn, or has ended; a lock may be held meanwhile."""
+        found = [folder.rglob(f"{name}/checkpoints/step-*") for name in self.stages]
+        found += [folder.rglob(DONE), folder.rglob("lock")]
+        return any(
+            path.name != "lock" or _is_locked(path) for path in itertools.chain.from_iterable(found)
+        )
+
     def check_results(self) -> None:
         """
         Raises:
@@ -330,30 +373,39 @@ class Sweep:
             if (self.folder(run) / PLAN).exists():
                 self._same(self.folder(run) / PLAN, self.plan(run), "a run with other settings")
 
-    @staticmethod
-    def _same(file: Path, told: dict[str, Any], what: str, **more: Any) -> None:
+    def _same(self, file: Path, told: dict[str, Any], what: str, **more: Any) -> None:
         """Write what identifies a folder, and ``more``; or find the same there.
 
-        Of several tasks that start together one is first, and the others compare with it.
+        Of several tasks that start together one is first, and the others compare with it. What
+        was written where nothing was begun binds nobody.
         """
-        if not file.exists():
+
+        def put(how: Callable[[Path, Path], Any]) -> None:
             mine = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
             write_text(mine, json.dumps(told | more, indent=1) + "\n")
             try:
                 with contextlib.suppress(FileExistsError):
-                    os.link(mine, file)
+                    how(mine, file)
             except OSError:  # no links on this file system
                 mine.replace(file)
             mine.unlink(missing_ok=True)
+
+        if not file.exists():
+            put(os.link)
         there = {
             key: value for key, value in json.loads(file.read_text()).items() if key not in more
         }
         if there == told:
             return
+        if not self._holds_results(file.parent):
+            put(os.replace)
+            return
         before, now = set(_words(there)), set(_words(told))
-        old, new = min(before - now, default="less"), min(now - before, default="less")
+        old, new = min(before - now, default="nothing"), min(now - before, default="nothing")
+        keep = "; without --set it is as it was begun" if more.get("set") else ""
         raise UserError(
-            f"{file.parent} holds {what}: {old} there, {new} here; name another --out, or delete it"
+            f"{file.parent} holds {what}: {old} there, {new} here; name another --out, or delete "
+            f"it{keep}"
         )
 
     def state(self, run: Run) -> tuple[str, str]:
@@ -403,7 +455,8 @@ class Sweep:
     def run(self, run: Run, launch: list[str]) -> int:
         """All stages of a run that are not finished; the exit code of the last one."""
         left = [name for name, _ in self.stages_of(run) if not self.is_finished(run, name)]
-        self.check_fields(left[1:])  # the first one says so itself, now
+        if left and not (self.folder(run) / PLAN).exists():
+            self.check_values(run, left)
         self.claim(run)
         with _locked(self.folder(run)), _asked(self.folder(run) / "stop") as stop:
             for name, stage in self.stages_of(run):
@@ -460,6 +513,9 @@ class Sweep:
                 value = value[part]
             return None if value is None else float(value)
         except (OSError, ValueError, KeyError, StopIteration, TypeError):
+            if self.is_finished(run, stage) and where not in self.unknown:
+                self.unknown.add(where)
+                print(f"{folder} is finished and has no {path}", file=sys.stderr)
             return None
 
     def results(self) -> list[dict[str, Any]]:
@@ -497,6 +553,11 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kinds) and not (isinstance(value, bool) and kinds == (int,))
 
 
+def _plain(value: Any) -> str:
+    """A value as YAML has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _value(word: str) -> Any:
     """A value on a command line: YAML, and what is none, such as *.tar, as it is."""
     try:
@@ -505,13 +566,20 @@ def _value(word: str) -> Any:
         return word
 
 
+def _ask(words: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+def _last(words: str) -> str:
+    """The sentence that a program ended with."""
+    return (words.strip().splitlines() or ["no word"])[-1].removeprefix("error: ")
+
+
 @cache
 def _fields(entry: str, option: str) -> set[str]:
     """All options of an entry, as it tells them itself: group.field, or its own words."""
-    words = [sys.executable, ROOT / entry, option]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+    done = _ask([sys.executable, str(ROOT / entry), option])
+    require(not done.returncode, f"{entry}: {_last(done.stderr)}")
     if option == "--help":
         return set(re.findall(r"--([a-z][a-z-]*)", done.stdout))
     groups = yaml.safe_load(done.stdout)
@@ -525,19 +593,20 @@ def _digest(config: Path) -> str:
 
 
 def _words(told: Any, key: str = "") -> list[str]:
-    """Every value in nested dictionaries and lists, with the key that it stands under."""
+    """Every value in nested dictionaries and lists, with the keys that it stands under."""
     if isinstance(told, dict):
-        return [word for name, one in told.items() for word in _words(one, str(name))]
+        inner = [(f"{key}.{name}".strip("."), one) for name, one in told.items()]
+        return [word for name, one in inner for word in _words(one, name)]
     if isinstance(told, list):
-        return [word for one in told for word in _words(one)]
-    return [f"{key} {told}".strip()]
+        return [word for one in told for word in _words(one, key)]
+    return [f"{key} {told}".removeprefix("stages.")]
 
 
 @contextlib.contextmanager
 def _asked(stop: Path) -> Iterator[Path]:
     """Meanwhile a signal leaves a stop file; an old one is taken away."""
     stop.unlink(missing_ok=True)
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {n: signal.signal(n, lambda number, frame: stop.touch()) for n in numbers}
     try:
         yield stop
@@ -580,7 +649,7 @@ def _call(words: list[str], stop: Path, folder: Path | None) -> tuple[int, str]:
             elif stop.exists() and folder.is_dir():
                 (folder / "stop").touch()
     listener.join(5)
-    if folder is None and code == -signal.SIGTERM:
+    if folder is None and code != FINISHED and stop.exists():
         code = ASKED_TO_STOP
     return code, sentences[-1] if sentences else ""
 
@@ -613,7 +682,7 @@ def list_runs(sweep: Sweep) -> int:
     sweep.check_fields(list(sweep.stages))
     for number, run in enumerate(sweep.runs):
         words = [
-            f"{stage}.{key}={value}" if key else f"{stage}: not run"
+            f"{stage}.{key}={_plain(value)}" if key else f"{stage}: not run"
             for stage, overrides in run.overrides.items()
             for key, value in overrides.items()
         ]
@@ -622,7 +691,12 @@ def list_runs(sweep: Sweep) -> int:
 
 
 def show_status(sweep: Sweep) -> int:
-    if (sweep.out / SWEEP).exists():
+    names = {run.name for run in sweep.runs} | {SWEEP}
+    if (
+        (sweep.out / SWEEP).exists()
+        or sweep.out.is_dir()
+        and names.isdisjoint(os.listdir(sweep.out))
+    ):
         sweep.check_results()
     counts: dict[str, int] = {}
     for number, run in enumerate(sweep.runs):
@@ -663,6 +737,7 @@ def make_table(sweep: Sweep) -> int:
         table.add_row(*cells)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     lines = [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *body]]
+    lines = [f"{table.title}", "", *lines]
     write_text(sweep.out / "table.md", "\n".join(lines) + "\n")
     write_text(sweep.out / "table.json", json.dumps(rows, indent=1) + "\n")
     print(f"{sweep.out}/table.md and table.json")
@@ -690,11 +765,19 @@ def make_plot(sweep: Sweep) -> int:
             axes.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.5)
         means = [(place, one["mean"]) for place, one in zip(places, told, strict=True)]
         means = [pair for pair in means if pair[1] is not None]
-        axes.plot(*zip(*means, strict=True) if means else ([], []), color="tab:blue", label="ours")
+        style = "-" if numeric else "_"  # no line between names
+        xy = zip(*means, strict=True) if means else ([], [])
+        axes.plot(*xy, style, color="tab:blue", label="ours", markersize=16)
+        axes.margins(x=0.1)
         paper = [(place, one["paper"]) for place, one in zip(places, told, strict=True)]
         paper = [pair for pair in paper if pair[1] is not None]
         if paper:
-            axes.plot(*zip(*paper, strict=True), "s--", color="tab:grey", label="the paper's")
+            axes.plot(
+                *zip(*paper, strict=True),
+                "s--" if numeric else "s",
+                color="tab:grey",
+                label="the paper's",
+            )
             axes.legend()
         axes.set_ylabel(name)
         if numeric:

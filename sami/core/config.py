@@ -42,6 +42,8 @@ def load_config(config_class: type[Config], argv: Sequence[str] | None = None) -
     parser.add_argument("--config", action="config", help="YAML file; see configs/")
     parser.add_class_arguments(config_class, fail_untyped=True)
     arguments = _config_first(list(sys.argv[1:] if argv is None else argv))
+    only_check = "--check" in arguments
+    arguments = [word for word in arguments if word != "--check"]
     try:
         namespace = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -61,6 +63,8 @@ def load_config(config_class: type[Config], argv: Sequence[str] | None = None) -
     for group in (*groups.values(), config):
         if hasattr(group, "check"):
             group.check()
+    if only_check:
+        raise SystemExit(0)
     return config
 
 

@@ -266,13 +266,14 @@ def fill_slots(
         try:
             decoded = decode(sample, epoch, False)
         except BadSample as error:
-            report(str(error), sample.key)
+            first = str(error)
+            report(first, sample.key)
         distance = 0
         while decoded is None:
             if distance == MAX_BAD_IN_A_ROW:
                 raise UserError(
-                    f"{MAX_BAD_IN_A_ROW} samples in a row are unusable, the first is {sample.key}; "
-                    "look at data.shards: are its members pictures?"
+                    f"{MAX_BAD_IN_A_ROW} samples in a row are unusable, the first is {sample.key} "
+                    f"({first}); look at data.shards: does it hold what this run reads?"
                 )
             if distance == len(ahead):
                 ahead.append(next(samples))
