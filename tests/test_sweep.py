@@ -265,7 +265,7 @@ def test_results_are_not_mixed(shards, tmp_path, in_process):
     (tmp_path / "small.yaml").write_text("encoder: {name: custom}\n")
     path = sweep(tmp_path, shards, vary={}, settings={"mask.ratio 0.5": {}})
     code, said = in_process(main, ["table", path])
-    assert code == 2 and "holds a run with other settings: --mask.ratio=0.5 there" in said
+    assert code == 2 and "a run with other settings: pretrain --mask.ratio=0.5 there" in said
 
 
 def test_overrides_are_remembered(shards, tmp_path, capsys):
