@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from finetune.classify import ClassifyConfig
 from finetune.train import FinetuneConfig
 from sami.core.config import load_config
 from sami.encoder import load_encoder
@@ -343,6 +344,7 @@ def test_the_readme_says_what_works():
         for entry, kind in (
             ("sami/pretrain.py", PretrainConfig),
             ("finetune/train.py", FinetuneConfig),
+            ("finetune/classify.py", ClassifyConfig),
         ):
             if entry in words:
                 load_config(kind, words[words.index(entry) + 1 :])
@@ -358,7 +360,7 @@ def test_the_readme_says_what_works():
             known = set(re.findall(r"--[a-z-]+", text.stdout))
             own = words[words.index(scripts[0]) :]
             assert {word for word in own if word.startswith("--")} <= known, line
-    assert entries >= 4
+    assert entries >= 5
 
 
 def test_the_demo(tmp_path):
