@@ -34,6 +34,19 @@ def in_process(capsys):
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def eager_compile(monkeypatch) -> list[torch.nn.Module]:
+    """Modules are compiled by the backend that is quick; they are listed."""
+    compile_, compiled = torch.nn.Module.compile, []
+
+    def eager(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        compile_(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    return compiled
+
+
 @pytest.fixture(scope="session")
 def photos() -> str:
     """Pattern of the real photographs beside the project; skips where they are not."""

@@ -87,16 +87,8 @@ def test_stopped_it_goes_on_exactly(shards, tmp_path, in_process):
     assert numbers(again) != numbers(tmp_path / "whole")
 
 
-def test_compiled_it_goes_on_too(shards, tmp_path, in_process, monkeypatch):
-    """Weights and moving average keep their names; the eager backend is the quick one."""
-    compile_ = torch.nn.Module.compile
-    compiled = []
-
-    def eager(module):
-        compiled.append(module)
-        compile_(module, backend="eager")
-
-    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+def test_compiled_it_goes_on_too(shards, tmp_path, in_process, eager_compile):
+    """Weights and moving average keep their names."""
     options = {"train.compile": "true", "optim.ema": 0.9, "run.save_every": 5}
     assert in_process(main, words(tmp_path / "run", shards, **options))[0] == 0
     whole = numbers(tmp_path / "run")
@@ -104,7 +96,7 @@ def test_compiled_it_goes_on_too(shards, tmp_path, in_process, monkeypatch):
     shutil.rmtree(last)
     (tmp_path / "run" / "summary.json").unlink()
     assert in_process(main, words(tmp_path / "run", shards, **options))[0] == 0
-    assert numbers(tmp_path / "run") == whole and len(compiled) == 2
+    assert numbers(tmp_path / "run") == whole and len(eager_compile) == 2
     assert in_process(main, words(tmp_path / "plain", shards, **{"optim.ema": 0.9}))[0] == 0
     for ours, plain in zip(whole, numbers(tmp_path / "plain"), strict=True):
         assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5)

@@ -203,7 +203,15 @@ def test_a_first_attempt_that_trained_nothing_binds_nobody(shards, tmp_path, in_
     words = ["run", path, "0", "--set"]
     code, said = in_process(main, [*words, "pretrain.data.shards=nowhere/*.tar"])
     assert code == 2 and "nowhere" in said
+    # Another attempt is checked as the first one was, and looking changes nothing.
+    code, said = in_process(main, [*words, "pretrain.train.steps=abc"])
+    assert code == 2 and "train.steps must be an integer" in said
+    stored = (tmp_path / "out" / "sweep.json").read_text()
+    assert in_process(main, ["table", path, "--set", "pretrain.train.steps=2"])[0] == 2
+    assert (tmp_path / "out" / "sweep.json").read_text() == stored
     assert in_process(main, [*words, "pretrain.train.steps=2"])[0] == 0
+    # What is finished binds, also when its checkpoints were thrown away.
+    shutil.rmtree(next((tmp_path / "out").glob("*/pretrain/checkpoints")))
     code, said = in_process(main, [*words, "pretrain.train.steps=3"])
     assert code == 2 and "pretrain.set.train.steps 2 there, pretrain.set.train.steps 3" in said
 

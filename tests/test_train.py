@@ -1,6 +1,7 @@
 """Stage 2 as it is run: it learns, is killed and goes on, with one process and with two."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -100,6 +101,23 @@ def test_killed_and_stopped_it_goes_on_bit_for_bit(shards, tmp_path):
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
     files = [tmp_path / name / "model.safetensors" for name in ("cut", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_compiled_it_goes_on_too(shards, tmp_path, call, eager_compile):
+    """Weights and moving average keep their names, in checkpoints and in the exported file."""
+    options = {"train.compile": "true", "optim.ema": 0.9, "train.steps": 4}
+    assert call(arguments(tmp_path / "run", shards, **options))[0] == 0
+    whole = numbers(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-4")
+    (tmp_path / "run" / "summary.json").unlink()
+    assert call(arguments(tmp_path / "run", shards, **options))[0] == 0
+    assert numbers(tmp_path / "run") == whole and len(eager_compile) == 2
+    plain = options | {"train.compile": "false"}
+    assert call(arguments(tmp_path / "plain", shards, **plain))[0] == 0
+    for ours, other in zip(whole, numbers(tmp_path / "plain"), strict=True):
+        assert ours["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    states = [load_model(tmp_path / name).state_dict() for name in ("run", "plain")]
+    assert states[0].keys() == states[1].keys()
 
 
 def test_accumulation_gives_the_losses_of_one_large_batch(shards, tmp_path, call):

@@ -32,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -53,7 +53,7 @@ from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, run_entry
 ROOT = Path(__file__).parents[1]
 SKIP = "skip"
 CODES = (FINISHED, USER_ERROR, ASKED_TO_STOP)
-PLAN, SWEEP, DONE = "plan.json", "sweep.json", "done.json"
+PLAN, SWEEP, DONE, STATE = "plan.json", "sweep.json", "done.json", "state.json"
 BEFORE = "results of the sweep as it was before"
 # What a sweep file holds; {str: x} and [x] of anything many.
 SCALAR = (str, int, float, bool, type(None))
@@ -66,8 +66,7 @@ FORM: dict[str, Any] = {
     "measures": {str: str},
     "paper": {str: {str: (int, float, type(None))}},
 }
-STATE = "state.json"
-HELD = (errno.EACCES, errno.EAGAIN)
+HELD = (errno.EACCES, errno.EAGAIN)  # of a lock that another process has
 
 
 class Loader(yaml.SafeLoader):
@@ -338,28 +337,22 @@ class Sweep:
         return told
 
     def claim(self, run: Run) -> None:
-        """Make the folders this sweep's, and this run's.
+        """Make the folders this sweep's, and this run's; a first attempt that trained nothing goes.
 
         Raises:
             UserError: they hold another sweep, or a run with another plan.
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._same(self.out / SWEEP, self.identity(), BEFORE, set=self.more)
+            self._bind(self.out / SWEEP, self.identity() | {"set": self.more})
+            self._check(self.out / SWEEP, self.identity())
             self.folder(run).mkdir(exist_ok=True)
-            self._same(self.folder(run) / PLAN, self.plan(run), "a run with other settings")
+            self._bind(self.folder(run) / PLAN, self.plan(run))
         except OSError as error:
             raise UserError(
                 f"{self.out} cannot be written ({error.strerror}); name another --out"
             ) from error
-
-    def _holds_results(self, folder: Path) -> bool:
-        """Whether a stage below has begun to learn, or has ended; a lock may be held meanwhile."""
-        found = [folder.rglob(f"{name}/checkpoints/step-*") for name in self.stages]
-        found += [folder.rglob(DONE), folder.rglob("lock")]
-        return any(
-            path.name != "lock" or _is_locked(path) for path in itertools.chain.from_iterable(found)
-        )
+        self._check(self.folder(run) / PLAN, self.plan(run))
 
     def check_results(self) -> None:
         """
@@ -368,44 +361,55 @@ class Sweep:
         """
         file = self.out / SWEEP
         require(file.exists(), f"{self.out} holds no results yet; run one of the sweep's runs")
-        self._same(file, self.identity(), BEFORE, set=self.more)
+        self._check(file, self.identity())
         for run in self.runs:
             if (self.folder(run) / PLAN).exists():
-                self._same(self.folder(run) / PLAN, self.plan(run), "a run with other settings")
+                self._check(self.folder(run) / PLAN, self.plan(run))
 
-    def _same(self, file: Path, told: dict[str, Any], what: str, **more: Any) -> None:
-        """Write what identifies a folder, and ``more``; or find the same there.
+    def _bind(self, file: Path, told: dict[str, Any]) -> None:
+        """Write what identifies a folder, unless it is there and something was begun under it.
 
-        Of several tasks that start together one is first, and the others compare with it. What
-        was written where nothing was begun binds nobody.
+        Of several tasks that start together one is first; the others find its file.
         """
-
-        def put(how: Callable[[Path, Path], Any]) -> None:
-            mine = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
-            write_text(mine, json.dumps(told | more, indent=1) + "\n")
-            try:
-                with contextlib.suppress(FileExistsError):
-                    how(mine, file)
-            except OSError:  # no links on this file system
-                mine.replace(file)
-            mine.unlink(missing_ok=True)
-
-        if not file.exists():
-            put(os.link)
-        there = {
-            key: value for key, value in json.loads(file.read_text()).items() if key not in more
-        }
-        if there == told:
+        replaces = file.exists()
+        if replaces and self._holds_results(file.parent):
             return
-        if not self._holds_results(file.parent):
-            put(os.replace)
+        mine = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
+        write_text(mine, json.dumps(told, indent=1) + "\n")
+        try:
+            with contextlib.suppress(FileExistsError):
+                (os.replace if replaces else os.link)(mine, file)
+        except OSError:  # no links on this file system
+            mine.replace(file)
+        mine.unlink(missing_ok=True)
+
+    def _holds_results(self, folder: Path) -> bool:
+        """Whether a stage below runs, has begun to learn, or has ended."""
+        runs = (
+            [folder] if (folder / PLAN).exists() else [p.parent for p in folder.glob(f"*/{PLAN}")]
+        )
+        return any(
+            _is_locked(run / "lock")
+            or any(run.glob(f"*/{DONE}"))
+            or any(run.glob("*/checkpoints/step-*"))
+            or any(_read(file).get("status") == "finished" for file in run.glob("*/summary.json"))
+            for run in runs
+        )
+
+    def _check(self, file: Path, told: dict[str, Any]) -> None:
+        """
+        Raises:
+            UserError: the folder's file says otherwise.
+        """
+        there = {key: value for key, value in _read(file).items() if key != "set"}
+        if there == told:
             return
         before, now = set(_words(there)), set(_words(told))
         old, new = min(before - now, default="nothing"), min(now - before, default="nothing")
-        keep = "; without --set it is as it was begun" if more.get("set") else ""
+        what = BEFORE if file.name == SWEEP else "a run with other settings"
         raise UserError(
             f"{file.parent} holds {what}: {old} there, {new} here; name another --out, or delete "
-            f"it{keep}"
+            "it" + "; without --set it is as it was begun" * bool(self.more)
         )
 
     def state(self, run: Run) -> tuple[str, str]:
@@ -435,17 +439,11 @@ class Sweep:
 
     def last(self, run: Run) -> dict[str, Any]:
         """The stage that was started last, the code it left with, and its own sentence."""
-        try:
-            return json.loads((self.folder(run) / STATE).read_text())
-        except (OSError, ValueError):
-            return {}
+        return _read(self.folder(run) / STATE)
 
     def summary(self, run: Run, name: str) -> dict[str, Any]:
         """What a training run says of itself; empty where it has not begun."""
-        try:
-            return json.loads((self.folder(run, name) / "summary.json").read_text())
-        except (OSError, ValueError):
-            return {}
+        return _read(self.folder(run, name) / "summary.json")
 
     def is_finished(self, run: Run, name: str) -> bool:
         if self.stages[name].config is None:
@@ -455,7 +453,7 @@ class Sweep:
     def run(self, run: Run, launch: list[str]) -> int:
         """All stages of a run that are not finished; the exit code of the last one."""
         left = [name for name, _ in self.stages_of(run) if not self.is_finished(run, name)]
-        if left and not (self.folder(run) / PLAN).exists():
+        if left and _read(self.folder(run) / PLAN) != self.plan(run):
             self.check_values(run, left)
         self.claim(run)
         with _locked(self.folder(run)), _asked(self.folder(run) / "stop") as stop:
@@ -564,6 +562,14 @@ def _value(word: str) -> Any:
         return yaml.safe_load(word)
     except yaml.YAMLError:
         return word
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON file of ours; empty where there is none, or none that is whole."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _ask(words: list[str]) -> subprocess.CompletedProcess:

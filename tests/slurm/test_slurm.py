@@ -161,6 +161,27 @@ def test_a_real_time_limit(cluster, submit, shards, tmp_path):
     assert "summary.json: interrupted, exit code 75" in log_of(folder, job)
 
 
+def test_what_does_not_answer_in_time(cluster, submit, tmp_path):
+    """Requeued as it is before the limit; not if it has finished nothing, for it would not end."""
+    deaf = tmp_path / "deaf.sbatch"
+    deaf.write_text(
+        "#!/usr/bin/env bash\n#SBATCH --requeue\n#SBATCH --open-mode=append\n"
+        'source "$SLURM_SUBMIT_DIR/slurm/lib.sh"\nlog_to "$1"\nsleep 600 &\nask_when_told $!\n'
+        'sleep 1\n[ -z "$2" ] || mkdir -p "$1/checkpoints/$2-$SLURM_RESTART_COUNT"\nawait $pid\n'
+    )
+    options = ["--time=1", "--signal=B:USR1@50"]
+    jobs = {
+        name: submit(deaf, tmp_path / name, step, options=options)
+        for name, step in (("some", "step"), ("none", ""))
+    }
+    cluster.wait(lambda: cluster.job(jobs["some"])["Restarts"] == "1", "the requeue", 120)
+    assert "it has not stopped in time" in log_of(tmp_path / "some", jobs["some"])
+    words = "nothing was finished since this start"
+    cluster.wait(lambda: words in log_of(tmp_path / "none", jobs["none"]), words, 60)
+    assert cluster.job(jobs["none"])["Restarts"] == "0"
+    cluster.call("scancel", *jobs.values())
+
+
 def test_killed_it_is_told_and_submitted_again(cluster, submit, shards, references, tmp_path):
     """Not requeued: what was killed, as for its memory, might be killed for ever."""
     folder = tmp_path / "run"
