@@ -1,4 +1,4 @@
-"""ImageNet finetuning's parts: timm's ViT on a pretrained encoder, timm's augmentation and rates.
+"""ImageNet finetuning's parts: timm's ViT on a pretrained encoder, timm's augmentation.
 
 EfficientSAM, section 4.1 "Downstream Tasks", and MAE's recipe (arXiv 2111.06377, table 9) where it
 is silent.
@@ -7,16 +7,16 @@ is silent.
 import random
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import AugmentOp, posterize
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from sami.core.config import require
@@ -131,6 +131,7 @@ class Labelled:
             re_mode="pixel",
             **common,
         )
+        _guard_posterize(self.augmented)
         self.plain = create_transform(data.image_size, crop_pct=224 / 256, **common)
 
     def decode(self, sample: RawSample, epoch: int, stand_in: bool) -> tuple:
@@ -167,6 +168,27 @@ class Labelled:
     def collate(self, items: list[tuple]) -> LabelledBatch:
         keys, images, labels = zip(*items, strict=True)
         return LabelledBatch(torch.stack(images), torch.tensor(labels), list(keys))
+
+
+def _guard_posterize(transform: Any) -> None:
+    """Let the magnitude at which timm keeps no bit of a picture give black, as it did.
+
+    "PosterizeIncreasing" keeps 4 to 0 bits; Pillow 13 refuses 0 with a ValueError, and Pillow
+    before gave black, which is what timm's recipes were trained with.
+    """
+    if isinstance(transform, AugmentOp):
+        if transform.aug_fn is posterize:
+            transform.aug_fn = _posterize
+    elif isinstance(transform, (list, tuple)):
+        for one in transform:
+            _guard_posterize(one)
+    else:
+        for name in ("transforms", "ops", "policy"):  # Compose; RandAugment, AugMix; AutoAugment
+            _guard_posterize(getattr(transform, name, ()))
+
+
+def _posterize(image: Image.Image, bits: int, **rest: Any) -> Image.Image:
+    return posterize(image, bits, **rest) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def build_classifier(
@@ -221,27 +243,6 @@ def build_groups(model: VisionTransformer, optim: OptimConfig) -> torch.optim.Ad
     groups = [{"lr_scale": 1.0, **group} for group in groups]
     groups.sort(key=lambda group: -group["lr_scale"])  # the first one's rate is the one recorded
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
-
-
-class Rate:
-    """timm's cosine with linear warm-up, by optimizer step."""
-
-    def __init__(self, optim: OptimConfig, steps: int, batch_size: int) -> None:
-        self.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        peak = optim.lr * batch_size / optim.base_batch
-        self.optimizer.param_groups[0]["lr"] = peak
-        warmup = round(optim.warmup * steps) if optim.warmup < 1 else int(optim.warmup)
-        self.schedule = CosineLRScheduler(
-            self.optimizer,
-            t_initial=max(1, steps - warmup),
-            warmup_t=warmup,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-
-    def __call__(self, step: int, steps: int) -> float:
-        self.schedule.step_update(step)
-        return self.optimizer.param_groups[0]["lr"]
 
 
 class Classification(nn.Module):

@@ -19,7 +19,6 @@ from finetune.classification import (
     DataConfig,
     Labelled,
     LabelledBatch,
-    Rate,
     build_classifier,
     build_groups,
 )
@@ -27,7 +26,7 @@ from sami.core.checkpoint import write_weights
 from sami.core.config import load_config, require, to_dict
 from sami.core.errors import BadSample
 from sami.core.exits import FINISHED, run_entry
-from sami.core.optim import OptimConfig, TrainConfig, poison
+from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Layout, Order, deal
 from sami.core.run import Run, RunConfig, is_due
 from sami.core.shards import Shard, fingerprint, read_range
@@ -95,10 +94,6 @@ class ClassifyConfig:
             f"encoder.name {self.encoder.name} is no classifier; choose vit_ti, vit_s, vit_b or "
             "custom",
         )
-        require(
-            self.optim.schedule == "cosine",
-            f"optim.schedule {self.optim.schedule}: timm's cosine is what this entry has",
-        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,7 +141,6 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
         cfg.train,
         run,
         optimizer=build_groups(model, cfg.optim),
-        rate=Rate(cfg.optim, steps, cfg.train.batch_size),
     )
     samples = Labelled(cfg.data, cfg.augment, cfg.run.seed)
     facts = {
@@ -171,6 +165,8 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
         f"{order.samples} pictures of {cfg.data.classes} classes, {order.steps_per_epoch} steps "
         f"an epoch, {steps} steps, now at {step}"
     )
+    if words := unfinished_warmup(cfg.optim, steps, cfg.train.batch_size):
+        run.say(words)
     if cfg.train.compiles(run.device):
         model.compile()  # in place: its weights keep their names
     wrapped = run.accelerator.prepare(objective)
@@ -193,7 +189,7 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
                 losses = wrapped(batch.images, batch.labels)
                 run.accelerator.backward(poison(losses["loss"]) / layout.micro_batches_per_step)
             state.window.add("loss", losses["loss"])
-        state.update()
+        state.update(step)
         step += 1
 
         # ---- What is due after it

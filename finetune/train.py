@@ -22,7 +22,7 @@ from finetune.sam import Sam
 from sami.core.checkpoint import write_weights
 from sami.core.config import load_config, require, to_dict
 from sami.core.exits import FINISHED, run_entry
-from sami.core.optim import OptimConfig, TrainConfig, poison
+from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Layout, Order
 from sami.core.run import Run, RunConfig, is_due
 from sami.core.shards import Shard, fingerprint
@@ -176,7 +176,7 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
                 run.accelerator.backward(poison(losses["loss"]) / layout.micro_batches_per_step)
             for name, value in losses.items():
                 state.window.add(name, value)
-        state.update()
+        state.update(step)
         step += 1
 
         # ---- What is due after it
@@ -243,6 +243,8 @@ def announce(
     )
     if steps < (cfg.train.steps or steps):
         run.say(f"train.epochs {cfg.train.epochs} end it before train.steps {cfg.train.steps}")
+    if words := unfinished_warmup(cfg.optim, steps, cfg.train.batch_size):
+        run.say(words)
     run.say(
         f"{run.processes} process(es) on {run.device.type}, {'bf16' if run.bf16 else 'fp32'}, "
         f"batch {cfg.train.batch_size} = {run.processes} x {layout.micro_batch_size} x "

@@ -23,11 +23,11 @@ def main() -> None:
     kind = sys.argv.pop(1)
     update, calls = State.update, []
 
-    def spoilt(state: State) -> None:
+    def spoilt(state: State, step: int) -> None:
         calls.append(1)
         if len(calls) == 5:
             fail(kind)
-        update(state)
+        update(state, step)
 
     if os.environ["RANK"] != "0":
         State.update = spoilt

@@ -18,6 +18,7 @@ from sami.core.optim import (
     learning_rate,
     parameter_groups,
     poison,
+    unfinished_warmup,
 )
 from sami.encoder import EncoderConfig, build_encoder
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
@@ -69,6 +70,16 @@ def test_stage_twos_schedule():
     expected = [4e-4 * (k + 1) / 250 for k in range(250)]
     expected += [4e-4 * (1000 - k) / 1000 for k in range(1000)]
     np.testing.assert_allclose(rates, expected, rtol=1e-12)
+
+
+def test_a_run_that_ends_inside_its_warmup_is_told():
+    config = OptimConfig(lr=4e-4, base_batch=128, warmup=250, schedule="linear")
+    told = unfinished_warmup(config, 20, 64)
+    assert "20 steps end inside the warm-up of 250" in told and "rises to 1.6e-05 of 0.0002" in told
+    assert "rises to 0.0004 of 0.0004" in unfinished_warmup(config, 250, 128)
+    assert unfinished_warmup(config, 251, 128) is None
+    for steps in range(1, 60):
+        assert unfinished_warmup(OptimConfig(warmup=0.1), steps, 64) is None
 
 
 def test_layer_decay_and_embeddings():
@@ -128,7 +139,7 @@ def test_an_update_left_out_changes_no_bit(value, clip):
         if spoil:
             model[0].weight.grad[1, 2] = value
         _, skipped = guarded_step(optimizer, clip)
-        ema.update(skipped)
+        ema.update(100 + seed, skipped)
         guard.count(skipped)
 
     def everything():
@@ -184,21 +195,36 @@ def test_a_bad_loss_poisons_every_gradient_and_a_good_one_none():
 
 
 def test_moving_average():
+    """Its decay rises: 1/10, 2/11, 3/12, then the 0.26 that is asked for."""
     model, optimizer, _ = problem()
-    ema = Ema(model, 0.75)
+    ema = Ema(model, 0.26)
     expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-    for seed in range(3):
-        give_gradients(model, seed)
+    for step, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 0.26, 0.26)):
+        give_gradients(model, step)
         _, skipped = guarded_step(optimizer, 0.0)
-        ema.update(skipped)
+        ema.update(step, skipped)
         for name, parameter in model.named_parameters():
-            expected[name] = 0.75 * expected[name] + 0.25 * parameter.detach().double()
+            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
     weights = copy.deepcopy(model.state_dict())
     ema.swap()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
     ema.swap()
     assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
+
+
+def test_a_short_run_does_not_export_its_initial_weights():
+    """With 0.9999 from the start they would have a weight of 0.9999^1000 = 0.90."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    ema = Ema(model, 0.9999)
+    nn.init.zeros_(model.weight)
+    for step in range(1000):
+        ema.update(step, torch.zeros(()))
+    assert ema.average["weight"].item() < 1e-6
+    assert ema.decay_at(10**6) == 0.9999
+    once = Ema(nn.Linear(1, 1), 0.5)
+    assert [once.decay_at(step) for step in (0, 7, 8, 9)] == [0.1, 8 / 17, 0.5, 0.5]
 
 
 def test_guard_survives_a_checkpoint():

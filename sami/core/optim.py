@@ -21,14 +21,14 @@ class OptimConfig:
         lr: peak learning rate at a batch of base_batch; scaled linearly to train.batch_size.
         base_batch: the batch size that lr is for.
         betas: of AdamW.
-        weight_decay: none on norms, biases and tokens.
+        weight_decay: none on norms, biases and tokens (docs/method.md: MAE decayed its tokens).
         schedule: what follows the warm-up, down to 0 at the run's end.
         warmup: share of the steps with a linearly rising rate, 0.1 is the paper's 40 of 400 epochs;
             from 1 on it is their number.
         layer_decay: each block's rate is so many times that of the block above; 1 for none.
         clip: largest norm of the gradient; 0 for no clipping.
-        ema: decay of an exponential moving average of the weights, which is then what is
-            evaluated and exported; 0 for none.
+        ema: largest decay of an exponential moving average of the weights, which is then what is
+            evaluated and exported; it rises to that as (1 + step) / (10 + step). 0 for none.
     """
 
     lr: float = 2.4e-3
@@ -137,6 +137,25 @@ class TrainConfig:
         return micro
 
 
+def warmup_steps(config: OptimConfig, steps: int) -> int:
+    """Updates of the warm-up in a run of ``steps``."""
+    return round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+
+
+def unfinished_warmup(config: OptimConfig, steps: int, batch_size: int) -> str | None:
+    """What to tell of a run that ends inside its warm-up; None if it does not."""
+    warmup = warmup_steps(config, steps)
+    if steps > warmup:
+        return None
+    peak = config.lr * batch_size / config.base_batch
+    reached = learning_rate(config, steps - 1, steps, batch_size)
+    return (
+        f"the run's {steps} steps end inside the warm-up of {warmup} (optim.warmup): the learning "
+        f"rate rises to {reached:.2g} of {peak:.2g} and never falls; give a share of the steps, "
+        "such as --optim.warmup 0.1, or more steps"
+    )
+
+
 def learning_rate(config: OptimConfig, step: int, steps: int, batch_size: int) -> float:
     """The rate of the update that takes ``step`` to ``step + 1`` in a run of ``steps``.
 
@@ -145,7 +164,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int, batch_size: int) -
     run.
     """
     peak = config.lr * batch_size / config.base_batch
-    warmup = round(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+    warmup = warmup_steps(config, steps)
     if step < warmup:
         return peak * (step + 1) / warmup
     if config.schedule == "linear":
@@ -196,9 +215,15 @@ def build_optimizer(
 
 
 class Ema:
-    """Exponential moving average of a model's trainable parameters."""
+    """Exponential moving average of a model's trainable parameters.
+
+    Its decay rises with the step, as TensorFlow's ``ExponentialMovingAverage`` has it with
+    ``num_updates``: an average with 0.9999 from the first update on would still hold 90 % of the
+    initial weights after 1,000 updates; so it holds none that counts.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        """``decay``: the largest, which a long run reaches."""
         self.decay = decay
         self.model = model
         self.average = {
@@ -207,11 +232,15 @@ class Ema:
             if parameter.requires_grad
         }
 
+    def decay_at(self, step: int) -> float:
+        """The decay in the update that takes ``step`` to ``step + 1``."""
+        return min(self.decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
-    def update(self, skipped: torch.Tensor) -> None:
+    def update(self, step: int, skipped: torch.Tensor) -> None:
         """Move towards the weights; bit-unchanged where ``skipped`` (a tensor) is 1."""
         parameters = dict(self.model.named_parameters())
-        weight = (1 - self.decay) * (1 - skipped)
+        weight = (1 - self.decay_at(step)) * (1 - skipped)
         for name, average in self.average.items():
             average.lerp_(parameters[name], weight.to(average.dtype))
 

@@ -46,20 +46,15 @@ class State:
         run: Run,
         height: Callable[[str], int] = lambda name: 0,
         optimizer: torch.optim.AdamW | None = None,
-        rate: Callable[[int, int], float] | None = None,
     ) -> None:
         """
         Args:
             model: on its device, not yet wrapped.
             height: for the layer decay, see :func:`parameter_groups`.
             optimizer: fused, with ``lr_scale`` in its groups; built from ``optim`` if None.
-            rate: from step and steps to the learning rate; :func:`learning_rate` if None.
         """
         self.optim, self.train, self.run, self.model = optim, train, run, model
         self.optimizer = optimizer or build_optimizer(model, optim, height)
-        self.rate = rate or (
-            lambda step, steps: learning_rate(optim, step, steps, train.batch_size)
-        )
         self.ema = Ema(model, optim.ema) if optim.ema else None
         self.window, self.guard, self.clock = Window(run.device), Guard(run.device), Clock()
         self.bad = BadSamples()  # of this rank
@@ -69,18 +64,21 @@ class State:
     def begin_step(self, step: int, steps: int) -> None:
         """Learning rate of the step, no gradients."""
         self.clock.start()
-        rate = self.rate(step, steps)
+        rate = learning_rate(self.optim, step, steps, self.train.batch_size)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
 
-    def update(self) -> None:
-        """Clip and step, unless a gradient is not finite; nothing here waits for the device."""
+    def update(self, step: int) -> None:
+        """Clip and take ``step`` to ``step + 1``, unless a gradient is not finite.
+
+        Nothing here waits for the device.
+        """
         norm, skipped = guarded_step(self.optimizer, self.optim.clip)
         self.window.add("grad_norm", norm)
         self.guard.count(skipped)
         if self.ema is not None:
-            self.ema.update(skipped)
+            self.ema.update(step, skipped)
         self.clock.steps += 1
 
     def note_bad(self, bad: list[tuple[str, str]]) -> None:
