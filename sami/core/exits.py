@@ -1,13 +1,13 @@
 """How a process leaves: exit codes, and one sentence for what the user can mend."""
 
 import errno
-import os
 import sys
 from collections.abc import Callable
 
 import torch
 
 from sami.core.errors import UserError
+from sami.core.launcher import is_said, say_last
 
 FINISHED, USER_ERROR, ASKED_TO_STOP = 0, 2, 75
 
@@ -20,12 +20,12 @@ def run_entry(main: Callable[[], int]) -> int:
         return 130
     except Exception as error:
         sentence = user_error(error)
+        if sentence is None and isinstance(error, RuntimeError) and is_said():
+            return USER_ERROR  # its connection broke because another process failed
         if sentence is None:
             raise
-        rank = os.environ.get("RANK", "0")
-        words = ("" if rank == "0" else f"rank {rank}: ") + "error: " + str(sentence)
         sys.stdout.flush()
-        print(" ".join(words.split()), file=sys.stderr, flush=True)
+        say_last(f"error: {' '.join(str(sentence).split())}")
         return USER_ERROR
 
 
