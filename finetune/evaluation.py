@@ -8,7 +8,7 @@ that the model itself thinks best, and the oracle, the best of three against the
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -117,6 +117,16 @@ class Judged:
     boxes: torch.Tensor
     clicks: torch.Tensor
     centres: torch.Tensor
+
+    def head(self, count: int) -> "Judged":
+        """The same with its first objects alone."""
+        return replace(
+            self,
+            ends=self.ends[:count],
+            boxes=self.boxes[:count],
+            clicks=self.clicks[:, :count],
+            centres=self.centres[:count],
+        )
 
     def prompts(self, prompting: Prompting) -> tuple[torch.Tensor, torch.Tensor]:
         """Points [K, P, 2] and labels [K, P]; of ``centre`` the first click alone."""
@@ -285,7 +295,7 @@ def score(
     for prompting in promptings:
         found = []
         for part in _parts(len(judged.ends), DECODED_AT_ONCE):
-            logits, best = _decode(model, embedding, judged, prompting, part)
+            logits, best, *_ = _decode(model, embedding, judged, prompting, part)
             for inner in _parts(len(logits), step):
                 ends = judged.ends[part][inner]
                 truth = torch.stack([torch.from_numpy(paint(e, height, width)) for e in ends])
@@ -305,18 +315,23 @@ def score(
 @torch.no_grad()
 def masks_of(
     model: Sam, judged: Judged, device: torch.device, prompting: Prompting
-) -> torch.Tensor:
-    """The masks that the model thinks best, of all objects, bool [K, H, W] on the CPU."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The masks that the model thinks best, and what it was asked, on the CPU.
+
+    Returns:
+        bool [K, H, W]; points [K, P, 2] in pixels of the picture, with labels [K, P].
+    """
     embedding = model.get_image_embeddings(judged.image.to(device)[None])
-    logits, best = _decode(model, embedding, judged, prompting, slice(None))
+    logits, best, points, labels = _decode(model, embedding, judged, prompting, slice(None))
     chosen = logits.take_along_dim(best[:, None, None, None], 1)
-    return torch.cat([_at_full_size(model, c[None], judged.size)[0].cpu() for c in chosen])
+    masks = torch.cat([_at_full_size(model, c[None], judged.size)[0].cpu() for c in chosen])
+    return masks, points.cpu(), labels.cpu()
 
 
 def _decode(
     model: Sam, embedding: torch.Tensor, judged: Judged, prompting: Prompting, part: slice
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """All four masks' logits [K, 4, 4h, 4w], and the number [K] of the one thought best.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All four masks' logits [K, 4, 4h, 4w], the number [K] of the one thought best, the prompts.
 
     Of ``centre`` with several clicks: after the last one. SAM's own decoder is given the mask of
     the click before; EfficientSAM, which knows no background, only clicks where it missed.
@@ -328,7 +343,7 @@ def _decode(
         earlier = logits.take_along_dim(best[:, None, None, None], 1)[None, :, 0]
         earlier = earlier if model.takes_background else None
         logits, best = _ask(model, embedding, judged.size, points, labels, earlier)
-    return logits, best
+    return logits, best, points, labels
 
 
 def _ask(

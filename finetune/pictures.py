@@ -1,4 +1,4 @@
-"""Pictures for a person: what was to be found, and what a box and a click found."""
+"""Pictures for a person: what was to be found, and what each prompt found."""
 
 from pathlib import Path
 
@@ -6,42 +6,122 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from scipy.ndimage import binary_dilation, binary_erosion
 
 from finetune.evaluation import PROMPTINGS, Judged, Prompting, masks_of, paint
+from finetune.losses import mask_iou
+from finetune.prompt_encoder import BACKGROUND, FOREGROUND, TOP_LEFT
 from finetune.sam import Sam
 from sami.core.images import resize_array
+from sami.core.plots import OBJECTS, ink_on, object_colour, save_png
 
-SIDE = 320  # pixels of a tile's longer side
+SIDE = 560  # pixels of a panel's longer side
+COLUMNS, GAP, STRIP, HEAD, DPI = 3, 12, 26, 64, 100  # panels in a row; pixels
+MOST = len(OBJECTS)  # objects of a picture: more would share their colours
+OUTLINE = 2  # pixels
 SHOWN = PROMPTINGS[:2]  # box and one click
+KEY = (
+    "Each prompt has its mask's colour: dashed box, star (a click in the object), cross (a click "
+    "beside it). At it: the object's number, and its mask's IoU; empty: the mask has no pixel."
+)
 
 
 def draw_masks(
-    path: Path, model: Sam, pictures: list[Judged], device: torch.device, title: str
+    path: Path,
+    model: Sam,
+    pictures: list[Judged],
+    device: torch.device,
+    title: str,
+    promptings: tuple[Prompting, ...] = SHOWN,
 ) -> None:
-    """A row for each picture: true masks, then the masks by box and by one click, with prompts."""
-    columns = ("true", *(prompting.name for prompting in SHOWN))
-    figure = Figure(figsize=(3.2 * len(columns), 3.0 * len(pictures)), layout="constrained")
+    """Write a PNG: of each picture the true masks, and the masks by each kind of prompt."""
+    save_png(figure_of(model, pictures, device, title, promptings), path, DPI)
+
+
+def figure_of(
+    model: Sam,
+    pictures: list[Judged],
+    device: torch.device,
+    title: str,
+    promptings: tuple[Prompting, ...] = SHOWN,
+) -> Figure:
+    """What :func:`draw_masks` writes; a panel's pixels are pixels of the PNG."""
+    columns = min(COLUMNS, 1 + len(promptings))
+    rows = -(-(1 + len(promptings)) // columns)
+    sizes = [_panel(judged.size) for judged in pictures]
+    width = columns * (SIDE + GAP) + GAP
+    height = HEAD + sum(rows * (size[0] + STRIP + GAP) for size in sizes)
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(pictures), len(columns), squeeze=False)
-    for row, judged in zip(axes, pictures, strict=True):
-        height, width = judged.size
-        frame = model.shape.frame(height, width)
-        image = judged.image[:, : frame[0], : frame[1]].permute(1, 2, 0).numpy()
-        scale = SIDE / max(height, width)
-        size = max(1, round(height * scale)), max(1, round(width * scale))
-        image = resize_array(image, *size)
-        truth = torch.from_numpy(np.stack([paint(ends, height, width) for ends in judged.ends]))
-        found = [masks_of(model, judged, device, prompting) for prompting in SHOWN]
-        for number, (axis, masks) in enumerate(zip(row, [truth, *found], strict=True)):
-            axis.imshow(overlay(image, shrink(masks, size)))
-            axis.set_axis_off()
-            axis.set_title(columns[number], fontsize=9)
-            if number:
-                _draw_prompts(axis, judged, SHOWN[number - 1], scale)
-                axis.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
-    figure.suptitle(title)
-    figure.savefig(path, dpi=80)
+    figure.text(GAP / width, 1 - 14 / height, title, fontsize=13, va="center")
+    figure.text(GAP / width, 1 - 40 / height, KEY, fontsize=9, va="center", wrap=True)
+    top = HEAD
+    for judged, size in zip(pictures, sizes, strict=True):
+        axes = []
+        for place in range(1 + len(promptings)):
+            row, column = divmod(place, columns)
+            left = GAP + column * (SIDE + GAP)
+            bottom = height - top - row * (size[0] + STRIP + GAP) - STRIP - size[0]
+            place = (left / width, bottom / height, size[1] / width, size[0] / height)
+            axes.append(figure.add_axes(place))
+        _draw_picture(axes, model, judged, size, device, promptings)
+        top += rows * (size[0] + STRIP + GAP)
+    return figure
+
+
+def _panel(size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a picture's panel."""
+    height, width = (max(1, round(side * SIDE / max(size))) for side in size)
+    return height, width
+
+
+def _draw_picture(
+    axes: list[Axes],
+    model: Sam,
+    judged: Judged,
+    size: tuple[int, int],
+    device: torch.device,
+    promptings: tuple[Prompting, ...],
+) -> None:
+    """Fill a picture's panels: the truth, and then each kind of prompt."""
+    frame = model.shape.frame(*judged.size)
+    image = judged.image[:, : frame[0], : frame[1]].permute(1, 2, 0).numpy()
+    image = resize_array(image, *size)
+    objects, judged = len(judged.ends), judged.head(MOST)
+    count = len(judged.ends)
+    truth = torch.from_numpy(np.stack([paint(ends, *judged.size) for ends in judged.ends]))
+    told = f"{count} of {objects} masks" if count < objects else f"{objects} masks"
+    _show(axes[0], image, shrink(truth, size), f"{judged.key}: {told}, as annotated")
+    taken: list[tuple[float, ...]] = []
+    for number, point in enumerate(judged.prompts(Prompting("random", 1))[0][:, 0]):
+        _label(axes[0], number, f"{number + 1}", _on_panel(point, judged.size, size), taken)
+    for axis, prompting in zip(axes[1:], promptings, strict=True):
+        masks, points, labels = masks_of(model, judged, device, prompting)
+        iou = mask_iou(masks, truth).tolist()
+        title = f"by {prompting.name}: mean IoU {100 * sum(iou) / count:.1f} %"
+        _show(axis, image, shrink(masks, size), title)
+        taken = []
+        for number, (place, kinds) in enumerate(zip(points, labels, strict=True)):
+            empty = not masks[number].any()
+            text = f"{number + 1}: " + ("empty" if empty else f"{100 * iou[number]:.0f} %")
+            place = _on_panel(place, judged.size, size)
+            _draw_prompt(axis, number, place, kinds)
+            _label(axis, number, text, place[0], taken)
+
+
+def _show(axis: Axes, image: np.ndarray, masks: np.ndarray, title: str) -> None:
+    axis.imshow(overlay(image, masks), interpolation="nearest", aspect="auto")
+    axis.set_axis_off()
+    axis.set_title(title, fontsize=11, loc="left", pad=4)
+    axis.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
+
+
+def _on_panel(points: torch.Tensor, full: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Pixels x, y of the picture as pixels of its panel: a pixel's middle on a pixel's middle."""
+    scale = np.array([size[1] / full[1], size[0] / full[0]])
+    return (points.numpy() + 0.5) * scale - 0.5
 
 
 def shrink(masks: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
@@ -54,19 +134,67 @@ def shrink(masks: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """uint8 [h, w, 3] with bool masks [K, h, w] in colours, large ones below."""
+    """uint8 [h, w, 3] with bool masks [K, h, w]: tinted, outlined in full colour, large ones below.
+
+    Around an outline lies a black line, so that it is seen on a ground of its own colour.
+    """
     result = image.astype(float)
-    colours = np.random.default_rng(0).uniform(60, 255, (len(masks), 3))
     for number in np.argsort(-masks.sum((1, 2)), kind="stable"):
-        result[masks[number]] = 0.45 * result[masks[number]] + 0.55 * colours[number]
+        mask, colour = masks[number], np.multiply(to_rgb(object_colour(number)), 255)
+        result[mask] = 0.6 * result[mask] + 0.4 * colour
+        result[mask & ~binary_erosion(mask, iterations=OUTLINE)] = colour
+        result[binary_dilation(mask) & ~mask] = 0
     return result.round().astype(np.uint8)
 
 
-def _draw_prompts(axis: Axes, judged: Judged, prompting: Prompting, scale: float) -> None:
-    for points, labels in zip(*judged.prompts(prompting), strict=True):
-        used = (points * scale).numpy()
-        if (labels == 2).any():
-            (x0, y0), (x1, y1) = used
-            axis.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], "w-", linewidth=0.6)
-        else:
-            axis.plot(used[:, 0], used[:, 1], "w*", markersize=4)
+def _draw_prompt(axis: Axes, number: int, points: np.ndarray, labels: torch.Tensor) -> None:
+    """A box as two corners, or clicks; [P, 2] and [P]. Padding is not drawn."""
+    colour = object_colour(number)
+    if (labels == TOP_LEFT).any():
+        (x0, y0), (x1, y1) = points[:2]
+        xs, ys = [x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0]
+        axis.plot(xs, ys, color="white", linewidth=3)
+        axis.plot(xs, ys, color=colour, linewidth=2, linestyle=(0, (5, 2)))
+        return
+    for label, marker, side in ((FOREGROUND, "*", 15), (BACKGROUND, "X", 10)):
+        xs, ys = points[(labels == label).numpy()].T
+        edge = {"markeredgecolor": "white", "markeredgewidth": 1.2}
+        axis.plot(xs, ys, marker, color=colour, markersize=side, **edge)
+
+
+def _label(
+    axis: Axes, number: int, text: str, place: np.ndarray, taken: list[tuple[float, ...]]
+) -> None:
+    """A text on the object's colour beside a place, where no earlier one stands if there is room.
+
+    Args:
+        taken: left, top, right and bottom of the texts before; this one's is added.
+    """
+    wide, high = 8 + 6.5 * len(text), 17
+    most_x, most_y = axis.get_xlim()[1] - wide, axis.get_ylim()[0] - high
+    found = []
+    for distance in range(0, 160, 6):
+        for x, y in ((9, -9), (9, 9), (-9, -9), (-9, 9), (0, -12), (0, 12)):
+            right, down = x + np.sign(x) * distance, y + np.sign(y) * distance
+            left = place[0] + right - wide * (x < 0) - wide / 2 * (x == 0)
+            up = place[1] + down - high * (y < 0)
+            left, up = min(max(left, 0), most_x), min(max(up, 0), most_y)
+            found.append((left, up, left + wide, up + high))
+    free = [
+        one
+        for one in found
+        if all(one[2] <= o[0] or o[2] <= one[0] or one[3] <= o[1] or o[3] <= one[1] for o in taken)
+    ]
+    left, up, right, down = (free or found)[0]
+    taken.append((left, up, right, down))
+    colour = object_colour(number)
+    axis.text(
+        (left + right) / 2,
+        (up + down) / 2,
+        text,
+        color=ink_on(colour),
+        fontsize=8,
+        ha="center",
+        va="center",
+        bbox={"facecolor": colour, "edgecolor": "white", "linewidth": 0.8, "pad": 2},
+    )

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from finetune.evaluation import (
@@ -18,9 +20,12 @@ from finetune.evaluation import (
     score,
 )
 from finetune.losses import mask_iou
-from finetune.pictures import draw_masks, overlay, shrink
+from finetune.pictures import MOST, SIDE, draw_masks, figure_of, overlay, shrink
+from finetune.prompt_encoder import BACKGROUND, FOREGROUND, PADDING
 from finetune.rle import decode_counts
 from finetune.sam import ModelShape, Sam
+from sami.core.images import resize_array
+from sami.core.plots import OBJECTS
 from sami.image_encoder import ImageEncoderShape
 from tests.runs import ROOT, opened
 from tests.test_data_stage2 import HEIGHT, WIDTH, discs, raw
@@ -206,17 +211,109 @@ def test_pictures_in_fixed_order_without_bad_ones(tmp_path):
     assert any(not torch.equal(a.clicks, b.clicks) for a, b in zip(found, other, strict=True))
 
 
-def test_overlays(tmp_path):
+def lab(colour):
+    """CIE L*a*b* of an sRGB colour, in which distances are about as large as they look."""
+    rgb = np.array(to_rgb(colour))
+    rgb = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = np.cbrt(np.array(to_xyz) @ rgb / [0.9505, 1, 1.089])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_colours_of_objects_are_saturated_and_distinct():
+    assert len(set(OBJECTS)) == MOST == 12
+    for number, colour in enumerate(OBJECTS):
+        red, green, blue = to_rgb(colour)
+        assert 1 - min(red, green, blue) / max(red, green, blue) > 0.75
+        for other in OBJECTS[:number]:  # 2.3 is just noticeable
+            assert np.linalg.norm(lab(colour) - lab(other)) > 30
+
+
+def test_masks_are_tinted_and_outlined():
+    """Small ones on large ones, each outline whole, in its colour, on a ground of that colour."""
+    masks = np.zeros((3, 60, 80), bool)
+    masks[1, 5:55, 5:75], masks[0, 20:30, 20:30], masks[2, 59, 79] = True, True, True
+    colours = [np.round(np.multiply(to_rgb(OBJECTS[n]), 255)) for n in range(3)]
+    grey = np.full((60, 80, 3), 100, np.uint8)
+    shown = overlay(grey, masks)
+    assert (shown[masks[2]] == colours[2]).all()  # one pixel is seen
+    for number, (top, left, bottom, right) in enumerate([(20, 20, 30, 30), (5, 5, 55, 75)]):
+        for row, column in ((top, left), (bottom - 1, right - 1), (top + 1, left + 5)):
+            assert np.array_equal(shown[row, column], colours[number])
+        assert (shown[top - 1, left + 2] == 0).all()  # a black line around it
+    assert np.array_equal(shown[25, 25], np.round(0.6 * shown[15, 15] + 0.4 * colours[0]))
+    assert np.array_equal(shown[15, 15], np.round(60 + 0.4 * colours[1]))
+    assert (shown[0, 0] == 100).all()
+    same = overlay(np.tile(colours[0].astype(np.uint8), (60, 80, 1)), masks[:1])
+    assert (same[19, 20:30] == 0).all()
+
+
+def test_pictures_of_masks(tmp_path, monkeypatch):
+    """Titles, IoU beside each prompt, empty masks, colours and places."""
+    masks = list(discs(14, seed=1))
+    promptings = (Prompting("box"), Prompting("random", 2), Prompting("centre", 3))
+    (judged,) = Pictures(Given([raw(masks)]), SHAPE, promptings)
+    truth = torch.from_numpy(np.stack([paint(e, HEIGHT, WIDTH) for e in judged.ends[:MOST]]))
+    found = truth.roll(3, 2)
+    found[0] = False
+
+    def answer(model, of, device, prompting):
+        points, labels = of.prompts(prompting)
+        if prompting.kind == "centre":  # a click beside the object, and one that was not needed
+            points = torch.cat([points, points * 0, points * 0], 1)
+            labels = torch.tensor([[FOREGROUND, BACKGROUND, PADDING]]).expand(len(points), -1)
+        return found, points, labels
+
+    monkeypatch.setattr("finetune.pictures.masks_of", answer)
+    figure = figure_of(Sam(SHAPE), [judged], CPU, "title", promptings)
+    whole, box, two, centre = figure.axes
+    assert whole.get_title("left") == f"{judged.key}: 12 of 14 masks, as annotated"
+    iou = [(f & t).sum() / (f | t).sum() for f, t in zip(found.numpy(), truth.numpy(), strict=True)]
+    assert box.get_title("left") == f"by box: mean IoU {100 * np.mean(iou):.1f} %"
+    assert two.get_title("left").startswith("by 2 clicks: ")
+    expected = ["1: empty"] + [f"{n + 2}: {100 * one:.0f} %" for n, one in enumerate(iou[1:])]
+    scale = box.get_images()[0].get_array().shape[0] / HEIGHT
+    assert max(box.get_images()[0].get_array().shape[:2]) == SIDE >= 480
+    for axis in (box, two, centre):
+        assert [text.get_text() for text in axis.texts] == expected
+        for number, text in enumerate(axis.texts):
+            assert text.get_bbox_patch().get_facecolor()[:3] == to_rgb(OBJECTS[number])
+    assert [text.get_text() for text in whole.texts] == [str(n + 1) for n in range(12)]
+    for number in range(12):
+        rectangle = box.lines[2 * number + 1]  # on a white one
+        assert to_rgb(rectangle.get_color()) == to_rgb(OBJECTS[number])
+        corners = (judged.boxes[number].view(2, 2).numpy() + 0.5) * scale - 0.5
+        assert np.allclose(np.ptp(rectangle.get_xydata(), 0), np.ptp(corners, 0))
+        stars, crosses = two.lines[2 * number : 2 * number + 2]
+        clicks = (judged.clicks[0, number, :2].numpy() + 0.5) * scale - 0.5
+        assert np.allclose(stars.get_xydata(), clicks) and not len(crosses.get_xydata())
+        stars, crosses = centre.lines[2 * number : 2 * number + 2]
+        assert len(stars.get_xydata()) == len(crosses.get_xydata()) == 1
+        assert stars.get_marker() != crosses.get_marker()
+        assert to_rgb(stars.get_color()) == to_rgb(crosses.get_color()) == to_rgb(OBJECTS[number])
+    draw_masks(tmp_path / "a.png", Sam(SHAPE), [judged] * 2, CPU, "title", promptings)
+    with Image.open(tmp_path / "a.png") as drawn:
+        told, pixels = overlay(*_shown(judged, truth)), np.asarray(drawn.convert("RGB"))
+    # A panel's pixels are the file's.
+    top, left = 64 + 26, 12
+    panel = pixels[top : top + told.shape[0], left : left + told.shape[1]]
+    assert (panel == told).all(-1).mean() > 0.8  # but for the labels
+
+
+def _shown(judged, truth):
+    size = round(HEIGHT * SIDE / WIDTH), SIDE
+    frame = SHAPE.frame(HEIGHT, WIDTH)
+    image = judged.image[:, : frame[0], : frame[1]].permute(1, 2, 0).numpy()
+    return resize_array(image, *size), shrink(truth, size)
+
+
+def test_masks_of_a_model_and_what_it_was_asked():
     torch.manual_seed(0)
     model, masks = Sam(SHAPE).eval(), list(discs(3))
-    (judged,) = Pictures(Given([raw(masks)]), SHAPE)
-    assert masks_of(model, judged, CPU, Prompting("box")).shape == (3, HEIGHT, WIDTH)
-    draw_masks(tmp_path / "a.png", model, [judged], CPU, "title")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    grey = np.full((HEIGHT, WIDTH, 3), 100, np.uint8)
-    shown = overlay(grey, np.stack(masks))
-    changed = (shown != grey).any(-1)
-    assert np.array_equal(changed, np.stack(masks).any(0))
+    (judged,) = Pictures(Given([raw(masks)]), SHAPE, (Prompting("centre", 2),))
+    found, points, labels = masks_of(model, judged, CPU, Prompting("centre", 2))
+    assert found.shape == (3, HEIGHT, WIDTH) and points.shape == (3, 2, 2)
+    assert torch.equal(points[:, 0], judged.centres) and (labels[:, 0] == FOREGROUND).all()
     assert np.array_equal(shrink(torch.from_numpy(np.stack(masks)), (HEIGHT, WIDTH)), masks)
 
 

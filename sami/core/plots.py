@@ -1,0 +1,104 @@
+"""How every figure looks: colours of objects, of lines, axes, and a PNG that is there or is not."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+# Of objects over a photograph: saturated, and neighbours differ in lightness too, which helps those
+# who do not tell hues apart.
+OBJECTS = (
+    "#f5182d",
+    "#00b3ff",
+    "#ffd500",
+    "#b23cff",
+    "#00d060",
+    "#ff8000",
+    "#0038d0",
+    "#ff3ddb",
+    "#00e5d0",
+    "#b30047",
+    "#a6f000",
+    "#00707a",
+)
+# Of lines on white: Okabe and Ito's, which the colour-blind can tell apart, without its yellow.
+LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9")
+MARKERS = "osD^vPX"
+
+
+def object_colour(number: int) -> str:
+    """The colour of a picture's object, the same in all its panels."""
+    return OBJECTS[number % len(OBJECTS)]
+
+
+def line_style(number: int) -> dict[str, str]:
+    """Colour, marker and dashes of a line: 7 x 7 x 4 of them differ."""
+    turn = number // len(LINES)
+    return {
+        "color": LINES[number % len(LINES)],
+        "marker": MARKERS[(number + turn) % len(MARKERS)],
+        "linestyle": ("-", "--", "-.", ":")[turn % 4],
+    }
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever is read on a colour."""
+    return "black" if np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) > 0.5 else "white"
+
+
+def integer_steps(axis: Axes) -> None:
+    """Ticks of the horizontal axis at whole numbers, 20,000 and not 2e4."""
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def widen(axis: Axes, least: float, low: float | None = None, high: float | None = None) -> None:
+    """Make the vertical axis span ``least`` at least, so that noise does not fill it.
+
+    Args:
+        low, high: what a value cannot pass; the axis ends there.
+    """
+    bottom, top = axis.get_ylim()
+    missing = max(0.0, least - (top - bottom)) / 2
+    bottom, top = bottom - missing, top + missing
+    if low is not None and bottom < low:
+        bottom, top = low, max(top, low + least)
+    if high is not None and top > high:
+        bottom, top = min(bottom, high - least), high
+    axis.set_ylim(bottom, top)
+
+
+def logarithmic(axis: Axes, least: float = 2.0) -> None:
+    """A logarithmic vertical axis over a factor of ``least`` at least, with plain numbers."""
+    axis.set_yscale("log")
+    bottom, top = axis.get_ylim()
+    missing = max(1.0, least / (top / bottom)) ** 0.5
+    axis.set_ylim(bottom / missing, top * missing)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def legend_below(figure: Figure, handles: Iterable, names: list[str], columns: int) -> None:
+    """One legend for all axes, under them."""
+    if names:
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches that needs no display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_png(figure: Figure, path: Path, dpi: int = 100) -> None:
+    """Write a PNG aside and rename it: a half-written one is never met."""
+    temporary = path.with_name(f".{path.name}.writing")
+    figure.savefig(temporary, dpi=dpi, format="png")
+    temporary.replace(path)
