@@ -14,12 +14,20 @@ fail() { echo "error: $*" >&2; exit 2; }
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "submit this with sbatch; without SLURM run accelerate launch yourself"
 cd "$SLURM_SUBMIT_DIR" || exit 2
-[ -f sami/pretrain.py ] || fail "$PWD is not the project's folder; submit from there"
 SITE=${SAMI_SITE:-slurm/site.env}
 [ -f "$SITE" ] || fail "$SITE does not exist; cp slurm/site.env.example slurm/site.env and edit it"
 # shellcheck disable=SC1090
 source "$SITE"
 sami_setup || fail "sami_setup in $SITE failed"
+[ -f sami/pretrain.py ] || python -c 'import sami.core.shipped' 2>/dev/null ||
+  fail "$PWD is not the project's folder, and sami is not installed; submit from there or install it"
+
+# A file of the project by its name, in this folder or in the installed package.
+shipped() {
+  if [ -e "$1" ]; then echo "$1"; else
+    python -c 'import sys; from sami.core.shipped import shipped; print(shipped(sys.argv[1]))' "$1"
+  fi
+}
 
 # The job's output goes to slurm/ in a folder, one file per job and task, restarts behind each other.
 log_to() {
@@ -121,7 +129,7 @@ address_of() {
 launcher() {
   local each=${SAMI_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} config=gpu
   [ $(($1 * each)) -eq 1 ] || config=gpu_8
-  echo "accelerate launch --config_file configs/accelerate/$config.yaml --num_machines $1" \
+  echo "accelerate launch --config_file $(shipped configs/accelerate/$config.yaml) --num_machines $1" \
     "--num_processes $(($1 * each)) --main_process_port ${SAMI_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 }
 
@@ -141,6 +149,7 @@ launch() {
 # Train: start, pass requests to stop on, and decide how the job ends.
 train() {
   local run code status exit_code words
+  set -- "$(shipped "$1")" "${@:2}"
   run=$(run_folder "$@") || fail "the command line above is not right: $*"
   log_to "$run"
   [ "$(told "$run")" != "running None" ] ||

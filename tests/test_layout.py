@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -71,6 +72,18 @@ def test_no_module_hides_another():
         for path in (ROOT / top).glob("*"):
             if path.stem != "__init__" and path.stem != "__pycache__":
                 assert path.stem not in taken | {top}, f"{path} hides a module"
+
+
+def test_the_wheel_has_every_package():
+    """The list in pyproject.toml is by hand, because of what a wheel has as data."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        module_name(path)
+        for top in ("sami", "finetune")
+        for path in (ROOT / top).rglob("__init__.py")
+    }
+    data = {f"sami.share.{name}": name for name in ("configs", "tools", "slurm")}
+    assert set(told["packages"]) == found | data.keys() and told["package-dir"] == data
 
 
 def test_importing_does_nothing(monkeypatch):

@@ -31,8 +31,8 @@ from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
+from sami.core.shipped import shipped
 
-ROOT = Path(__file__).parents[1]
 INITS = ("sami", "mae", "random")
 LONG = "random, SAMI's time"
 MEASURES = ("box", "1 click", "3 clicks")
@@ -68,7 +68,7 @@ class Chain:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with log.open("w") as file:
             done = subprocess.run(
-                [sys.executable, str(ROOT / script), *words],
+                [sys.executable, str(shipped(script)), *words],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -94,7 +94,7 @@ class Chain:
             f"data.val_shards={self.args.val}",
             *more,
         ]
-        return ["--config", str(ROOT / "configs" / config), *(f"--{word}" for word in options)]
+        return ["--config", str(shipped(f"configs/{config}")), *(f"--{word}" for word in options)]
 
     def pretraining(self, init: str) -> tuple:
         """A student's pretraining, for :meth:`together`."""
@@ -268,7 +268,7 @@ def main() -> int:
         require(getattr(args, name) > 0, f"--{name} {getattr(args, name)} must be positive")
     args.inits = [init for init in INITS if init in args.inits]
     for file in (f"finetune/{args.config}_teacher", f"pretrain/{args.config}"):
-        path = ROOT / "configs" / f"{file}.yaml"
+        path = shipped(f"configs/{file}.yaml")
         require(path.exists(), f"--config {args.config}: there is no {path}")
 
     chain = Chain(args)

@@ -32,6 +32,7 @@ from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
 from sami.core.shards import expand, is_url, open_sources
+from sami.core.shipped import find, shipped
 from sami.data import visible_count
 from sami.encoder import EncoderConfig, build_encoder
 from sami.features import DTYPES, Cache
@@ -40,7 +41,6 @@ from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
 from sami.sam_encoder import NECK_CHANNELS, PATCH_SIZE, SamEncoder
 from sami.teacher import TeacherConfig
 
-ROOT = Path(__file__).parents[1]
 # Dense bf16 (V100: fp16) TFLOP/s with fp32 accumulation, from the makers' data sheets.
 CARDS = {
     "V100": 125,
@@ -106,7 +106,7 @@ def resolve(config: Path, options: list[str]) -> tuple[str, dict[str, Any]]:
     first = {"teacher", "mask", "target"} & set(groups)
     entry = "sami/pretrain.py" if first else "finetune/train.py"
     done = subprocess.run(
-        [sys.executable, ROOT / entry, "--config", config, *options, "--print_config"],
+        [sys.executable, shipped(entry), "--config", config, *options, "--print_config"],
         capture_output=True,
         text=True,
     )
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     require(
         args.pictures is None or args.pictures > 0, f"--pictures {args.pictures} must be positive"
     )
-    stage, config = resolve(args.config, options)
+    stage, config = resolve(find(args.config), options)
     parts = find_parts(stage, config)
 
     train = config["train"]

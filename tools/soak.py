@@ -26,8 +26,8 @@ from pathlib import Path
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
+from sami.core.shipped import shipped
 
-ROOT = Path(__file__).parents[1]
 CLOCK = {"images_per_second", "data_wait", "seconds_per_step"}
 COUNTED = ("status", "exit_code", "steps", "loss", "bad_samples", "bad_sample_keys")
 STEPS_PER_KILL = 12
@@ -35,10 +35,10 @@ STEPS_PER_KILL = 12
 
 def draw_shards(folder: Path) -> str:
     """Five shards of 251 scenes of which every thirtieth is cut in half; returns their pattern."""
-    words = ["tools/make_toy_shards.py", folder / "whole", "--pictures", "251", "--shards", "5"]
+    tool = shipped("tools/make_toy_shards.py")
+    words = [tool, folder / "whole", "--pictures", "251", "--shards", "5"]
     subprocess.run(
         [sys.executable, *map(str, words), "--size", "64x80"],
-        cwd=ROOT,
         check=True,
         stdout=subprocess.DEVNULL,
     )
@@ -80,7 +80,7 @@ def command(args: argparse.Namespace, folder: Path, shards: str, steps: int) -> 
         "train.batch_size": 8,
     }
     words = [
-        str(ROOT / "sami/pretrain.py"),
+        str(shipped("sami/pretrain.py")),
         *(f"--{key}={value}" for key, value in options.items()),
     ]
     if args.processes == 1:
@@ -89,7 +89,7 @@ def command(args: argparse.Namespace, folder: Path, shards: str, steps: int) -> 
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(args.processes)]
-    config = str(ROOT / "configs/accelerate/cpu_2.yaml")
+    config = str(shipped("configs/accelerate/cpu_2.yaml"))
     more = ["--config_file", config, "--main_process_port", port]
     return [sys.executable, *launcher, *more, *words]
 
@@ -108,9 +108,7 @@ def kill_once(words: list[str], folder: Path, rng: random.Random, log: Path) -> 
     """Start the run, kill it at a random moment; returns where that fell, None if it had ended."""
     before = step_of(folder)
     with log.open("a") as file:
-        process = subprocess.Popen(
-            words, stdout=file, stderr=file, start_new_session=True, cwd=ROOT
-        )
+        process = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
     kind = rng.choices(["start", "training", "saving"], [1, 4, 2])[0]
     if kind == "start":
         time.sleep(rng.uniform(0.5, 4))
@@ -146,7 +144,7 @@ def outcome(folder: Path) -> dict[str, object]:
 
 def finish(words: list[str], log: Path) -> None:
     with log.open("a") as file:
-        done = subprocess.run(words, stdout=file, stderr=file, cwd=ROOT)
+        done = subprocess.run(words, stdout=file, stderr=file)
     if done.returncode != 0:
         raise UserError(f"a run ended with {done.returncode}; see {log}")
 

@@ -49,8 +49,8 @@ from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, run_entry
+from sami.core.shipped import HOME, find, shipped, short
 
-ROOT = Path(__file__).parents[1]
 SKIP = "skip"
 CODES = (FINISHED, USER_ERROR, ASKED_TO_STOP)
 PLAN, SWEEP, DONE, STATE = "plan.json", "sweep.json", "done.json", "state.json"
@@ -135,7 +135,7 @@ class Sweep:
                 f"{path}: {key} is not what it should be; see docs/sweeps.md",
             )
         self.path, self.name = path, path.stem
-        self.out = out or ROOT / (content.get("out") or f"runs/sweeps/{path.stem}")
+        self.out = out or HOME / (content.get("out") or f"runs/sweeps/{path.stem}")
         self.seeds, self.measures = content["seeds"], content["measures"]
         self.paper = content.get("paper") or {}
         try:
@@ -151,7 +151,7 @@ class Sweep:
             )
             for file in (stage.entry, stage.config):
                 require(
-                    file is None or (ROOT / file).is_file(),
+                    file is None or shipped(file).is_file(),
                     f"{path}: stages.{name}: there is no {file}",
                 )
         self.more = more or self._stored().get("set", [])
@@ -295,17 +295,17 @@ class Sweep:
             words = [*stage.words]
             for key, value in options.items():
                 words += [f"--{key}", *(value if isinstance(value, list) else [value])]
-            return [str(ROOT / stage.entry), *map(fill, words)]
+            return [str(shipped(stage.entry)), *map(fill, words)]
         options |= {"run.dir": folders[name], "run.seed": run.seed}
         words = [f"--{key}={fill(value)}" for key, value in options.items()]
-        return [str(ROOT / stage.entry), "--config", str(ROOT / stage.config), *words]
+        return [str(shipped(stage.entry)), "--config", str(shipped(stage.config)), *words]
 
     def plan(self, run: Run) -> dict[str, Any]:
         """What a run consists of, wherever its folder is."""
         told = {}
         for name, _ in self.stages_of(run):
             words = [word.replace(str(self.out), "OUT") for word in self.command(run, name)]
-            told[name] = [word.replace(f"{ROOT}/", "") for word in words]
+            told[name] = [short(word) for word in words]
         return told
 
     def identity(self) -> dict[str, Any]:
@@ -316,7 +316,7 @@ class Sweep:
         stages = {name: asdict(stage) for name, stage in self.stages.items()}
         for stage in stages.values():
             if stage["config"]:
-                stage["config"] += f", which sets {_digest(ROOT / stage['config'])}"
+                stage["config"] += f", which sets {_digest(shipped(stage['config']))}"
         return {"sweep": self.name, "stages": stages}
 
     def _stored(self) -> dict[str, Any]:
@@ -584,7 +584,7 @@ def _last(words: str) -> str:
 @cache
 def _fields(entry: str, option: str) -> set[str]:
     """All options of an entry, as it tells them itself: group.field, or its own words."""
-    done = _ask([sys.executable, str(ROOT / entry), option])
+    done = _ask([sys.executable, str(shipped(entry)), option])
     require(not done.returncode, f"{entry}: {_last(done.stderr)}")
     if option == "--help":
         return set(re.findall(r"--([a-z][a-z-]*)", done.stdout))
@@ -807,7 +807,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", default=[], help="overrides of every run")
     parser.add_argument("--launch", default="", help="what starts a training, instead of python")
     args = parser.parse_args(argv)
-    sweep = Sweep(args.sweep, args.out and args.out.resolve(), args.set)
+    sweep = Sweep(find(args.sweep), args.out and args.out.resolve(), args.set)
     shown = {"list": list_runs, "status": show_status, "table": make_table, "plot": make_plot}
     if args.what in shown:
         return shown[args.what](sweep)

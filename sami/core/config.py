@@ -19,6 +19,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from sami.core.errors import UserError
+from sami.core.shipped import find
 
 Config = TypeVar("Config")
 
@@ -42,6 +43,7 @@ def load_config(config_class: type[Config], argv: Sequence[str] | None = None) -
     parser.add_argument("--config", action="config", help="YAML file; see configs/")
     parser.add_class_arguments(config_class, fail_untyped=True)
     arguments = _config_first(list(sys.argv[1:] if argv is None else argv))
+    arguments = [_find_config(word) for word in arguments]
     only_check = "--check" in arguments
     arguments = [word for word in arguments if word != "--check"]
     try:
@@ -132,6 +134,12 @@ def _config_first(argv: list[str]) -> list[str]:
             rest.append(argv[position])
         position += 1
     return files + rest
+
+
+def _find_config(word: str) -> str:
+    """``--config=FILE`` with the project's own file where the working directory has none."""
+    option, equals, path = word.partition("=")
+    return f"--config={find(path)}" if option == "--config" and equals and path else word
 
 
 def _types(config_class: type) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""The project's own files, in a checkout and in an installed package."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from sami.core import shipped
+from tests.runs import ROOT
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """As a wheel lays the files out; the working directory is another one."""
+    site = tmp_path / "site"
+    for name in ("configs", "slurm"):
+        shutil.copytree(ROOT / name, site / "sami" / "share" / name)
+    (site / "sami" / "pretrain.py").touch()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(shipped, "_PACKAGES", site)
+    monkeypatch.setattr(shipped, "IS_CHECKOUT", False)
+    return site
+
+
+def test_in_a_checkout():
+    assert shipped.IS_CHECKOUT and shipped.HOME == ROOT
+    assert shipped.shipped("configs/pretrain/toy.yaml") == ROOT / "configs/pretrain/toy.yaml"
+    assert shipped.short(f"{ROOT}/sami/pretrain.py") == "sami/pretrain.py"
+
+
+def test_in_an_installed_package(installed, tmp_path):
+    toy = "configs/pretrain/toy.yaml"
+    assert shipped.shipped("sami/pretrain.py") == installed / "sami/pretrain.py"
+    assert shipped.find(toy) == shipped.shipped(toy) == installed / "sami/share" / toy
+    assert shipped.short(f"--config={shipped.shipped(toy)}") == f"--config={toy}"
+    mine = tmp_path / "work" / toy
+    mine.parent.mkdir(parents=True)
+    mine.write_text("run: {}\n")
+    assert shipped.shipped(toy).samefile(mine) and shipped.find(toy).samefile(mine)
+    assert str(shipped.find("nowhere.yaml")) == "nowhere.yaml"
+
+
+def test_a_config_is_found_from_anywhere(tmp_path):
+    words = [
+        sys.executable,
+        str(ROOT / "sami/pretrain.py"),
+        "--config",
+        "configs/pretrain/toy.yaml",
+    ]
+    done = subprocess.run([*words, "--print_config"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "dir: runs/toy" in done.stdout
