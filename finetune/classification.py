@@ -37,6 +37,7 @@ class DataConfig:
         shards: one pattern of tar shards with .cls, several, or several with the share of the
             samples that comes from each; braces, globs, URLs.
         val_shards: one pattern or several to measure on.
+        allow_val_in_train: measure on pictures that are trained on, too, instead of refusing it.
         classes: their number.
         workers: processes per rank that decode; 0 decodes in the training process.
         epoch_samples: samples of one epoch if it shall be shorter than the shards; null for all.
@@ -47,6 +48,7 @@ class DataConfig:
 
     shards: str | list[str] | dict[str, float] = ""
     val_shards: str | list[str] = ""
+    allow_val_in_train: bool = False
     classes: int = 1000
     workers: int = 8
     epoch_samples: int | None = None

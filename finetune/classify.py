@@ -26,6 +26,7 @@ from sami.core.checkpoint import write_weights
 from sami.core.config import load_config, require, to_dict
 from sami.core.errors import BadSample
 from sami.core.exits import FINISHED, run_entry
+from sami.core.labels import check_labels, check_names, tell_held_out, tell_neighbours
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Layout, Order, deal
 from sami.core.run import Run, RunConfig, is_due
@@ -42,6 +43,7 @@ FREE = {f"run.{item.name}" for item in fields(RunConfig) if item.name != "seed"}
     "data.workers",
     "data.shards",
     "data.val_shards",
+    "data.allow_val_in_train",
     "data.max_bad_fraction",
     "encoder.checkpoint",
     "train.micro_batch_size",
@@ -131,6 +133,11 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
         "set train.micro_batch_size even, or augment.mixup and cutmix 0",
     )
     steps = cfg.train.total_steps(order.steps_per_epoch)
+    if run.is_main:
+        check_labels(order.shards, "data.shards", cfg.data.classes, cfg.data.max_bad_fraction)
+        if held_out:
+            check_labels(held_out, "data.val_shards", cfg.data.classes, 1.0)
+            check_names(order.shards, held_out, ("data.shards", "data.val_shards"))
 
     # ---- What is trained
     model = build_classifier(cfg.encoder, cfg.data, cfg.augment)
@@ -160,6 +167,10 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
         return FINISHED
     run.begin(cfg, step, facts)
     legs = take_up(run, order, layout, step, legs)
+    if run.is_main:
+        tell_neighbours(order, layout, run.say)
+        if held_out:
+            tell_held_out(order.shards, held_out, cfg.eval.samples, run.say)
     run.say(
         f"{run.dir}: {cfg.encoder.name} from {cfg.encoder.checkpoint or 'random weights'} on "
         f"{order.samples} pictures of {cfg.data.classes} classes, {order.steps_per_epoch} steps "

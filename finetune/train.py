@@ -37,6 +37,7 @@ FREE = {f"run.{item.name}" for item in fields(RunConfig) if item.name != "seed"}
     "data.workers",
     "data.shards",
     "data.val_shards",
+    "data.allow_val_in_train",
     "data.max_bad_fraction",
     "encoder.checkpoint",
     "decoder.checkpoint",

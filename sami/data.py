@@ -28,6 +28,7 @@ class DataConfig:
         shards: one pattern of tar shards, several, or several with the share of the samples that
             comes from each ({"a/*.tar": 3, "b/*.tar": 1}); braces, globs, URLs.
         val_shards: one pattern or several for the held-out measure; empty for none.
+        allow_val_in_train: measure on pictures that are trained on, too, instead of refusing it.
         workers: processes per rank that decode; 0 decodes in the training process.
         epoch_samples: samples of one epoch if it shall be shorter than the shards; null for all.
         max_bad_fraction: stop once more than this share of the samples was bad; exactly so at the
@@ -40,6 +41,7 @@ class DataConfig:
 
     shards: str | list[str] | dict[str, float] = ""
     val_shards: str | list[str] = ""
+    allow_val_in_train: bool = False
     workers: int = 8
     epoch_samples: int | None = None
     max_bad_fraction: float = 0.1

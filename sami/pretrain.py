@@ -15,6 +15,7 @@ import torch
 from sami.core.checkpoint import write_weights
 from sami.core.config import load_config, require, to_dict
 from sami.core.exits import FINISHED, run_entry
+from sami.core.labels import check_names, require_labels, tell_neighbours
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Layout, Order
 from sami.core.run import Run, RunConfig, is_due
@@ -33,7 +34,7 @@ from sami.model import (
     pixel_target,
 )
 from sami.pictures import draw_reconstruction
-from sami.probe import probe, require_labels
+from sami.probe import probe
 from sami.sam_encoder import SAM_SHAPES
 from sami.teacher import (
     Teacher,
@@ -52,6 +53,7 @@ FREE = {f"run.{item.name}" for item in fields(RunConfig) if item.name != "seed"}
     "data.workers",
     "data.shards",
     "data.val_shards",
+    "data.allow_val_in_train",
     "data.max_bad_fraction",
     "teacher.checkpoint",
     "teacher.attention",
@@ -145,8 +147,10 @@ def train(cfg: PretrainConfig, run: Run) -> int:
     steps = cfg.train.total_steps(order.steps_per_epoch)
 
     if cfg.eval.probe and run.is_main:
-        require_labels(order.shards, "data.shards")
-        require_labels(held_out, "data.val_shards")
+        remedy = "k-NN and linear probe need labels: name others, or do without (eval.probe 0)"
+        require_labels(order.shards, "data.shards", remedy)
+        require_labels(held_out, "data.val_shards", remedy)
+        check_names(order.shards, held_out, ("data.shards", "data.val_shards"))
 
     # ---- What is trained
     encoder = build_encoder(cfg.encoder, cfg.data.image_size)
@@ -180,6 +184,8 @@ def train(cfg: PretrainConfig, run: Run) -> int:
         return FINISHED
     run.begin(cfg, step, facts)
     legs = take_up(run, order, layout, step, legs)
+    if run.is_main:
+        tell_neighbours(order, layout, run.say)
     announce(cfg, run, order, layout, steps, step, model, facts)
     shown = load_shown(run, held_out or order.shards, views)
     if cfg.train.compiles(run.device):

@@ -20,7 +20,7 @@ from sami.core.errors import BadSample
 from sami.core.images import Normalise, cut, open_image, upright_size
 from sami.core.order import deal
 from sami.core.run import Run
-from sami.core.shards import FIELDS, PICTURE, RawSample, Shard, read_samples
+from sami.core.shards import PICTURE, RawSample, Shard, parse_label, read_samples
 from sami.core.stream import make_loader
 from sami.data import centre_square
 from sami.encoder import Encoder
@@ -88,25 +88,9 @@ def read_label(sample: RawSample) -> int:
         BadSample: it has none, or not a number from 0 on.
     """
     try:
-        label = int(sample.part("cls"))
+        return parse_label(sample.part("cls"))
     except ValueError as error:
         raise BadSample("cls member is not a class number") from error
-    if label < 0:
-        raise BadSample("cls member is not a class number")
-    return label
-
-
-def require_labels(shards: list[Shard], key: str) -> None:
-    """
-    Raises:
-        UserError: no sample in the shards has a label, by their indexes.
-    """
-    column = FIELDS.index("cls")
-    require(
-        any((shard.members().sizes[:, column] > 0).any() for shard in shards),
-        f"{key} hold no labelled picture (.cls), which k-NN and linear probe need; name others, or "
-        "do without (eval.probe 0)",
-    )
 
 
 def spread(shards: list[Shard], samples: int) -> np.ndarray:

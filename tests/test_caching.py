@@ -337,7 +337,7 @@ def test_a_run_on_cached_features(made, tmp_path, in_process):
     _, out = made
     plain, again = tmp_path / "plain", tmp_path / "again"
     options = {"data.val_shards": str(out / "s-001.tar"), "train.steps": 5, "run.picture_every": 5}
-    options["decoder.predict_fraction"] = 0.5
+    options |= {"decoder.predict_fraction": 0.5, "data.allow_val_in_train": "true"}
     assert in_process(main, train(plain, out, **options))[0] == 0
     once = "reading 3 cached shards for their checksums, once"
     assert once in (plain / "log.txt").read_text()

@@ -12,6 +12,7 @@ from tests.test_toy_shards import draw
 
 def chain(out, shards, *more):
     small = ["encoder.width=32", "encoder.depth=1", "encoder.heads=1", "data.workers=0"]
+    small += ["data.allow_val_in_train=true"]  # one shard is both
     tuned = [*small, "decoder.width=32", "eval.samples=2", "train.steps=3", "run.log_every=1"]
     pretrained = [*small, "decoder.width=32", "decoder.depth=1", "decoder.heads=1"]
     pretrained += ["train.steps=40", "train.batch_size=4", "eval.samples=4", "run.log_every=1"]

@@ -222,7 +222,10 @@ def test_shipped_configs_are_the_papers(size):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"data.classes": 1}, "were bad"),
+        (
+            {"data.classes": 1},
+            "data.shards: train/0001 is of class 1, and data.classes 1 has 0 to 0",
+        ),
         ({"augment.drop_path": 1}, "augment.drop_path 1.0 must be at least 0 and under 1"),
         ({"train.micro_batch_size": 1}, "augment.mixup needs an even micro-batch"),
         (

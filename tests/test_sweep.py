@@ -24,7 +24,8 @@ def shards(tmp_path_factory):
 
 def sweep(folder, shards, **changes):
     """A sweep file of small pretrainings, two ratios by two seeds."""
-    options = arguments(folder, shards, **{"train.steps": 3, "data.val_shards": shards})
+    held_out = {"data.val_shards": shards, "data.allow_val_in_train": "true"}
+    options = arguments(folder, shards, **{"train.steps": 3, **held_out})
     small = dict(word.removeprefix("--").split("=", 1) for word in options)
     del small["run.dir"]
     (folder / "small.yaml").write_text("encoder: {name: custom}\n")

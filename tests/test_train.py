@@ -57,7 +57,8 @@ def call(in_process):
 
 @pytest.mark.parametrize("kind", ["efficientsam", "sam"])
 def test_run_folder(shards, tmp_path, call, kind):
-    options = {"data.val_shards": shards, "eval.every": 4, "run.picture_every": 8, "optim.ema": 0.5}
+    options = {"data.val_shards": shards, "data.allow_val_in_train": "true", "eval.every": 4}
+    options |= {"run.picture_every": 8, "optim.ema": 0.5}
     options |= {"decoder.kind": kind, "prompt.corrections": 2, "decoder.width": 64}
     code, error = call(arguments(tmp_path, shards, **options))
     assert code == 0, error
@@ -178,6 +179,7 @@ def test_each_config_with_two_processes(shards, tmp_path, config):
     """No parameter is without a gradient: DDP would stop at the second step."""
     options = {"run.dir": tmp_path, "run.picture_every": 0, "data.shards": shards}
     options |= {"data.val_shards": shards, "data.workers": 0, "data.image_size": 64}
+    options |= {"data.allow_val_in_train": "true"}
     options |= {"encoder.checkpoint": "null", "train.steps": 3, "train.batch_size": 4}
     options |= {"decoder.checkpoint": "null"}
     options |= {"eval.samples": 3, "optim.warmup": 1}

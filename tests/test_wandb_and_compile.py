@@ -32,7 +32,7 @@ def wandb_records(path):
 def test_wandb_offline_gets_metrics_config_and_pictures(tmp_path):
     shards = write_shards(tmp_path / "shards")
     options = {"run.wandb": "offline", "run.picture_every": 4, "train.steps": 8, "run.log_every": 2}
-    options |= {"data.val_shards": shards, "eval.every": 4}
+    options |= {"data.val_shards": shards, "data.allow_val_in_train": "true", "eval.every": 4}
     done = run(command(arguments(tmp_path / "run", shards, **options)))
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")

@@ -19,9 +19,11 @@ import torch
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.exits import run_entry
-from sami.core.shards import expand, open_sources
+from sami.core.labels import check_names, require_labels
+from sami.core.overlap import refuse_overlap
+from sami.core.shards import Shard, expand, open_sources
 from sami.encoder import load_encoder
-from sami.probe import compare, embed, require_labels, spread
+from sami.probe import compare, embed, spread
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--shards", nargs="+", required=True, help="training pictures")
     parser.add_argument("--val-shards", nargs="+", required=True, help="held-out pictures")
+    parser.add_argument(
+        "--allow-val-in-train", action="store_true", help="measure on training pictures, too"
+    )
     parser.add_argument("--samples", type=int, default=50_000, help="at most so many of each")
     parser.add_argument("--out", type=Path, help="file for the result, as JSON")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode")
@@ -46,18 +51,23 @@ def main(argv: list[str] | None = None) -> int:
     require(device.type == "cpu" or cuda, f"--device {args.device}: there is no GPU; take cpu")
 
     encoder = load_encoder(args.run).to(device)
+    keys = ("--shards", "--val-shards")
     found, counts = [], []
-    for name in ("shards", "val_shards"):
-        patterns = getattr(args, name)
-        with tempfile.TemporaryDirectory() as folder:
-            sources = open_sources(expand(patterns, f"--{name}"), Path(folder), print)
-            shards = [shard for source in sources for shard in source.shards]
-            require_labels(shards, f"--{name.replace('_', '-')}")
+    with tempfile.TemporaryDirectory() as folder:
+        opened: list[list[Shard]] = []
+        for key, patterns in zip(keys, (args.shards, args.val_shards), strict=True):
+            sources = open_sources(expand(patterns, key), Path(folder), print)
+            opened.append([shard for source in sources for shard in source.shards])
+            require_labels(opened[-1], key, "k-NN and linear probe need labels: name others")
+        check_names(*opened, keys)
+        if not args.allow_val_in_train:
+            refuse_overlap(*opened, keys, "--allow-val-in-train")
+        for shards in opened:
             numbers = spread(shards, args.samples)
             bf16 = args.precision == "bf16"
             features, labels = embed(encoder, shards, numbers, device, bf16, args.workers)
-        found.append((features.to(device), labels.to(device)))
-        counts.append(len(labels))
+            found.append((features.to(device), labels.to(device)))
+            counts.append(len(labels))
     result = compare(*found)
     known = torch.isin(found[1][1], found[0][1]).sum().item()
     if known < counts[1]:

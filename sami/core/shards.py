@@ -32,6 +32,9 @@ from sami.core.images import IMAGE_EXTENSIONS
 PICTURE, TEACHER = "picture", "teacher.npz"
 FIELDS = (PICTURE, "json", "cls", TEACHER)  # the columns of an index
 EXTENSIONS = dict.fromkeys(IMAGE_EXTENSIONS, PICTURE) | {name: name for name in FIELDS[1:]}
+NO_LABEL, BAD_LABEL = -1, -2  # in an index: no .cls; one that is not a class number
+MAX_LABEL = 2**31  # class numbers are below
+LABEL_BYTES = 64  # of a .cls that is looked at
 BLOCK = tarfile.BLOCKSIZE  # a member's header, just before its data
 MAX_MEMBER = 1 << 48  # bytes; positions behind it stay far below what seeking can take
 EXTENDED_HEADERS = (b"L", b"K", b"x", b"g", b"X")  # long names and the like
@@ -75,6 +78,7 @@ class Members:
     ``keys`` [n] bytes; ``starts`` [n, F] where the data of each of FIELDS begins, in bytes from
     the shard's start, -1 where there is none; ``sizes`` [n, F] its bytes, 0 where there is none.
     ``seekable`` tells whether these positions can be read directly; ``notes`` what is odd.
+    ``labels`` [n] class numbers, NO_LABEL or BAD_LABEL.
     """
 
     keys: np.ndarray
@@ -83,6 +87,7 @@ class Members:
     seekable: bool
     stamp: str
     notes: list[str]
+    labels: np.ndarray
 
     def bytes(self, fields: tuple[str, ...]) -> np.ndarray:
         """[n] bytes of a sample's ``fields`` together."""
@@ -102,6 +107,9 @@ class Members:
     @staticmethod
     def load(path: Path) -> "Members":
         with path.open("rb") as stream, np.load(stream) as file:
+            labels = np.full(len(file["keys"]), NO_LABEL, np.int64)
+            if (file["sizes"][:, FIELDS.index("cls")] > 0).any():
+                labels = file["labels"]  # not in an index of before: it is made anew
             return Members(
                 file["keys"],
                 file["starts"],
@@ -109,6 +117,7 @@ class Members:
                 bool(file["seekable"]),
                 str(file["stamp"]),
                 file["notes"].tolist(),
+                labels,
             )
 
 
@@ -256,6 +265,7 @@ def scan(url: str) -> Members:
         UserError: not a readable tar.
     """
     rows: dict[str, dict[str, tuple[int, int]]] = {}
+    labels: dict[str, int] = {}
     twice: list[str] = []
     notes: list[str] = []
     seekable = not is_url(url)
@@ -275,6 +285,8 @@ def scan(url: str) -> Members:
                         twice.append(member.name)
                     else:
                         row[named[1]] = (member.offset_data, member.size)
+                        if named[1] == "cls":
+                            labels[named[0]] = _label_of(tar, member)
                 if _anything_left(tar.fileobj):
                     notes.append(
                         f"goes on after the mark that ends a tar, at byte {tar.offset}; nothing "
@@ -305,7 +317,8 @@ def scan(url: str) -> Members:
         [[row.get(name, (-1, 0)) for name in FIELDS] for row in kept.values()], np.int64
     ).reshape(-1, len(FIELDS), 2)
     keys = np.array([key.encode("utf-8", "backslashreplace") for key in kept], np.bytes_)
-    return Members(keys, table[:, :, 0], table[:, :, 1], seekable, stamp_of(url), notes)
+    numbers = np.array([labels.get(key, NO_LABEL) for key in kept], np.int64)
+    return Members(keys, table[:, :, 0], table[:, :, 1], seekable, stamp_of(url), notes, numbers)
 
 
 def read_samples(shard: Shard, rows: np.ndarray, fields: tuple[str, ...]) -> Iterator[RawSample]:
@@ -364,6 +377,18 @@ def split_name(name: str) -> tuple[str, str] | None:
     return None
 
 
+def parse_label(data: bytes) -> int:
+    """The class number that a .cls member holds.
+
+    Raises:
+        ValueError: it holds none from 0 to under MAX_LABEL.
+    """
+    label = int(data[:LABEL_BYTES]) if len(data) <= LABEL_BYTES else BAD_LABEL
+    if not 0 <= label < MAX_LABEL:
+        raise ValueError("not a class number")
+    return label
+
+
 def is_url(path: str) -> bool:
     """Whether webdataset opens this through something else than the file system."""
     return "://" in path or path.startswith("pipe:") or path == "-"
@@ -389,7 +414,7 @@ def _read_seeking(
                 parts, reason = {}, "shard cannot be read"
             except BadSample as error:
                 parts, reason = {}, str(error)
-            yield RawSample(_key(shard, members, row), parts, reason)
+            yield RawSample(key_of(shard, members, row), parts, reason)
 
 
 def _read_through(
@@ -423,7 +448,7 @@ def _read_through(
                 lacking[row] -= 1
                 while next_row < len(rows) and lacking[rows[next_row]] == 0:
                     row = rows[next_row]
-                    yield RawSample(_key(shard, members, row), parts.pop(row))
+                    yield RawSample(key_of(shard, members, row), parts.pop(row))
                     next_row += 1
                 if next_row == len(rows):
                     return
@@ -432,8 +457,18 @@ def _read_through(
     for row in rows[next_row:]:
         whole = lacking[row] == 0
         yield RawSample(
-            _key(shard, members, row), parts[row] if whole else {}, "" if whole else reason
+            key_of(shard, members, row), parts[row] if whole else {}, "" if whole else reason
         )
+
+
+def _label_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+    """The class number in a member: it lies just behind the header, which was read anyway."""
+    if member.size > LABEL_BYTES:
+        return BAD_LABEL
+    try:
+        return parse_label(tar.extractfile(member).read())
+    except (ValueError, tarfile.ReadError):  # the latter: cut off, as the next header will tell
+        return BAD_LABEL
 
 
 class _Header(tarfile.TarInfo):
@@ -483,7 +518,8 @@ def _checked(data: bytes, size: int) -> bytes:
     return data[BLOCK:]
 
 
-def _key(shard: Shard, members: Members, row: int) -> str:
+def key_of(shard: Shard, members: Members, row: int) -> str:
+    """A sample's key, as logs have it."""
     return f"{shard.name}/{_name(members.keys[row])}"
 
 

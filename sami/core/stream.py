@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sami.core.errors import BadSample, UserError
 from sami.core.order import Layout, Leg, Order
+from sami.core.overlap import refuse_overlap
 from sami.core.run import Run
 from sami.core.shards import RawSample, Shard, Source, expand, open_sources, read_samples
 
@@ -288,7 +289,10 @@ def open_data(data: Any, run: Run) -> tuple[list[Source], list[Shard]]:
     """What is trained on and what is held out; the ranks share the indexing.
 
     Args:
-        data: a configuration with ``shards`` and ``val_shards``.
+        data: a configuration with ``shards``, ``val_shards`` and ``allow_val_in_train``.
+
+    Raises:
+        UserError: see :func:`expand` and :func:`open_sources`; or what is held out is trained on.
     """
     folder, part = run.dir / "index", (run.rank, run.processes)
     opened: list[list[Source]] = []
@@ -302,7 +306,11 @@ def open_data(data: Any, run: Run) -> tuple[list[Source], list[Shard]]:
             open_sources(groups, folder, run.say, part)
             run.wait_for_all()
         opened.append(open_sources(groups, folder, run.say))
-    return opened[0], [shard for source in opened[1] for shard in source.shards]
+    train, held_out = ([one for source in found for one in source.shards] for found in opened)
+    if run.is_main and held_out and not data.allow_val_in_train:
+        keys = ("data.shards", "data.val_shards")
+        refuse_overlap(train, held_out, keys, "--data.allow_val_in_train true")
+    return opened[0], held_out
 
 
 def take_up(run: Run, order: Order, layout: Layout, step: int, before: list[Leg]) -> list[Leg]:

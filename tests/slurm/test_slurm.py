@@ -306,6 +306,7 @@ def test_a_sweep_from_its_file_to_its_table(cluster, submit, scenes, tmp_path, c
     content = yaml.safe_load(file.read_text()) | {"seeds": [0]}
     content["vary"]["pretrain.mask.ratio"] = [0.5, 0.75]
     stages, data = content["stages"], {"data.val_shards": scenes, "run.device": "cpu"}
+    data["data.allow_val_in_train"] = "true"
     stages["pretrain"]["set"] = small(arguments("", scenes, **data))
     more = {"encoder.checkpoint": "{pretrain}", "train.steps": 3}
     stages["finetune"]["set"] = small(stage2_arguments("", scenes, **data, **more))

@@ -1,0 +1,209 @@
+"""Class numbers of shards, by their indexes: looked at before the first step."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sami.core.config import require
+from sami.core.errors import UserError
+from sami.core.order import Layout, Order
+from sami.core.shards import BAD_LABEL, FIELDS, NO_LABEL, Shard, is_url, key_of
+
+CLASSES = "classes.json"  # what tools/make_shards.py calls the list of names beside its shards
+LOOKED_AT = 256  # samples of a batch whose classes are counted
+MIXED = 0.6  # of the classes that a mixed batch would hold: with fewer, neighbours share theirs
+
+
+def labels_of(shards: list[Shard]) -> np.ndarray:
+    """Class numbers [n] of the shards laid end to end; NO_LABEL or BAD_LABEL where there is none.
+
+    Nothing but the indexes is read.
+    """
+    return np.concatenate([np.zeros(0, np.int64), *(s.members().labels for s in shards)])
+
+
+def require_labels(shards: list[Shard], key: str, remedy: str) -> None:
+    """
+    Raises:
+        UserError: no sample in the shards has a label.
+    """
+    column = FIELDS.index("cls")
+    require(
+        any((shard.members().sizes[:, column] > 0).any() for shard in shards),
+        f"{key} hold no labelled picture (.cls); {remedy}",
+    )
+
+
+def check_labels(shards: list[Shard], key: str, classes: int, max_bad_fraction: float) -> None:
+    """Look at every class number before training meets it.
+
+    Args:
+        key: what the shards were given by.
+        classes: numbers are below.
+        max_bad_fraction: so many may have none.
+
+    Raises:
+        UserError: no labels, too few, or one that is not below ``classes``.
+    """
+    labels = labels_of(shards)
+    over = np.flatnonzero(labels >= classes)
+    if len(over):
+        raise UserError(
+            f"{key}: {_name_of(shards, int(over[0]))} is of class {labels[over[0]]}, and "
+            f"data.classes {classes} has 0 to {classes - 1} ({len(over)} of {len(labels)} pictures "
+            f"are beyond, up to class {labels.max()}); set --data.classes {labels.max() + 1}, or "
+            "make the shards anew with numbers from 0 on"
+        )
+    require_labels(
+        shards,
+        key,
+        "make shards with labels (tools/make_shards.py on a folder per class), or name others",
+    )
+    without, bad = np.flatnonzero(labels == NO_LABEL), np.flatnonzero(labels == BAD_LABEL)
+    if len(without) + len(bad) > max_bad_fraction * len(labels):
+        first = _name_of(shards, int(min([*without[:1], *bad[:1]])))
+        raise UserError(
+            f"{key}: {len(without)} of {len(labels)} pictures have no label (.cls), {len(bad)} one "
+            f"that is not a class number from 0 on, such as {first}; make the shards anew, or "
+            f"raise --data.max_bad_fraction above {max_bad_fraction}"
+        )
+
+
+def check_names(train: list[Shard], held_out: list[Shard], keys: tuple[str, str]) -> None:
+    """Compare what tools/make_shards.py wrote about the classes of both.
+
+    Args:
+        keys: what train and held_out were given by.
+
+    Raises:
+        UserError: a name has another number in one than in the other.
+    """
+    for ours in _lists_beside(train):
+        for theirs in _lists_beside(held_out):
+            numbers = {name: number for number, name in enumerate(_read_names(ours))}
+            for number, name in enumerate(_read_names(theirs)):
+                require(
+                    numbers.get(name, number) == number,
+                    f"'{name}' is class {numbers.get(name)} in {keys[0]} ({ours}) and class "
+                    f"{number} in {keys[1]} ({theirs}); make the latter anew with "
+                    f"tools/make_shards.py --classes {ours}",
+                )
+
+
+def classes_in_a_batch(order: Order, layout: Layout) -> tuple[int, float, int]:
+    """How well an epoch's beginning is mixed; from the order itself and the indexes.
+
+    Returns:
+        Classes in its first samples; in as many drawn at random; and how many samples these are.
+        Zeros where there are no labels.
+    """
+    counts = np.bincount(labels := _good(labels_of(order.shards)))
+    handed = _good(_first_labels(order, layout, min(LOOKED_AT, order.epoch_places)))
+    if not len(handed):
+        return 0, 0.0, 0
+    missed = (1 - counts[counts > 0] / len(labels)) ** len(handed)
+    return len(np.unique(handed)), float((1 - missed).sum()), len(handed)
+
+
+def tell_neighbours(order: Order, layout: Layout, say: Callable[[str], None]) -> None:
+    """Say so if neighbours in the shards share their class, which the shuffle buffer cannot mend.
+
+    Costs nothing where the shards have no labels, as a few of their indexes tell.
+    """
+    some = order.shards[:: max(1, len(order.shards) // 8)]
+    if not (labels_of(some) >= 0).any():
+        return
+    found, mixed, samples = classes_in_a_batch(order, layout)
+    if mixed >= 1.5 and found <= MIXED * mixed:
+        total = sum(int(s.members().bytes(order.fields).sum()) for s in some)
+        total = total / sum(s.count for s in some) * order.samples
+        whole = int(total / layout.processes / layout.workers / 1e6) + 1
+        say(
+            f"neighbours in data.shards share their class: a batch of {samples} will hold about "
+            f"{found} classes, and {mixed:.0f} if they were mixed; make the shards anew with "
+            "tools/make_shards.py, which shuffles once and for all, or raise --data.shuffle_mb "
+            f"from {order.buffer_bytes // 1_000_000} towards {whole} (a reader's whole part, held "
+            "in memory)"
+        )
+
+
+def tell_held_out(
+    train: list[Shard], held_out: list[Shard], samples: int | None, say: Callable[[str], None]
+) -> None:
+    """Say so if what is measured is not what the name says.
+
+    Args:
+        samples: only so many of held_out are measured on, the first ones; None for all.
+    """
+    labels = labels_of(held_out)
+    known, theirs = np.unique(labels_of(train)), _good(labels)
+    strange = int((~np.isin(theirs, known)).sum())
+    if strange:
+        say(
+            f"{strange} of {len(theirs)} labelled pictures of data.val_shards are of classes that "
+            "never occur in data.shards"
+        )
+    first = _good(labels[:samples])
+    counts = np.bincount(theirs)[np.unique(theirs)] if len(theirs) else np.zeros(0)
+    mixed = (1 - (1 - counts / max(1, len(theirs))) ** len(first)).sum()
+    found = len(np.unique(first))
+    if mixed >= 1.5 and found <= MIXED * mixed:
+        say(
+            f"eval.samples {samples} are the first pictures of data.val_shards, and neighbours "
+            f"there share their class: {found} classes, of {len(counts)} in all; set "
+            "--eval.samples null, or make the shards anew with tools/make_shards.py, which shuffles"
+        )
+
+
+def _first_labels(order: Order, layout: Layout, samples: int) -> np.ndarray:
+    """Labels of the first samples of epoch 0, as the readers of this layout hand them out."""
+    size = layout.micro_batch_size
+    turns: dict[tuple[int, int], int] = {}  # micro-batches of each reader
+    for number in range(-(-samples // size)):
+        turn, rank = divmod(number, layout.processes)
+        reader = (rank, turn % layout.workers)
+        turns[reader] = turns.get(reader, 0) + 1
+    sizes = order.shards[0].members().bytes(order.fields)
+    ahead = int(1.5 * order.buffer_bytes / max(1.0, sizes.mean())) + size  # what the buffer holds
+    labels: dict[int, np.ndarray] = {}
+    found = []
+    for (rank, worker), times in turns.items():
+        share = layout.share(order.steps_per_epoch, rank, worker)
+        places = np.arange(share.start, min(share.stop, share.start + times * size + ahead))
+        read, out = order.reading(0, places, rank, worker)
+        for number in out[: times * size]:
+            shard = int(read.shard[number])
+            if shard not in labels:
+                labels[shard] = order.shards[shard].members().labels
+            found.append(labels[shard][read.row[number]])
+    return np.array(found[:samples], np.int64)
+
+
+def _good(labels: np.ndarray) -> np.ndarray:
+    return labels[labels >= 0]
+
+
+def _name_of(shards: list[Shard], number: int) -> str:
+    """The key of a sample of the shards laid end to end."""
+    for shard in shards:
+        if number < shard.count:
+            return key_of(shard, shard.members(), number)
+        number -= shard.count
+    raise IndexError(number)
+
+
+def _lists_beside(shards: list[Shard]) -> list[Path]:
+    """The classes.json in the folders of local shards."""
+    folders = dict.fromkeys(Path(shard.url).parent for shard in shards if not is_url(shard.url))
+    return [folder / CLASSES for folder in folders if (folder / CLASSES).is_file()]
+
+
+def _read_names(path: Path) -> list[str]:
+    """The list in a classes.json; empty if it is another kind of file."""
+    try:
+        told = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return []
+    return [name for name in told if isinstance(name, str)] if isinstance(told, list) else []
