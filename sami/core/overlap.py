@@ -54,8 +54,8 @@ def find_overlap(
             f"{len(same)} of the {len(held_out)} shards of {held_out_key} are shards of "
             f"{train_key} too, such as {mine}{other}"
         )
-    pairs, probes = _candidates(train, held_out)
-    readable = [pair for pair in pairs if all(shard.members().seekable for shard, _ in pair)]
+    pairs, probes, seekable = _candidates(train, held_out)
+    readable = [pair for pair in pairs if all(shard.url in seekable for shard, _ in pair)]
     total = sum(shard.count for shard in held_out)
     equal = (pair for pair in _some(readable, CONFIRMED) or pairs[:2] if _equal(*pair))
     if len(sure := list(itertools.islice(equal, 2))) == min(2, total):  # one may be a placeholder
@@ -78,22 +78,25 @@ def find_overlap(
 
 def _candidates(
     train: list[Shard], held_out: list[Shard]
-) -> tuple[list[tuple[Place, Place]], list[tuple[Place, list[Place]]]]:
-    """Pairs of one key and size; and some held-out pictures with training pictures of their size.
+) -> tuple[list[tuple[Place, Place]], list[tuple[Place, list[Place]]], set[str]]:
+    """Pairs of one key and size; some held-out pictures with training pictures of their size; and
+    the addresses of the shards that can be sought in.
 
     Nothing but the indexes is read.
     """
     wanted: dict[tuple[bytes, int], Place] = {}
-    seekable: list[tuple[Place, int]] = []
+    readable: list[tuple[Place, int]] = []
+    seekable: set[str] = set()
     for shard in held_out:
         members = shard.members()
+        seekable.update([shard.url] * members.seekable)
         named = zip(members.keys.tolist(), members.sizes[:, COLUMN].tolist(), strict=True)
         for row, (key, size) in enumerate(named):
             if size:
                 wanted.setdefault((key, size), (shard, row))
                 if members.seekable:
-                    seekable.append(((shard, row), size))
-    probed = _some(seekable, PROBED)
+                    readable.append(((shard, row), size))
+    probed = _some(readable, PROBED)
     probes: list[tuple[Place, list[Place]]] = [(place, []) for place, _ in probed]
     of_size: dict[int, list[list[Place]]] = {}
     for (_, size), (_, others) in zip(probed, probes, strict=True):
@@ -102,6 +105,7 @@ def _candidates(
     known = np.unique([size for _, size in wanted])
     for shard in train if len(known) else []:
         members = shard.members()
+        seekable.update([shard.url] * members.seekable)
         sizes = members.sizes[:, COLUMN]
         rows = np.flatnonzero(
             known[np.searchsorted(known, sizes).clip(max=len(known) - 1)] == sizes
@@ -113,7 +117,7 @@ def _candidates(
             for others in of_size.get(size, []) if members.seekable else []:
                 if len(others) < ALIKE:
                     others.append((shard, row))
-    return pairs, probes
+    return pairs, probes, seekable
 
 
 def _identity(url: str) -> object:
