@@ -16,7 +16,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from finetune.rle import area, box, decode_counts
-from sami.core.errors import BadSample, UserError
+from sami.core.errors import BadSample, UserError, raise_if_machine
 from sami.core.shards import PICTURE, RawSample
 
 
@@ -29,6 +29,7 @@ def read_coco(path: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]
     try:
         told = json.loads(path.read_bytes())
     except OSError as error:
+        raise_if_machine(error, path)
         raise UserError(
             f"--coco {path} cannot be read ({error.strerror}); name a JSON file"
         ) from error
@@ -108,6 +109,7 @@ class CocoSource:
             try:
                 picture = (self.folder / name).read_bytes()
             except OSError as error:
+                raise_if_machine(error, self.folder / name)
                 yield RawSample(name, reason=f"unreadable ({error.strerror})")
                 continue
             yield RawSample(name, {PICTURE: picture, "json": json.dumps(told).encode()})

@@ -24,8 +24,9 @@ import torch
 
 from sami.core.checkpoint import write_text
 from sami.core.config import require
-from sami.core.errors import BadSample, UserError
+from sami.core.errors import BadSample, UserError, not_written
 from sami.core.images import MEAN, STD, open_image, resize_upright, upright_size
+from sami.core.paths import exists, is_file
 from sami.core.shards import (
     PICTURE,
     TEACHER,
@@ -269,14 +270,12 @@ class Manifest:
                 for name in names:
                     shards.setdefault(name, None)
         except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be written ({error.strerror}); name another --out"
-            ) from error
+            raise not_written(error, str(self.folder), "name another --out") from error
 
     def finished(self) -> dict[str, dict[str, Any] | None]:
         """What is told of each shard; None where it is not finished, or gone."""
-        told = json.loads(self.path.read_text())["shards"]
-        return {name: one if (self.folder / name).is_file() else None for name, one in told.items()}
+        told = json.loads(self.path.read_bytes())["shards"]
+        return {name: one if is_file(self.folder / name) else None for name, one in told.items()}
 
     def check(self) -> None:
         """
@@ -304,9 +303,9 @@ class Manifest:
         with (self.folder / f".{MANIFEST}.lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             content: dict[str, Any] = {}
-            if self.path.exists():
+            if exists(self.path):
                 try:
-                    content = json.loads(self.path.read_text())
+                    content = json.loads(self.path.read_bytes())
                 except ValueError as error:
                     raise UserError(
                         f"{self.path} cannot be read ({error}); bring it back, or delete the folder"

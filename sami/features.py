@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from sami.core.checkpoint import write_text
 from sami.core.config import require
-from sami.core.errors import BadSample, UserError
+from sami.core.errors import BadSample, UserError, raise_if_machine
 from sami.core.images import Box
+from sami.core.paths import exists
 from sami.core.shards import Shard, is_url
 from sami.teacher import Teacher, TeacherConfig
 
@@ -308,7 +309,7 @@ def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_bytes())
         cache, shards = manifest["cache"], manifest["shards"]
         Cache(**cache)
         pending = [name for name, told in shards.items() if told is None]
@@ -319,6 +320,7 @@ def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
             "tools/cache_teacher.py, or set teacher.cached false"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_if_machine(error, path)
         raise UserError(
             f"{path} cannot be read ({type(error).__name__}: {error}); run tools/cache_teacher.py "
             "again, which keeps finished shards"
@@ -381,7 +383,7 @@ def open_cache(
             "data.shards",
         )
     for folder, manifest in found.items():
-        gone = [name for name in manifest["shards"] if not (folder / name).exists()]
+        gone = [name for name in manifest["shards"] if not exists(folder / name)]
         require(
             not gone,
             f"{folder / MANIFEST} names {len(manifest['shards'])} shards and {len(gone)} of them "
@@ -411,7 +413,7 @@ def _check_sums(
     known: dict[str, list[Any]] = {}
     for file in verified.glob("*.json"):
         with contextlib.suppress(OSError, ValueError):
-            known |= json.loads(file.read_text())
+            known |= json.loads(file.read_bytes())
     facts = {}
     for shard in shards:
         path = Path(shard.url)

@@ -66,7 +66,7 @@ class Chain:
         log = self.out / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             done = subprocess.run(
                 [sys.executable, str(shipped(script)), *words],
                 stdout=file,
@@ -74,7 +74,9 @@ class Chain:
                 env=environment,
             )
         if done.returncode:
-            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or [
+                "nothing"
+            ]
             raise UserError(f"{script} for {name} left with {done.returncode}: {last[0]} ({log})")
 
     def together(self, jobs: list[tuple]) -> None:
@@ -134,7 +136,7 @@ class Chain:
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """The lines of a run's metrics.jsonl."""
-        lines = (self.out / name / "metrics.jsonl").read_text().splitlines()
+        lines = (self.out / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
     def train(self) -> dict[str, list[str]]:
@@ -174,7 +176,7 @@ class Chain:
             tuned = statistics.mean(self.seconds(name) for name in random)
             steps = self.metrics(random[0])[-1]["step"]
             write_text(stored, json.dumps(round((self.seconds("sami") / tuned + 1) * steps)))
-        return json.loads(stored.read_text())
+        return json.loads(stored.read_bytes())
 
     def compare(self, runs: dict[str, list[str]]) -> dict[str, Any]:
         """mIoU of each start and its paired differences from SAMI's, by measure."""
@@ -200,7 +202,9 @@ class Chain:
 
     def scores(self, name: str) -> dict[str, float]:
         """mIoU of a run by measure."""
-        told = json.loads((self.out / name / "evaluation" / "evaluation.json").read_text())
+        told = json.loads(
+            (self.out / name / "evaluation" / "evaluation.json").read_text(encoding="utf-8")
+        )
         return {
             row["prompt"]: row["miou"]["all"]["mean"]
             for row in told["results"]

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetune.model import DecoderConfig as HeadConfig
 from finetune.model import build_model
 from sami.core.config import require
-from sami.core.errors import UserError
+from sami.core.errors import UserError, raise_if_machine
 from sami.core.exits import run_entry
 from sami.core.shards import expand, is_url, open_sources
 from sami.core.shipped import find, shipped
@@ -99,8 +99,9 @@ def resolve(config: Path, options: list[str]) -> tuple[str, dict[str, Any]]:
         UserError: what the entry refuses.
     """
     try:
-        groups = yaml.safe_load(config.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        groups = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise_if_machine(error, config)
         raise UserError(f"{config} cannot be read ({error}); name one of configs/") from error
     require(isinstance(groups, dict), f"{config} is no configuration; name one of configs/")
     first = {"teacher", "mask", "target"} & set(groups)

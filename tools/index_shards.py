@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from rich.progress import track
 
 from sami.core.config import require
-from sami.core.errors import UserError
+from sami.core.errors import not_written
 from sami.core.exits import run_entry
 from sami.core.shards import expand, index_beside, is_url, scan, stamp_of, stored_index
 
@@ -29,10 +29,8 @@ def index(url: str) -> tuple[int, list[str]]:
         try:
             members.save(path)
         except OSError as error:
-            raise UserError(
-                f"{path} cannot be written ({error.strerror}); a run keeps indexes in its own "
-                "folder instead"
-            ) from error
+            remedy = "a run keeps indexes in its own folder instead"
+            raise not_written(error, str(path), remedy) from error
     return len(members.keys), [f"{url}: {note}" for note in members.notes]
 
 

@@ -34,7 +34,7 @@ from rich.progress import track
 from finetune.coco import read_coco, to_sa1b
 from sami.core.checkpoint import write_text
 from sami.core.config import require
-from sami.core.errors import BadSample, UserError
+from sami.core.errors import BadSample, UserError, not_written, raise_if_machine
 from sami.core.exits import run_entry
 from sami.core.images import IMAGE_EXTENSIONS, open_image, upright_size
 
@@ -137,6 +137,7 @@ def make_sample(source: Path, picture: Picture, key: str) -> tuple[dict[str, Any
         Image.open(io.BytesIO(data)).verify()
         turned = upright_size(image) != image.size or image.getexif().get(0x0112, 1) != 1
     except (OSError, SyntaxError, ValueError) as error:
+        raise_if_machine(error, source / picture.path)
         raise BadSample(f"unreadable ({type(error).__name__})") from error
     extension = Path(picture.path).suffix.lower().lstrip(".")
     sample = {"__key__": key, extension: data}
@@ -164,10 +165,8 @@ def claim(out: Path, plan: dict[str, object]) -> None:
         if not file.exists():
             write_text(file, json.dumps(plan, indent=1) + "\n")
     except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror}); name another folder"
-        ) from error
-    found = json.loads(file.read_text())
+        raise not_written(error, str(out), "name another folder") from error
+    found = json.loads(file.read_bytes())
     changed = [key for key in plan if plan[key] != found.get(key)]
     require(
         not changed,

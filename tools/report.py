@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from sami.core.checkpoint import write_text
 from sami.core.config import require
-from sami.core.errors import UserError
+from sami.core.errors import UserError, raise_if_machine
 from sami.core.exits import run_entry
 from sami.core.metrics import MetricsFile
 
@@ -67,16 +67,19 @@ class RunFolder:
         self.drawn = path if own.exists() else path / "evaluation"
         try:
             if not own.exists():
-                self.summary = json.loads((path / "summary.json").read_text())
-                groups = yaml.safe_load((path / "config.yaml").read_text())
+                self.summary = json.loads((path / "summary.json").read_bytes())
+                groups = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
                 self.config = {f"{g}.{f}": v for g, told in groups.items() for f, v in told.items()}
                 self.metrics = MetricsFile(path / "metrics.jsonl").read()
                 named = [kind for kind, group in GROUPS.items() if group in groups]
                 self.kind = named[0]
             self.evaluation = None
             if (self.drawn / "evaluation.json").exists():
-                self.evaluation = json.loads((self.drawn / "evaluation.json").read_text())
+                self.evaluation = json.loads(
+                    (self.drawn / "evaluation.json").read_text(encoding="utf-8")
+                )
         except (OSError, ValueError, AttributeError, IndexError, yaml.YAMLError) as error:
+            raise_if_machine(error, path)
             why = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise UserError(
                 f"{path} is not the folder of a run ({why}); name one with summary.json, "
@@ -385,7 +388,7 @@ def main() -> int:
     found = None
     if args.comparison is not None:
         require(args.comparison.is_file(), f"--comparison {args.comparison} does not exist")
-        found = json.loads(args.comparison.read_text())
+        found = json.loads(args.comparison.read_bytes())
     runs = [RunFolder(path) for path in args.runs]
     write_text(args.out, page(runs, found, args.pictures))
     print(args.out)

@@ -97,7 +97,7 @@ def command(args: argparse.Namespace, folder: Path, shards: str, steps: int) -> 
 def step_of(folder: Path) -> int:
     """The last step in metrics.jsonl."""
     path = folder / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+    return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
 
 
 def is_saving(folder: Path) -> bool:
@@ -107,7 +107,7 @@ def is_saving(folder: Path) -> bool:
 def kill_once(words: list[str], folder: Path, rng: random.Random, log: Path) -> str | None:
     """Start the run, kill it at a random moment; returns where that fell, None if it had ended."""
     before = step_of(folder)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
     kind = rng.choices(["start", "training", "saving"], [1, 4, 2])[0]
     if kind == "start":
@@ -133,8 +133,11 @@ def kill_once(words: list[str], folder: Path, rng: random.Random, log: Path) -> 
 
 def outcome(folder: Path) -> dict[str, object]:
     """What has to be equal."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((folder / "summary.json").read_text())
+    lines = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    summary = json.loads((folder / "summary.json").read_bytes())
     return {
         "metrics": [{k: v for k, v in line.items() if k not in CLOCK} for line in lines],
         "encoder": (folder / "encoder.safetensors").read_bytes(),
@@ -143,7 +146,7 @@ def outcome(folder: Path) -> dict[str, object]:
 
 
 def finish(words: list[str], log: Path) -> None:
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         done = subprocess.run(words, stdout=file, stderr=file)
     if done.returncode != 0:
         raise UserError(f"a run ended with {done.returncode}; see {log}")

@@ -47,7 +47,7 @@ from rich.table import Table
 
 from sami.core.checkpoint import write_text
 from sami.core.config import require
-from sami.core.errors import UserError
+from sami.core.errors import UserError, not_written, raise_if_machine
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, run_entry
 from sami.core.shipped import HOME, find, shipped, short
 
@@ -118,8 +118,9 @@ class Sweep:
             UserError: it cannot be read, or is not what a sweep consists of.
         """
         try:
-            content = yaml.load(path.read_text(), Loader)
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader)
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise_if_machine(error, path)
             words = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise UserError(
                 f"{path} cannot be read ({words}); name one of configs/sweeps/"
@@ -322,10 +323,11 @@ class Sweep:
     def _stored(self) -> dict[str, Any]:
         """The identity that the folder of results was begun with; empty before the first run."""
         try:
-            told = json.loads((self.out / SWEEP).read_text())
+            told = json.loads((self.out / SWEEP).read_bytes())
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
+            raise_if_machine(error, self.out / SWEEP)
             raise UserError(
                 f"{self.out / SWEEP} cannot be read ({error}); name another --out"
             ) from error
@@ -349,9 +351,7 @@ class Sweep:
             self.folder(run).mkdir(exist_ok=True)
             self._bind(self.folder(run) / PLAN, self.plan(run))
         except OSError as error:
-            raise UserError(
-                f"{self.out} cannot be written ({error.strerror}); name another --out"
-            ) from error
+            raise not_written(error, str(self.out), "name another --out") from error
         self._check(self.folder(run) / PLAN, self.plan(run))
 
     def check_results(self) -> None:
@@ -500,7 +500,7 @@ class Sweep:
         folder = self.folder(run, stage)
         try:
             if self.stages[stage].entry.endswith("evaluate.py"):
-                told = json.loads((folder / "evaluation.json").read_text())["results"]
+                told = json.loads((folder / "evaluation.json").read_bytes())["results"]
                 return next(
                     100 * row["miou"]["all"]["mean"]
                     for row in told
@@ -510,7 +510,8 @@ class Sweep:
             for part in path.split("."):
                 value = value[part]
             return None if value is None else float(value)
-        except (OSError, ValueError, KeyError, StopIteration, TypeError):
+        except (OSError, ValueError, KeyError, StopIteration, TypeError) as error:
+            raise_if_machine(error, folder)
             if self.is_finished(run, stage) and where not in self.unknown:
                 self.unknown.add(where)
                 print(f"{folder} is finished and has no {path}", file=sys.stderr)
@@ -567,8 +568,9 @@ def _value(word: str) -> Any:
 def _read(file: Path) -> dict[str, Any]:
     """A JSON file of ours; empty where there is none, or none that is whole."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise_if_machine(error, file)
         return {}
 
 
@@ -594,7 +596,7 @@ def _fields(entry: str, option: str) -> set[str]:
 
 def _digest(config: Path) -> str:
     """Of what a config file sets, not of its words."""
-    told = json.dumps(yaml.safe_load(config.read_text()), sort_keys=True)
+    told = json.dumps(yaml.safe_load(config.read_text(encoding="utf-8")), sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()
 
 

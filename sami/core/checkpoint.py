@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+from sami.core.errors import raise_if_machine
+from sami.core.paths import exists
 
 STATE, META = "state.pt", "meta.json"
 
@@ -39,7 +43,7 @@ def save_checkpoint(
         _write_state(state, temporary / STATE)
         digest = _sha256(temporary / STATE)
         (temporary / META).write_text(
-            json.dumps({**meta, "step": step, "sha256": digest}, indent=1)
+            json.dumps({**meta, "step": step, "sha256": digest}, indent=1), encoding="utf-8"
         )
         for name in (STATE, META):
             _sync(temporary / name)
@@ -57,7 +61,9 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest step first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    # Not glob: to it a folder that may not be listed is empty, and the run would begin anew.
+    names = os.listdir(folder) if exists(folder) else []
+    found = [folder / name for name in names if re.fullmatch(r"step-\d+", name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -68,8 +74,9 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
         Damaged: no or unreadable ``meta.json``.
     """
     try:
-        return json.loads((checkpoint / META).read_text())
+        return json.loads((checkpoint / META).read_bytes())
     except (OSError, ValueError) as error:
+        raise_if_machine(error, checkpoint / META)
         raise Damaged(f"{checkpoint} has no readable {META}") from error
 
 
@@ -78,10 +85,12 @@ def read_state(checkpoint: Path, device: torch.device) -> dict[str, Any]:
 
     Raises:
         Damaged: missing, cut short or changed.
+        MachineError: it cannot be read, and may be whole.
     """
     try:
         whole = _sha256(checkpoint / STATE) == read_meta(checkpoint)["sha256"]
     except (OSError, KeyError) as error:
+        raise_if_machine(error, checkpoint / STATE)
         raise Damaged(f"{checkpoint} is damaged: {error}") from error
     if not whole:
         raise Damaged(f"{checkpoint} is damaged: {STATE} differs from its recorded checksum")
@@ -97,16 +106,20 @@ def write_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     """
     temporary = path.with_name(f".{path.name}.writing")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, temporary, metadata)
+    try:
+        save_file(tensors, temporary, metadata)
+    except SafetensorError as error:  # its words hold the file system's refusal
+        raise_if_machine(error, path)
+        raise
     _sync(temporary)
     temporary.replace(path)
     _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """A small text file, atomically."""
+    """A small text file, atomically; as UTF-8, names that are not UTF-8 as they are."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
     _sync(temporary)
     temporary.replace(path)
 

@@ -1,12 +1,11 @@
 """How a process leaves: exit codes, and one sentence for what the user can mend."""
 
-import errno
 import sys
 from collections.abc import Callable
 
 import torch
 
-from sami.core.errors import UserError
+from sami.core.errors import UserError, machine_error
 from sami.core.launcher import is_said, say_last
 
 FINISHED, USER_ERROR, ASKED_TO_STOP = 0, 2, 75
@@ -38,10 +37,4 @@ def user_error(error: BaseException) -> UserError | None:
             "the GPU's memory is full; lower train.micro_batch_size (the result stays the same), "
             "in stage 2 also data.masks_per_image or set train.checkpointing true; a tool's --batch"
         )
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError) and error.errno in full or "No space left" in str(error):
-        return UserError(
-            "the disk is full; make room and run the same command again, it goes on from what is "
-            "finished: the last checkpoint, the last shard"
-        )
-    return None
+    return machine_error(error)

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
-from sami.core.errors import BadSample
+from sami.core.errors import BadSample, raise_if_machine
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # What a member may really be, whatever its extension says; not EPS, which starts a program.
@@ -178,6 +178,7 @@ def _decoding(reason: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # its readers raise whatever their parsing runs into
+        raise_if_machine(error)  # such as too many open files to import one of them
         raise BadSample(reason) from error
 
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from sami.core.checkpoint import write_text
+from sami.core.paths import exists
+
 
 class Window:
     """Means over the steps since the last reading. Adding does not wait for the device."""
@@ -122,15 +125,13 @@ class MetricsFile:
 
     def cut_back(self, step: int) -> None:
         """Drop what was written after a checkpoint's step, a torn last line too."""
-        if not self.path.exists():
+        if not exists(self.path):
             return
         kept = [line for line in self.read() if line["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, record: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -138,7 +139,8 @@ class MetricsFile:
     def read(self) -> list[dict[str, Any]]:
         """All whole lines."""
         records = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        told = self.path.read_text(encoding="utf-8") if exists(self.path) else ""
+        for line in told.splitlines():
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:

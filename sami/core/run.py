@@ -28,7 +28,7 @@ from torch import distributed
 
 from sami.core.checkpoint import list_checkpoints, write_text
 from sami.core.config import require, to_dict, to_yaml
-from sami.core.errors import UserError
+from sami.core.errors import UserError, not_written, raise_if_machine
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, user_error
 from sami.core.metrics import MetricsFile
 from sami.core.stop import StopSignal
@@ -172,7 +172,7 @@ class Run:
                 self._wandb = wandb.init(
                     project="sami",
                     name="/".join(self.dir.absolute().parts[-2:]),
-                    id=name_file.read_text().strip(),
+                    id=name_file.read_text(encoding="utf-8").strip(),
                     resume="allow",
                     dir=str(self.dir),
                     mode=self.config.wandb,
@@ -212,7 +212,7 @@ class Run:
             What the first rank to fail said, if that was for the user to mend.
         """
         try:
-            told = json.loads((self.dir / "summary.json").read_text())
+            told = json.loads((self.dir / "summary.json").read_bytes())
         except (OSError, ValueError):
             told = {}
         fresh = self._summary_time() != self._summary_before
@@ -240,8 +240,9 @@ class Run:
     def is_finished(self) -> bool:
         """Whether the run in this folder had come to its end."""
         try:
-            summary = json.loads((self.dir / "summary.json").read_text())
-        except (OSError, ValueError):
+            summary = json.loads((self.dir / "summary.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise_if_machine(error, self.dir / "summary.json")
             return False
         return summary.get("status") == "finished" and summary.get("exit_code") == FINISHED
 
@@ -260,7 +261,9 @@ class Run:
         """A line on the screen and in ``log.txt``; of rank 0, or of ``any_rank``."""
         if self.is_main or any_rank:
             (self._progress.console if self._progress else self._console).print(text)
-            with (self.dir / "log.txt").open("a") as file:
+            with (self.dir / "log.txt").open(
+                "a", encoding="utf-8", errors="backslashreplace"
+            ) as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def record(self, step: int, steps: int, values: dict[str, Any]) -> None:
@@ -359,10 +362,8 @@ class Run:
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._lock = (self.dir / "lock").open("a+")
         except OSError as error:
-            raise UserError(
-                f"run.dir {self.dir} cannot be written ({error.strerror}); choose another folder "
-                "with --run.dir"
-            ) from error
+            remedy = "choose another folder with --run.dir"
+            raise not_written(error, f"run.dir {self.dir}", remedy) from error
         try:  # the kernel drops this lock with the process, however it dies
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

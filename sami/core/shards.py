@@ -26,8 +26,9 @@ import webdataset as wds
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tar_file_iterator
 
-from sami.core.errors import BadSample, UserError
+from sami.core.errors import BadSample, UserError, raise_if_machine
 from sami.core.images import IMAGE_EXTENSIONS
+from sami.core.paths import exists
 
 PICTURE, TEACHER = "picture", "teacher.npz"
 FIELDS = (PICTURE, "json", "cls", TEACHER)  # the columns of an index
@@ -68,6 +69,7 @@ class Shard:
                 "and start again"
             ) from error
         except DAMAGED_INDEX as error:
+            raise_if_machine(error, self.index)
             raise UserError(f"{self.index} is damaged; delete it and start again") from error
 
 
@@ -251,7 +253,7 @@ def fingerprint(sources: list[Source]) -> str:
     """Names the samples of shards wherever they lie: a hash over names, keys and sizes."""
     digest = hashlib.sha256()
     for shard in (shard for source in sources for shard in source.shards):
-        digest.update(f"{shard.name} {shard.digest}\n".encode())
+        digest.update(os.fsencode(f"{shard.name} {shard.digest}\n"))
     return digest.hexdigest()[:16]
 
 
@@ -270,7 +272,7 @@ def scan(url: str) -> Members:
     notes: list[str] = []
     seekable = not is_url(url)
     try:
-        with wds.gopen(url) as stream:
+        with _open(url) as stream:
             mode = "r:*" if seekable else "r|*"
             with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Header) as tar:
                 seekable = seekable and tar.fileobj is stream  # not so if it is decompressed
@@ -293,6 +295,7 @@ def scan(url: str) -> Members:
                         "behind it counts; fetch it again or write it as one tar"
                     )
     except UNREADABLE as error:
+        raise_if_machine(error, url)
         words = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(":")
         ended = re.search(r"exit (\d+) \(read\)", words)  # webdataset's words are its whole call
         words = f"the program that opens it ended with {ended[1]}" if ended else words
@@ -351,7 +354,7 @@ def read_whole(path: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """
     groups: dict[str, dict[str, tarfile.TarInfo]] = {}
     with tarfile.open(path, tarinfo=_Header) as tar:
-        with contextlib.suppress(*UNREADABLE):
+        with _as_far_as_it_goes(path):
             for member in tar:
                 named = split_name(member.name) if member.isreg() else None
                 if named is not None:
@@ -359,7 +362,7 @@ def read_whole(path: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         kept = [(key, row) for key, row in groups.items() if PICTURE in row]
         for key, row in sorted(kept, key=lambda item: item[1][PICTURE].offset_data):
             members = {}
-            with contextlib.suppress(*UNREADABLE):
+            with _as_far_as_it_goes(path):
                 members = {info.name: tar.extractfile(info).read() for info in row.values()}
             yield key, members
 
@@ -394,6 +397,20 @@ def is_url(path: str) -> bool:
     return "://" in path or path.startswith("pipe:") or path == "-"
 
 
+def _open(url: str) -> BinaryIO:
+    """A shard's bytes; a local path is taken as it is, whatever characters it has."""
+    return wds.gopen(url) if is_url(url) else open(url, "rb")
+
+
+@contextlib.contextmanager
+def _as_far_as_it_goes(path: str) -> Iterator[None]:
+    """Damage ends what is inside without a word; an error of the machine does not."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise_if_machine(error, path)
+
+
 def _read_seeking(
     shard: Shard, members: Members, rows: np.ndarray, columns: list[int]
 ) -> Iterator[RawSample]:
@@ -402,7 +419,7 @@ def _read_seeking(
         for row in rows:
             parts, reason = {}, ""
             try:
-                stream = stream or stack.enter_context(wds.gopen(shard.url))
+                stream = stream or stack.enter_context(_open(shard.url))
                 for column in columns:
                     start, size = int(members.starts[row, column]), int(members.sizes[row, column])
                     if start >= 0:
@@ -410,7 +427,8 @@ def _read_seeking(
                             raise BadSample("cut off in shard")  # not after making room for it
                         stream.seek(start - BLOCK)
                         parts[FIELDS[column]] = _checked(stream.read(BLOCK + size), size)
-            except OSError:
+            except OSError as error:
+                raise_if_machine(error, shard.url)
                 parts, reason = {}, "shard cannot be read"
             except BadSample as error:
                 parts, reason = {}, str(error)
@@ -438,7 +456,7 @@ def _read_through(
 
     next_row, reason = 0, "missing in shard"
     try:
-        with wds.gopen(shard.url) as stream:
+        with _open(shard.url) as stream:
             for member in tar_file_iterator(
                 stream, skip_meta=None, select_files=lambda name: place(name) is not None
             ):
@@ -452,7 +470,8 @@ def _read_through(
                     next_row += 1
                 if next_row == len(rows):
                     return
-    except UNREADABLE:
+    except UNREADABLE as error:
+        raise_if_machine(error, shard.url)
         reason = "shard cannot be read"
     for row in rows[next_row:]:
         whole = lacking[row] == 0
@@ -528,11 +547,12 @@ def _name(key: bytes) -> str:
 
 
 def _expand_one(pattern: str, key: str) -> list[str]:
-    expanded = [re.sub(r"^file:(//)?", "", path) for path in expand_urls(pattern)]
+    if os.path.lexists(pattern):  # a file of just this name, whatever its characters mean elsewhere
+        expanded = [os.path.abspath(pattern) if is_url(pattern) else pattern]
+    else:
+        expanded = [re.sub(r"^file:(//)?", "", path) for path in expand_urls(pattern)]
     local = [path for path in expanded if not is_url(path)]
-    matches = {
-        path: sorted(glob.glob(path)) or ([path] if os.path.exists(path) else []) for path in local
-    }
+    matches = {path: _matching(path) for path in local}
     missing = [path for path, files in matches.items() if not files]
     folder = next((path for path in matches if os.path.isdir(path)), None)
     if folder is not None:
@@ -547,16 +567,38 @@ def _expand_one(pattern: str, key: str) -> list[str]:
             f"{key}: {len(missing)} of the {len(expanded)} shards of '{pattern}' are missing, "
             f"the first is {missing[0]}; fetch them or narrow the pattern"
         )
-    return [
+    found = [
         os.path.normpath(file) if path in matches else file
         for path in expanded
         for file in matches.get(path, [path])
     ]
+    for file in found:
+        if not is_url(file) and not exists(file):
+            raise UserError(
+                f"{key}: {file} is a symbolic link to {os.readlink(file)}, which does not exist; "
+                "mend the link or leave it out"
+            )
+    return found
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files that a path or a glob means, a dangling link too."""
+    if os.path.lexists(pattern):
+        return [pattern]
+    place = pattern
+    while glob.has_magic(place):  # glob takes a folder that it may not list for an empty one
+        place, last = os.path.split(place)
+        if glob.has_magic(last):
+            for folder in glob.glob(place) if glob.has_magic(place) else [place or "."]:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    os.scandir(folder).close()
+    exists(pattern)  # as for os.path.lexists, no permission is the same to it as not there
+    return sorted(glob.glob(pattern))
 
 
 def _names(urls: list[str]) -> dict[str, str]:
     """File names without ``.tar``, preceded by as many folders as make them differ."""
-    parts = {url: url.split("?")[0].rstrip("/ ").split("/") for url in urls}
+    parts = {url: _path_of(url).rstrip("/ ").split("/") for url in urls}
     for depth in range(1, max(map(len, parts.values())) + 1):
         names = {url: "/".join(part[-depth:]) for url, part in parts.items()}
         names = {url: re.sub(r"\.tar(\.\w+)?$|\.tgz$", "", name) for url, name in names.items()}
@@ -565,9 +607,14 @@ def _names(urls: list[str]) -> dict[str, str]:
     return {url: url for url in urls}
 
 
+def _path_of(url: str) -> str:
+    """Without what follows the path of a URL."""
+    return url.split("?")[0] if is_url(url) else url
+
+
 def _index_path(url: str, folder: Path) -> Path:
-    digest = hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:8]
-    return folder / f"{Path(url.split('?')[0]).name[-80:]}-{digest}.npz"
+    digest = hashlib.sha256(os.fsencode(os.path.abspath(url))).hexdigest()[:8]
+    return folder / f"{Path(_path_of(url)).name[-80:]}-{digest}.npz"
 
 
 def index_beside(url: str) -> Path:
@@ -577,10 +624,12 @@ def index_beside(url: str) -> Path:
 
 def stored_index(path: Path, stamp: str) -> Members | None:
     """An index that was saved, if it is whole and its shard has not changed since."""
-    with contextlib.suppress(*DAMAGED_INDEX):
+    try:
         members = Members.load(path)
-        return members if members.stamp == stamp else None
-    return None
+    except DAMAGED_INDEX as error:
+        raise_if_machine(error, path)
+        return None
+    return members if members.stamp == stamp else None
 
 
 def stamp_of(url: str) -> str:

@@ -6,18 +6,28 @@ samples (:class:`Samples`). Decoding comes after the shuffle, in the workers.
 
 import itertools
 import os
+import re
 import signal
 import threading
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from multiprocessing.queues import Queue
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sami.core.errors import BadSample, UserError
+from sami.core.errors import (
+    BadSample,
+    MachineError,
+    UserError,
+    machine_error,
+    machine_number,
+    shared_memory_full,
+)
 from sami.core.order import Layout, Leg, Order
 from sami.core.overlap import refuse_overlap
 from sami.core.run import Run
@@ -25,6 +35,7 @@ from sami.core.shards import RawSample, Shard, Source, expand, open_sources, rea
 
 # A reader that meets so many unusable samples in a row gives up: nothing behind them is usable.
 MAX_BAD_IN_A_ROW = 1000
+HANDING_OVER = 100  # exit code of a reader that cannot hand over, plus the number of the error
 
 Bad = list[tuple[str, str]]  # (reason, key) of samples that could not be used
 
@@ -115,6 +126,11 @@ class Readers(IterableDataset):
                 steps, first = self.order.steps_per_epoch, 0
         except UserError as error:
             yield Handed(error)
+        except (OSError, MemoryError) as error:
+            refused = machine_error(error)
+            if refused is None:
+                raise
+            yield Handed(refused)
 
     def _hand_out(
         self, worker: int, opened: dict[int, tuple[str, Iterator[RawSample]]]
@@ -230,12 +246,10 @@ class Batches:
         try:
             handed = next(self._source)
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            words = " ".join(f"{error} {error.__cause__ or ''}".split())
+            if "DataLoader worker" not in words:
                 raise
-            raise UserError(
-                f"a process that reads data was killed ({' '.join(str(error).split())[:80]}); if "
-                "memory ran out, lower data.workers or data.shuffle_mb"
-            ) from error
+            raise _killed(words) from error
         if isinstance(handed.content, UserError):
             raise handed.content
         return handed
@@ -344,10 +358,40 @@ def make_loader(dataset: IterableDataset, workers: int, device: torch.device) ->
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
-        worker_init_fn=_heed_the_parent_alone if workers else None,
+        worker_init_fn=_start_worker if workers else None,
         generator=torch.Generator(),  # or it would draw from the one that a step has seeded
         pin_memory=device.type == "cuda",
     )
+
+
+def _killed(words: str) -> UserError:
+    """Why a process that reads data is gone, by torch's words."""
+    left = re.search(r"with exit code (\d+)", words)
+    refused = machine_error(OSError(int(left[1]) - HANDING_OVER, "")) if left else None
+    if refused is not None:
+        return MachineError(f"a process that reads data could not hand it over: {refused}")
+    if "Bus error" in words:
+        return MachineError(f"a process that reads data died of SIGBUS: {shared_memory_full()}")
+    return UserError(
+        f"a process that reads data was killed ({words[:80]}); if memory ran out, which dmesg "
+        "tells, lower data.workers or data.shuffle_mb"
+    )
+
+
+def _start_worker(worker: int) -> None:
+    """What a process that reads data does first."""
+    Queue._on_queue_feeder_error = staticmethod(_leave_for_it)
+    _heed_the_parent_alone(worker)
+
+
+def _leave_for_it(error: Exception, item: Any) -> None:
+    """End a worker that cannot hand over a batch: else it is dropped, and waited for in vain."""
+    refused = re.search(r"</torch_\d+_", str(error))
+    if refused:
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGBUS)  # as it ends where the system notices later
+    traceback.print_exception(error)
+    os._exit(HANDING_OVER + (machine_number(error) or 0))
 
 
 def _heed_the_parent_alone(worker: int) -> None:
