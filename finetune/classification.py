@@ -5,7 +5,7 @@ is silent.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from sami.core.config import require
+from sami.core.config import PATH, require
 from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, open_image
 from sami.core.optim import OptimConfig
@@ -46,8 +46,8 @@ class DataConfig:
         image_size: side of the picture in pixels.
     """
 
-    shards: str | list[str] | dict[str, float] = ""
-    val_shards: str | list[str] = ""
+    shards: str | list[str] | dict[str, float] = field(default="", metadata=PATH)
+    val_shards: str | list[str] = field(default="", metadata=PATH)
     allow_val_in_train: bool = False
     classes: int = 1000
     workers: int = 8

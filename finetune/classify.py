@@ -29,6 +29,7 @@ from sami.core.exits import FINISHED, run_entry
 from sami.core.labels import check_labels, check_names, tell_held_out, tell_neighbours
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Layout, Order, deal
+from sami.core.processes import exact
 from sami.core.run import Run, RunConfig, is_due
 from sami.core.shards import Shard, fingerprint, read_range
 from sami.core.state import State
@@ -262,7 +263,7 @@ def evaluate(
     total = sum(shard.count for shard in shards)
     positions = range(min(cfg.eval.samples or total, total))
     dataset = HeldOut(shards, samples, deal(positions, run.rank, run.processes))
-    counts = torch.zeros(3, dtype=torch.float64, device=run.device)  # right, among 5, pictures
+    counts = torch.zeros(3, dtype=exact(run.device), device=run.device)  # right, among 5, pictures
     model.eval()
     for batch in make_loader(dataset, cfg.data.workers, run.device):
         batch = batch.to(run.device)

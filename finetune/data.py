@@ -22,7 +22,7 @@ from finetune.rle import (
 )
 from finetune.rle import sample as sample_runs
 from finetune.sam import frame_of
-from sami.core.config import require
+from sami.core.config import PATH, require
 from sami.core.errors import BadSample
 from sami.core.images import open_image, resize_stored
 from sami.core.order import sample_rng
@@ -53,8 +53,8 @@ class DataConfig:
         min_stability: likewise for its stability score.
     """
 
-    shards: str | list[str] | dict[str, float] = ""
-    val_shards: str | list[str] = ""
+    shards: str | list[str] | dict[str, float] = field(default="", metadata=PATH)
+    val_shards: str | list[str] = field(default="", metadata=PATH)
     allow_val_in_train: bool = False
     workers: int = 8
     epoch_samples: int | None = None

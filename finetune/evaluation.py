@@ -30,6 +30,7 @@ from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.images import open_image, resize_stored
 from sami.core.order import deal, sample_rng
+from sami.core.processes import exact
 from sami.core.run import Run
 from sami.core.shards import PICTURE, RawSample, Shard, read_range
 from sami.core.stream import make_loader
@@ -259,7 +260,7 @@ def evaluate(
     positions = range(min(config.samples, sum(shard.count for shard in shards)))
     source = ShardSource(shards, deal(positions, run.rank, run.processes))
     dataset = Pictures(source, model.shape, PROMPTINGS, config.masks, seed)
-    sums = torch.zeros(len(PROMPTINGS) + 2, dtype=torch.float64, device=run.device)
+    sums = torch.zeros(len(PROMPTINGS) + 2, dtype=exact(run.device), device=run.device)
     model.eval()
     for judged in make_loader(dataset, workers, run.device):
         with run.accelerator.autocast():
@@ -306,7 +307,7 @@ def score(
                     if choice == "predicted":
                         masks = logits[inner].take_along_dim(best[inner, None, None, None], 1)
                     iou = mask_iou(_at_full_size(model, masks, judged.size), truth)
-                    rows.append(iou.double().max(1).values)
+                    rows.append(iou.to(exact(device)).max(1).values)
                 found.append(torch.stack(rows))
         table.append(torch.cat(found, 1))
     return torch.stack(table)

@@ -6,7 +6,7 @@
 import json
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from finetune.sam import ModelShape, Sam
-from sami.core.config import require
+from sami.core.config import PATH, require
 from sami.core.errors import UserError
 from sami.encoder import EncoderConfig, load_encoder
 from sami.image_encoder import (
@@ -46,7 +46,7 @@ class DecoderConfig:
     """
 
     kind: Literal["efficientsam", "sam"] = "efficientsam"
-    checkpoint: str | None = None
+    checkpoint: str | None = field(default=None, metadata=PATH)
     freeze: Literal["none", "encoder", "decoder"] = "none"
     dropout: float = 0.0
     width: int = NECK_CHANNELS

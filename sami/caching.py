@@ -5,7 +5,6 @@ processes share under a lock, gets its checksum. So whatever kills a process cos
 """
 
 import contextlib
-import fcntl
 import io
 import itertools
 import json
@@ -84,11 +83,12 @@ class Seer:
         On a GPU nothing waits for it here; the event tells when it is there.
         """
         features = self.see([pixels for _, _, _, pixels in batch])
+        on_cuda = self.device.type == "cuda"
         stored = [
-            [tensor.to("cpu", non_blocking=True) for tensor in quantise(one, self.cache, size)]
+            [tensor.to("cpu", non_blocking=on_cuda) for tensor in quantise(one, self.cache, size)]
             for one, (_, _, size, _) in zip(features, batch, strict=True)
         ]
-        if self.device.type == "cpu":
+        if not on_cuda:
             return stored, None
         there = torch.cuda.Event()
         there.record()
@@ -234,6 +234,8 @@ def _write(tar: tarfile.TarFile, members: dict[str, bytes]) -> None:
 @contextlib.contextmanager
 def _exclusive(path: Path, wanted: Path) -> Iterator[BinaryIO]:
     """A file that this process alone writes, empty; the lock goes with the process."""
+    import fcntl  # not on Windows
+
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -300,6 +302,8 @@ class Manifest:
 
     @contextlib.contextmanager
     def _changed(self) -> Iterator[dict[str, Any]]:
+        import fcntl
+
         with (self.folder / f".{MANIFEST}.lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             content: dict[str, Any] = {}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from sami.core.config import require
+from sami.core.config import PATH, require
 from sami.core.errors import BadSample
 from sami.core.images import Box, cut, open_image, upright_size
 from sami.core.order import deal, sample_rng
@@ -39,8 +39,8 @@ class DataConfig:
         hflip: mirror one picture in two.
     """
 
-    shards: str | list[str] | dict[str, float] = ""
-    val_shards: str | list[str] = ""
+    shards: str | list[str] | dict[str, float] = field(default="", metadata=PATH)
+    val_shards: str | list[str] = field(default="", metadata=PATH)
     allow_val_in_train: bool = False
     workers: int = 8
     epoch_samples: int | None = None

@@ -5,7 +5,7 @@ into timm's ``vit_tiny_patch16_224`` (``num_classes=0``) and its relatives.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
-from sami.core.config import require
+from sami.core.config import PATH, require
 from sami.core.errors import UserError
 from sami.core.images import patchify
 from sami.sam_encoder import SAM_SHAPES
@@ -52,7 +52,7 @@ class EncoderConfig:
     depth: int | None = None
     heads: int | None = None
     patch_size: int = 16
-    checkpoint: str | None = None
+    checkpoint: str | None = field(default=None, metadata=PATH)
 
     def check(self) -> None:
         require(

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from sami.core.config import require
 from sami.core.order import deal
+from sami.core.processes import exact
 from sami.core.run import Run
 from sami.core.shards import Shard
 from sami.core.stream import make_loader
@@ -42,12 +43,12 @@ class EvalConfig:
 class Sums:
     """What the measure needs of the pictures, so that batches and ranks can be added up.
 
-    Group 0 is the visible, group 1 the masked tokens; all in fp64.
+    Group 0 is the visible, group 1 the masked tokens; all in fp64, where the device has it.
     """
 
     def __init__(self, tokens: int, channels: int, device: torch.device) -> None:
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
+            return torch.zeros(shape, dtype=exact(device), device=device)
 
         self.loss, self.error, self.square = zeros(2), zeros(2), zeros(2)
         self.target, self.count = zeros(2, tokens, channels), zeros(2, tokens)
@@ -57,14 +58,15 @@ class Sums:
         self, prediction: torch.Tensor, target: torch.Tensor, masked: torch.Tensor, kind: str
     ) -> None:
         """A batch: prediction and target [B, N, C], masked patch numbers [B, M]."""
-        prediction, target = prediction.double(), target.double()
+        dtype = self.loss.dtype
+        prediction, target = prediction.to(dtype), target.to(dtype)
         hidden = torch.zeros(target.shape[:2], dtype=torch.bool, device=target.device).scatter_(
             1, masked, True
         )
-        loss = token_errors(prediction, target, kind).double()
+        loss = token_errors(prediction, target, kind).to(dtype)
         error = (prediction - target).square().mean(-1)
         for group, mask in enumerate((~hidden, hidden)):
-            weight = mask.double()
+            weight = mask.to(dtype)
             self.loss[group] += (loss * weight).sum()
             self.error[group] += (error * weight).sum()
             self.square[group] += (target.square().mean(-1) * weight).sum()

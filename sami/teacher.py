@@ -2,7 +2,7 @@
 
 import hashlib
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from sami.core.config import require
+from sami.core.config import PATH, require
 from sami.core.errors import UserError
 from sami.core.images import Normalise
 from sami.image_encoder import find_model, load_image_encoder
@@ -50,7 +50,7 @@ class TeacherConfig:
     """
 
     name: Literal["sam_vit_h", "sam_vit_l", "sam_vit_b", "custom", "none"] = "sam_vit_h"
-    checkpoint: str = ""
+    checkpoint: str = field(default="", metadata=PATH)
     image_size: int = 224
     layer: Literal["neck", "trunk"] = "neck"
     pool: Literal["area", "bilinear"] = "area"

@@ -40,6 +40,8 @@ from sami.core.exits import run_entry
 from sami.core.images import Normalise, open_image, upright_size
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
 from sami.core.order import Layout, Order
+from sami.core.paths import path_pattern
+from sami.core.processes import DEVICES, choose_device
 from sami.core.shards import (
     PICTURE,
     TEACHER,
@@ -593,7 +595,7 @@ def _peak_memory(
 
 def _highest() -> float:
     """GB of main memory that this process had at most; Linux."""
-    status = Path("/proc/self/status").read_text().splitlines()
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in status if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024 / 1e9
 
@@ -676,7 +678,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage", choices=["stage1", "stream", "cache", "stage2"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help=f"{DEVICES}; default: auto")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--batch", type=int, help="pictures of a training step")
     parser.add_argument("--masks", type=int, nargs="+", default=[8, 32, 64], help="of stage2")
@@ -687,12 +689,16 @@ def main() -> int:
     parser.add_argument("--teacher-batch", type=int, default=1)
     parser.add_argument("--teacher-sizes", type=int, nargs="+", default=[1024, 224])
     parser.add_argument(
-        "--shards", default="", help="pattern for the data path; drawn pictures if none"
+        "--shards",
+        type=path_pattern,
+        default="",
+        help="pattern for the data path; drawn pictures if none",
     )
     parser.add_argument("--workers", type=int, default=2, help="of cache, for each stream")
     parser.add_argument("--grid", type=int, default=32, help="of cache's features")
     parser.add_argument("--buffer-mb", type=int, default=100, help="shuffle buffer of stream")
     args = parser.parse_args()
+    args.device = str(choose_device(args.device))
     for name in ("rounds", "step_rounds"):
         value = getattr(args, name)
         require(value > 0, f"--{name.replace('_', '-')} {value} must be positive")

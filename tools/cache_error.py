@@ -29,6 +29,8 @@ from sami.core.errors import BadSample
 from sami.core.exits import run_entry
 from sami.core.images import Box, cut, open_image
 from sami.core.order import sample_rng
+from sami.core.paths import path_pattern
+from sami.core.processes import DEVICES, choose_device
 from sami.core.shards import PICTURE, RawSample, expand, open_sources, read_range
 from sami.data import centre_square, random_region
 from sami.features import Cache, FeatureBatch, pack, quantise, region_weights, see_whole
@@ -111,22 +113,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shards", nargs="+")
+    parser.add_argument("shards", type=path_pattern, nargs="+")
     parser.add_argument("--teacher", choices=(*SAM_SHAPES, "custom"), default="sam_vit_h")
-    parser.add_argument("--checkpoint", default="")
+    parser.add_argument("--checkpoint", type=path_pattern, default="")
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--layer", choices=("neck", "trunk"), default="neck")
     parser.add_argument("--grid", type=int, default=14, help="of the student")
     parser.add_argument("--pictures", type=int, default=64, help="the first so many")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help=f"{DEVICES}; default: auto")
     args = parser.parse_args(argv)
+    device = choose_device(args.device)
     require(args.pictures > 1, f"--pictures {args.pictures} must be 2 or more")
     config = TeacherConfig(args.teacher, args.checkpoint, args.image_size, args.layer)
     config.check()
     teacher = load_teacher(config)
     stored = ways(teacher, describe_teacher(config, teacher))
-    teacher = teacher.to(args.device)
+    teacher = teacher.to(device)
     differences = {(view, way): Difference() for view in VIEWS for way in stored}
     samples, seen = samples_of(args), 0
     for sample in track(samples, "looking", total=args.pictures):
@@ -138,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{sample.key}: {error}")
             continue
         whole = {"fp32": see_whole(teacher, [pixels])[0]}
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             whole["bf16"] = see_whole(teacher, [pixels])[0]
         packed = {
             way: pack(quantise(whole[cache.precision], cache, size))
@@ -147,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         for number, (view, choose) in enumerate(VIEWS.items()):
             box, flip = choose(size, sample_rng(args.seed, number, sample.key))
             (region,) = cut(open_image(data), box, [args.image_size], flip)
-            given = torch.from_numpy(region.transpose(2, 0, 1).copy())[None].to(args.device)
+            given = torch.from_numpy(region.transpose(2, 0, 1).copy())[None].to(device)
             features = teacher(given)
             for way, (cache, pool) in stored.items():
                 rows, columns = region_weights(cache, size, box, flip, args.grid, pool)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from sami.caching import (
     Manifest,
@@ -41,7 +41,9 @@ from sami.caching import (
 from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.exits import run_entry
-from sami.core.run import environment
+from sami.core.paths import local_path, path_pattern
+from sami.core.processes import DEVICES, check_launch, choose_device
+from sami.core.run import TimeLeft, environment
 from sami.core.shards import PICTURE, Shard, Source, expand, is_url, open_sources, read_samples
 from sami.features import DTYPES, Cache
 from sami.sam_encoder import SAM_SHAPES
@@ -52,11 +54,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shards", nargs="+", help="such as 'data/imagenet/train-*.tar'")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the new shards")
+    parser.add_argument(
+        "shards", type=path_pattern, nargs="+", help="such as 'data/imagenet/train-*.tar'"
+    )
+    parser.add_argument("--out", type=local_path, required=True, help="folder for the new shards")
     teacher = parser.add_argument_group("teacher")
     teacher.add_argument("--teacher", choices=(*SAM_SHAPES, "custom"), default="sam_vit_h")
-    teacher.add_argument("--checkpoint", default="", help="its .pth, or a run folder of stage 2")
+    teacher.add_argument(
+        "--checkpoint", type=path_pattern, default="", help="its .pth, or a run folder of stage 2"
+    )
     teacher.add_argument("--image-size", type=int, default=1024, help="longest side in pixels")
     teacher.add_argument("--layer", choices=("neck", "trunk"), default="neck")
     for name in ("width", "depth", "heads"):
@@ -73,12 +79,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     how.add_argument("--attention", choices=("sdpa", "flex"), default="sdpa")
     how.add_argument("--compile", action="store_true", help="torch.compile the teacher")
-    how.add_argument("--device", default="auto")
+    how.add_argument("--device", default="auto", help=f"{DEVICES}; default: auto")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true")
     mode.add_argument("--verify", action="store_true")
     parser.add_argument("--verify-fraction", type=float, default=0.01, help="default: 0.01")
     args = parser.parse_args(argv)
+    choose_device(args.device)
     for name in ("batch", "workers"):
         require(getattr(args, name) > 0, f"--{name} {getattr(args, name)} must be positive")
     require(
@@ -142,8 +149,7 @@ def make_seer(args: argparse.Namespace) -> tuple[Seer, dict[str, object]]:
         f"--grid {grid} must divide the teacher's {tokens} tokens at --image-size "
         f"{args.image_size}, such as {tokens} or {tokens // 2}",
     )
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(place if args.device == "auto" else args.device)
+    device = choose_device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -201,7 +207,7 @@ def write_all(seer: Seer, shards: dict[str, Shard], manifest: Manifest, missing:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]:.1f} images/s, {task.fields[written]:.2f} GB,"),
-        TimeRemainingColumn(),
+        TimeLeft(),
         TextColumn("left"),
     )
     with Progress(*columns) as progress:
@@ -232,6 +238,7 @@ def write_all(seer: Seer, shards: dict[str, Shard], manifest: Manifest, missing:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    check_launch()
     names = name_shards(args.shards, args.out)
     mine = own_slice(args.slice, list(names))
     if not mine:

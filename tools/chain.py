@@ -31,6 +31,7 @@ from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
+from sami.core.paths import local_path, path_pattern
 from sami.core.shipped import shipped
 
 INITS = ("sami", "mae", "random")
@@ -251,9 +252,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path, help="folder for all runs and the report")
-    parser.add_argument("--train", required=True, help="shards of SA-1B's layout")
-    parser.add_argument("--val", required=True, help="held-out shards")
+    parser.add_argument("out", type=local_path, help="folder for all runs and the report")
+    parser.add_argument(
+        "--train", type=path_pattern, required=True, help="shards of SA-1B's layout"
+    )
+    parser.add_argument("--val", type=path_pattern, required=True, help="held-out shards")
     parser.add_argument("--config", default="toy", help="name of the configs; default: toy")
     parser.add_argument("--inits", nargs="+", default=["sami", "random"], choices=INITS)
     parser.add_argument("--seeds", type=int, default=3, help="of the finetuning")

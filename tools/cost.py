@@ -31,6 +31,7 @@ from finetune.model import build_model
 from sami.core.config import require
 from sami.core.errors import UserError, raise_if_machine
 from sami.core.exits import run_entry
+from sami.core.paths import local_path
 from sami.core.shards import expand, is_url, open_sources
 from sami.core.shipped import find, shipped
 from sami.data import visible_count
@@ -233,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=local_path)
     parser.add_argument("--pictures", type=int, help="of an epoch; default: those of data.shards")
     parser.add_argument("--card", choices=tuple(CARDS), default="A100")
     parser.add_argument("--share", type=float, default=0.3, help="of the peak; default: 0.3")

@@ -39,6 +39,8 @@ from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
+from sami.core.paths import local_path, path_pattern
+from sami.core.processes import DEVICES, choose_device
 from sami.core.shards import expand, open_sources
 from sami.core.stream import make_loader
 from sami.image_encoder import find_model
@@ -134,11 +136,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=local_path)
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--shards", nargs="+", help="such as 'data/sa1b/sa_00099*.tar'")
-    data.add_argument("--coco", type=Path, help="annotations in COCO's or LVIS's format")
-    parser.add_argument("--pictures", type=Path, help="the folder of --coco's pictures")
+    data.add_argument(
+        "--shards", type=path_pattern, nargs="+", help="such as 'data/sa1b/sa_00099*.tar'"
+    )
+    data.add_argument("--coco", type=local_path, help="annotations in COCO's or LVIS's format")
+    parser.add_argument("--pictures", type=local_path, help="the folder of --coco's pictures")
     parser.add_argument(
         "--prompts",
         nargs="+",
@@ -149,10 +153,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     parser.add_argument("--samples", type=int, help="at most so many pictures, the first ones")
     parser.add_argument("--masks", type=int, help="at most so many objects of a picture")
-    parser.add_argument("--out", type=Path, help="folder for the result and the pictures")
+    parser.add_argument("--out", type=local_path, help="folder for the result and the pictures")
     parser.add_argument("--overlays", type=int, default=8, help="pictures that are drawn")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:1; auto")
+    parser.add_argument("--device", default="auto", help=f"{DEVICES}; default: auto")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     args = parser.parse_args()
     for name in ("seeds", "samples", "masks"):
@@ -165,9 +169,7 @@ def main() -> int:
         args.out is None or not (args.out / RESULT).exists(),
         f"{args.out} holds an evaluation already; name another --out, or delete it",
     )
-    cuda = torch.cuda.is_available()
-    device = torch.device(("cuda" if cuda else "cpu") if args.device == "auto" else args.device)
-    require(device.type == "cpu" or cuda, f"--device {args.device}: there is no GPU; take cpu")
+    device = choose_device(args.device)
 
     model = load_model(args.model).to(device)
     promptings = promptings_of(args.prompts, args.seeds, model)

@@ -17,6 +17,7 @@ from rich.progress import track
 from sami.core.config import require
 from sami.core.errors import not_written
 from sami.core.exits import run_entry
+from sami.core.paths import path_pattern
 from sami.core.shards import expand, index_beside, is_url, scan, stamp_of, stored_index
 
 
@@ -38,7 +39,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("patterns", nargs="+", help="such as 'data/sa1b/sa_*.tar'")
+    parser.add_argument(
+        "patterns", type=path_pattern, nargs="+", help="such as 'data/sa1b/sa_*.tar'"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     require(args.workers > 0, f"--workers {args.workers} must be positive")

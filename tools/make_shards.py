@@ -37,6 +37,7 @@ from sami.core.config import require
 from sami.core.errors import BadSample, UserError, not_written, raise_if_machine
 from sami.core.exits import run_entry
 from sami.core.images import IMAGE_EXTENSIONS, open_image, upright_size
+from sami.core.paths import local_path
 
 
 class Picture(NamedTuple):
@@ -186,10 +187,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "source", type=Path, help="folder with pictures, or with a folder per class"
+        "source", type=local_path, help="folder with pictures, or with a folder per class"
     )
-    parser.add_argument("out", type=Path, help="folder for the shards")
-    parser.add_argument("--coco", type=Path, help="COCO-format annotations of the pictures")
+    parser.add_argument("out", type=local_path, help="folder for the shards")
+    parser.add_argument("--coco", type=local_path, help="COCO-format annotations of the pictures")
     parser.add_argument("--prefix", default="pictures", help="first part of the shards' names")
     parser.add_argument("--shard-size", type=int, default=1000, help="pictures per shard")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the pictures")

@@ -26,6 +26,7 @@ from rich.progress import track
 from sami.core.config import require
 from sami.core.exits import run_entry
 from sami.core.order import sample_rng
+from sami.core.paths import local_path
 
 MIN_AREA = 100  # pixels; as in SA-1B, smaller ones are not annotated
 MAX_OBJECTS = 16
@@ -187,7 +188,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("out", type=Path, help="folder for the shards")
+    parser.add_argument("out", type=local_path, help="folder for the shards")
     parser.add_argument("--pictures", type=int, default=1024)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--size", type=_size, default=(256, 256), help="a side, or HEIGHTxWIDTH")

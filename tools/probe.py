@@ -21,6 +21,8 @@ from sami.core.config import require
 from sami.core.exits import run_entry
 from sami.core.labels import check_names, require_labels
 from sami.core.overlap import refuse_overlap
+from sami.core.paths import local_path, path_pattern
+from sami.core.processes import DEVICES, choose_device
 from sami.core.shards import Shard, expand, open_sources
 from sami.encoder import load_encoder
 from sami.probe import compare, embed, spread
@@ -30,25 +32,27 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--shards", nargs="+", required=True, help="training pictures")
-    parser.add_argument("--val-shards", nargs="+", required=True, help="held-out pictures")
+    parser.add_argument("run", type=local_path, metavar="RUN")
+    parser.add_argument(
+        "--shards", type=path_pattern, nargs="+", required=True, help="training pictures"
+    )
+    parser.add_argument(
+        "--val-shards", type=path_pattern, nargs="+", required=True, help="held-out pictures"
+    )
     parser.add_argument(
         "--allow-val-in-train", action="store_true", help="measure on training pictures, too"
     )
     parser.add_argument("--samples", type=int, default=50_000, help="at most so many of each")
-    parser.add_argument("--out", type=Path, help="file for the result, as JSON")
+    parser.add_argument("--out", type=local_path, help="file for the result, as JSON")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:1; auto")
+    parser.add_argument("--device", default="auto", help=f"{DEVICES}; default: auto")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     args = parser.parse_args(argv)
     require(args.samples > 0, f"--samples {args.samples} must be positive")
     require(args.workers >= 0, f"--workers {args.workers} must be 0 or more")
     out = args.out
     require(out is None or not out.exists(), f"{out} holds a result already; name another --out")
-    cuda = torch.cuda.is_available()
-    device = torch.device(("cuda" if cuda else "cpu") if args.device == "auto" else args.device)
-    require(device.type == "cpu" or cuda, f"--device {args.device}: there is no GPU; take cpu")
+    device = choose_device(args.device)
 
     encoder = load_encoder(args.run).to(device)
     keys = ("--shards", "--val-shards")

@@ -29,6 +29,7 @@ from sami.core.config import require
 from sami.core.errors import UserError, raise_if_machine
 from sami.core.exits import run_entry
 from sami.core.metrics import MetricsFile
+from sami.core.paths import local_path
 
 # The group of fields that only one entry has.
 GROUPS = {"pretrain": "mask", "finetune": "prompt", "classify": "augment"}
@@ -377,12 +378,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--comparison", type=Path, help="comparison.json of tools/chain.py")
+    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN")
+    parser.add_argument("--comparison", type=local_path, help="comparison.json of tools/chain.py")
     parser.add_argument(
         "--pictures", type=int, default=6, help="of a run's training, first to last; default: 6"
     )
-    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--out", type=local_path, default=Path("report.html"))
     args = parser.parse_args()
     require(args.pictures >= 0, f"--pictures {args.pictures} must be 0 or more")
     found = None

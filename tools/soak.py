@@ -26,6 +26,7 @@ from pathlib import Path
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
+from sami.core.paths import local_path
 from sami.core.shipped import shipped
 
 CLOCK = {"images_per_second", "data_wait", "seconds_per_step"}
@@ -160,7 +161,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="per process")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
+    parser.add_argument("--folder", type=local_path, default=Path("runs/soak"))
     args = parser.parse_args()
     require(args.kills > 0, f"--kills {args.kills} must be positive")
     require(args.processes > 0, f"--processes {args.processes} must be positive")

@@ -18,7 +18,6 @@ sweep file as it was before are refused, not mixed in; settings and seeds may be
 import argparse
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -49,6 +48,7 @@ from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError, not_written, raise_if_machine
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, run_entry
+from sami.core.paths import expand_path, local_path
 from sami.core.shipped import HOME, find, shipped, short
 
 SKIP = "skip"
@@ -136,7 +136,8 @@ class Sweep:
                 f"{path}: {key} is not what it should be; see docs/sweeps.md",
             )
         self.path, self.name = path, path.stem
-        self.out = out or HOME / (content.get("out") or f"runs/sweeps/{path.stem}")
+        told = expand_path(content.get("out") or f"runs/sweeps/{path.stem}", f"{path}: out")
+        self.out = out or HOME / told
         self.seeds, self.measures = content["seeds"], content["measures"]
         self.paper = content.get("paper") or {}
         try:
@@ -668,7 +669,9 @@ def _locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process runs this run.
     """
-    with (folder / "lock").open("a") as file:
+    import fcntl  # not on Windows
+
+    with (folder / "lock").open("ab") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -678,8 +681,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _is_locked(path: Path) -> bool:
     """Whether a process, of this machine or another, holds a run's lock."""
+    import fcntl
+
     try:
-        with path.open("r+") as file:
+        with path.open("r+b") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # or it is not there, not ours, or not on a file system with locks
         return path.exists() and os.access(path, os.W_OK) and error.errno in HELD
@@ -803,9 +808,11 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("list", "run", "status", "table", "plot", "folder"))
-    parser.add_argument("sweep", type=Path)
+    parser.add_argument("sweep", type=local_path)
     parser.add_argument("number", type=int, nargs="?", help="of run and folder")
-    parser.add_argument("--out", type=Path, help="folder of the results; default: the sweep's own")
+    parser.add_argument(
+        "--out", type=local_path, help="folder of the results; default: the sweep's own"
+    )
     parser.add_argument("--set", nargs="+", default=[], help="overrides of every run")
     parser.add_argument("--launch", default="", help="what starts a training, instead of python")
     args = parser.parse_args(argv)

@@ -12,6 +12,7 @@ import re
 import sys
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
@@ -19,9 +20,11 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from sami.core.errors import UserError
+from sami.core.paths import expand_path, is_file
 from sami.core.shipped import find
 
 Config = TypeVar("Config")
+PATH = {"path": True}  # metadata of a field that holds a path, or a pattern of shards
 
 
 def load_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
@@ -37,15 +40,13 @@ def load_config(config_class: type[Config], argv: Sequence[str] | None = None) -
     Raises:
         UserError: an unknown key, a value of the wrong type, or one that a ``check`` refuses.
     """
-    parser = ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, description=config_class.__doc__
-    )
+    parser = _Parser(exit_on_error=False, allow_abbrev=False, description=config_class.__doc__)
     parser.add_argument("--config", action="config", help="YAML file; see configs/")
     parser.add_class_arguments(config_class, fail_untyped=True)
     arguments = _config_first(list(sys.argv[1:] if argv is None else argv))
     arguments = [_find_config(word) for word in arguments]
-    only_check = "--check" in arguments
-    arguments = [word for word in arguments if word != "--check"]
+    only_check, only_print = "--check" in arguments, "--print_config" in arguments
+    arguments = [word for word in arguments if word not in ("--check", "--print_config")]
     try:
         namespace = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -57,7 +58,12 @@ def load_config(config_class: type[Config], argv: Sequence[str] | None = None) -
     groups = {
         field.name: getattr(namespace, field.name) for field in dataclasses.fields(config_class)
     }
+    for group_name, group in groups.items():
+        _expand_paths(group_name, group)
     config = config_class(**groups)
+    if only_print:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
     for key, value in _flatten(to_dict(config)).items():
         for number in value if isinstance(value, list) else [value]:
             finite = not isinstance(number, float) or math.isfinite(number)
@@ -68,6 +74,14 @@ def load_config(config_class: type[Config], argv: Sequence[str] | None = None) -
     if only_check:
         raise SystemExit(0)
     return config
+
+
+class _Parser(ArgumentParser):
+    """Reads its files as UTF-8, whatever the locale."""
+
+    def parse_path(self, path: Any, *more: Any, **options: Any) -> Any:
+        text = Path(str(path)).read_text(encoding="utf-8-sig")
+        return self.parse_string(text, str(path), *more, **options)
 
 
 def to_yaml(config: Any) -> str:
@@ -110,6 +124,20 @@ def require(condition: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
+def _expand_paths(name: str, group: Any) -> None:
+    """``~`` and ``$VARIABLES`` in the fields that are marked as PATH, lists and keys included."""
+    for item in dataclasses.fields(group) if dataclasses.is_dataclass(group) else ():
+        if "path" in item.metadata:
+            option, value = f"{name}.{item.name}", getattr(group, item.name)
+            if isinstance(value, str):
+                value = expand_path(value, option)
+            elif isinstance(value, list):
+                value = [expand_path(path, option) for path in value]
+            elif isinstance(value, dict):
+                value = {expand_path(path, option): share for path, share in value.items()}
+            setattr(group, item.name, value)
+
+
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -126,14 +154,17 @@ def _config_first(argv: list[str]) -> list[str]:
     position = 0
     while position < len(argv):
         if argv[position] == "--config" and position + 1 < len(argv):
-            files += [f"--config={argv[position + 1]}"]
+            files.append(argv[position + 1])
             position += 1
         elif argv[position].startswith("--config="):
-            files.append(argv[position])
+            files.append(argv[position].removeprefix("--config="))
         else:
             rest.append(argv[position])
         position += 1
-    return files + rest
+    files = [expand_path(file, "--config") for file in files]
+    for file in filter(is_file, files):
+        open(file, "rb").close()  # what the machine refuses; else it reads as not there
+    return [f"--config={file}" for file in files] + rest
 
 
 def _find_config(word: str) -> str:

@@ -63,7 +63,8 @@ def machine_error(
         if isinstance(one, MachineError):
             return one
         number = machine_number(one)
-        if number and re.search(r"</torch_\d+_", str(one)):  # torch's shared memory
+        in_memory = isinstance(one, RuntimeError) and re.search(r"</torch_\d+_", str(one))
+        if in_memory and number in (None, errno.ENOSPC, errno.ENOMEM):  # torch's shared memory
             return MachineError(shared_memory_full())
         if number:
             words = WORDS.get(number, os.strerror(number))

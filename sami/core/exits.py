@@ -1,7 +1,9 @@
 """How a process leaves: exit codes, and one sentence for what the user can mend."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 
 import torch
 
@@ -13,7 +15,10 @@ FINISHED, USER_ERROR, ASKED_TO_STOP = 0, 2, 75
 
 def run_entry(main: Callable[[], int]) -> int:
     """Run an entry and turn what the user can mend into one sentence and exit code 2."""
+    if isinstance(sys.stdout, TextIOWrapper):  # what a terminal cannot show must not end a run
+        sys.stdout.reconfigure(errors="replace")
     try:
+        _require_locks()
         return main()
     except KeyboardInterrupt:
         return 130
@@ -26,6 +31,18 @@ def run_entry(main: Callable[[], int]) -> int:
         sys.stdout.flush()
         say_last(f"error: {' '.join(str(sentence).split())}")
         return USER_ERROR
+
+
+def _require_locks() -> None:
+    """
+    Raises:
+        UserError: this is Windows.
+    """
+    if importlib.util.find_spec("fcntl") is None:
+        raise UserError(
+            "native Windows is not supported (it lacks the locks and signals that runs are kept "
+            "safe with); use WSL: wsl --install"
+        )
 
 
 def user_error(error: BaseException) -> UserError | None:

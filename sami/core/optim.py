@@ -307,5 +307,6 @@ def guarded_step(
         None,
         skipped,
     )  # the fused kernel's own switch, as GradScaler uses it
-    optimizer.step()
+    if skipped.device.type != "mps" or not skipped.item():  # Apple's kernel has no such switch
+        optimizer.step()
     return norm, skipped

@@ -58,10 +58,10 @@ def local_path(text: str) -> Path:
     Raises:
         argparse.ArgumentTypeError: a variable that is not set.
     """
-    return Path(pattern(text))
+    return Path(path_pattern(text))
 
 
-def pattern(text: str) -> str:
+def path_pattern(text: str) -> str:
     """:func:`local_path` for patterns of shards, which stay text."""
     try:
         return expand_path(text)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -13,24 +12,32 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+)
+from rich.text import Text
 from torch import distributed
 
 from sami.core.checkpoint import list_checkpoints, write_text
-from sami.core.config import require, to_dict, to_yaml
+from sami.core.config import PATH, require, to_dict, to_yaml
 from sami.core.errors import UserError, not_written, raise_if_machine
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, user_error
 from sami.core.metrics import MetricsFile
+from sami.core.processes import choose_device, is_launched, make_accelerator
 from sami.core.stop import StopSignal
 
 VERSIONS = (
@@ -52,7 +59,7 @@ class RunConfig:
     Attributes:
         dir: the run's folder; the same command again resumes the run in it.
         seed: of the initial weights, the order of the samples, crops, flips and masks.
-        device: auto takes the GPU if there is one.
+        device: auto (the GPU if there is one, else the CPU), cpu, cuda, cuda:1, mps.
         debug: show the traceback behind an error message.
         log_every: steps between lines of metrics.jsonl.
         save_every: steps between checkpoints.
@@ -62,9 +69,9 @@ class RunConfig:
         wandb: online, offline or disabled.
     """
 
-    dir: str = "runs/sami"
+    dir: str = field(default="runs/sami", metadata=PATH)
     seed: int = 0
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: str = "auto"
     debug: bool = False
     log_every: int = 50
     save_every: int = 1000
@@ -83,10 +90,7 @@ class RunConfig:
             f"run.picture_every {self.picture_every} must be 0 (never) or more",
         )
         require(self.save_minutes > 0, f"run.save_minutes {self.save_minutes} must be positive")
-        require(
-            self.device != "cuda" or torch.cuda.is_available(),
-            "run.device is cuda and no GPU is visible; use --run.device cpu or mend the driver",
-        )
+        choose_device(self.device, "run.device")
 
 
 def is_due(step: int, every: int, last: bool = False) -> bool:
@@ -108,17 +112,12 @@ class Run:
         """
         self.config = config
         self.dir = Path(config.dir)
-        on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+        device = choose_device(config.device, "run.device")
         self.bf16 = precision == "bf16" or (
-            precision == "auto" and not on_cpu and torch.cuda.is_bf16_supported()
+            precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
-        self.accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision="bf16" if self.bf16 else "no",
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-            ],
-        )
+        launched = is_launched()
+        self.accelerator, self._overruled = make_accelerator(device, self.bf16)
         self.is_main = self.accelerator.is_main_process
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.device = self.accelerator.device
@@ -138,7 +137,7 @@ class Run:
         self._summary_before = self._summary_time()
         self.metrics = MetricsFile(self.dir / "metrics.jsonl")
         set_seed(config.seed)
-        self._stop = StopSignal(self.dir / "stop", self._cpu_group)
+        self._stop = StopSignal(self.dir / "stop", self._cpu_group, launched)
 
     # -- how it begins and ends ---------------------------------------------------------------
 
@@ -160,6 +159,8 @@ class Run:
         (self.dir / "pictures").mkdir(exist_ok=True)
         (self.dir / "stop").unlink(missing_ok=True)
         write_text(self.dir / "config.yaml", to_yaml(config))
+        for note in self._overruled:
+            self.say(note)
         told = environment(self.device, self.bf16, self.processes)
         self.summarise(status="running", exit_code=None, **facts, **told)
         if self.config.wandb != "disabled":
@@ -284,11 +285,8 @@ class Run:
         if held_out:
             self.say(f"step {step}/{steps} · held out: " + " · ".join(held_out))
         if self._progress is None and not sys.stdout.isatty():
-            left = (steps - step) * values["seconds_per_step"]
-            self.say(
-                f"step {step}/{steps} · {words} · {time.strftime('%H:%M:%S', time.gmtime(left))} "
-                "left"
-            )
+            left = duration((steps - step) * values["seconds_per_step"])
+            self.say(f"step {step}/{steps} · {words} · {left} left")
         else:
             self.advance(step, steps, words)
 
@@ -302,7 +300,7 @@ class Run:
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[words]}"),
-                TimeRemainingColumn(),
+                TimeLeft(),
                 console=self._console,
             )
             self._progress.start()
@@ -358,9 +356,11 @@ class Run:
             return None
 
     def _take_folder(self) -> None:
+        import fcntl  # not on Windows
+
         try:
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._lock = (self.dir / "lock").open("a+")
+            self._lock = (self.dir / "lock").open("a+", encoding="utf-8")
         except OSError as error:
             remedy = "choose another folder with --run.dir"
             raise not_written(error, f"run.dir {self.dir}", remedy) from error
@@ -383,6 +383,24 @@ class Run:
         self._lock.truncate()
         self._lock.write(f"host {socket.gethostname()}, pid {os.getpid()}")
         self._lock.flush()
+
+
+def duration(seconds: float) -> str:
+    """Such as 03:04:05, or 2 d 03:04:05."""
+    minutes, rest = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days} d " * (days > 0) + f"{hours:02d}:{minutes:02d}:{rest:02d}"
+
+
+class TimeLeft(ProgressColumn):
+    """How long a progress bar's task still takes."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        return Text("-:--:--" if left is None else duration(left), "progress.remaining")
 
 
 def environment(device: torch.device, bf16: bool, processes: int = 1) -> dict[str, Any]:

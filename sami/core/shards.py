@@ -353,7 +353,12 @@ def read_whole(path: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     the first counts; a sample that is cut off has no members.
     """
     groups: dict[str, dict[str, tarfile.TarInfo]] = {}
-    with tarfile.open(path, tarinfo=_Header) as tar:
+    try:
+        opened = tarfile.open(path, tarinfo=_Header)
+    except OSError as error:
+        raise_if_machine(error, path)
+        raise
+    with opened as tar:
         with _as_far_as_it_goes(path):
             for member in tar:
                 named = split_name(member.name) if member.isreg() else None

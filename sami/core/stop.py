@@ -9,21 +9,24 @@ from typing import Any
 import torch
 from torch import distributed
 
+from sami.core.paths import exists
+
 
 class StopSignal:
     """SIGTERM, SIGUSR1, Ctrl-C, the file ``RUN/stop``, or the launcher's death."""
 
-    def __init__(self, file: Path, cpu_group: Any) -> None:
+    def __init__(self, file: Path, cpu_group: Any, launched: bool) -> None:
         """
         Args:
             file: the stop file.
             cpu_group: process group on the CPU; None with one process.
+            launched: the parent is a launcher, without which this process is to stop.
         """
         self.file, self._cpu_group = file, cpu_group
         self._exchange: tuple[torch.Tensor, Any] | None = None
         self._asked = False
         self._looked = time.monotonic()
-        self._parent = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        self._parent = os.getppid() if launched else None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
@@ -53,7 +56,7 @@ class StopSignal:
         now = time.monotonic()
         if not self._asked and now - self._looked > 1.0:  # a look at the folder, once a second
             self._looked = now
-            self._asked = self.file.exists()
+            self._asked = exists(self.file)
         return self._asked
 
     def _on_signal(self, number: int, frame: Any) -> None:

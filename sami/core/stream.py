@@ -35,7 +35,8 @@ from sami.core.shards import RawSample, Shard, Source, expand, open_sources, rea
 
 # A reader that meets so many unusable samples in a row gives up: nothing behind them is usable.
 MAX_BAD_IN_A_ROW = 1000
-HANDING_OVER = 100  # exit code of a reader that cannot hand over, plus the number of the error
+# How a reader leaves that cannot hand over what it has read: the latter plus the error's number.
+NO_SHARED_MEMORY, HANDING_OVER = 99, 100
 
 Bad = list[tuple[str, str]]  # (reason, key) of samples that could not be used
 
@@ -367,11 +368,12 @@ def make_loader(dataset: IterableDataset, workers: int, device: torch.device) ->
 def _killed(words: str) -> UserError:
     """Why a process that reads data is gone, by torch's words."""
     left = re.search(r"with exit code (\d+)", words)
-    refused = machine_error(OSError(int(left[1]) - HANDING_OVER, "")) if left else None
+    code = int(left[1]) if left else 0
+    if "Bus error" in words or code == NO_SHARED_MEMORY:
+        return MachineError(f"a process that reads data could not go on: {shared_memory_full()}")
+    refused = machine_error(OSError(code - HANDING_OVER, ""))
     if refused is not None:
-        return MachineError(f"a process that reads data could not hand it over: {refused}")
-    if "Bus error" in words:
-        return MachineError(f"a process that reads data died of SIGBUS: {shared_memory_full()}")
+        return MachineError(f"a process that reads data could not go on: {refused}")
     return UserError(
         f"a process that reads data was killed ({words[:80]}); if memory ran out, which dmesg "
         "tells, lower data.workers or data.shuffle_mb"
@@ -386,11 +388,11 @@ def _start_worker(worker: int) -> None:
 
 def _leave_for_it(error: Exception, item: Any) -> None:
     """End a worker that cannot hand over a batch: else it is dropped, and waited for in vain."""
-    refused = re.search(r"</torch_\d+_", str(error))
-    if refused:
-        signal.signal(signal.SIGBUS, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGBUS)  # as it ends where the system notices later
-    traceback.print_exception(error)
+    refused = machine_error(error)
+    if refused is None:
+        traceback.print_exception(error)
+    elif str(refused) == shared_memory_full():
+        os._exit(NO_SHARED_MEMORY)
     os._exit(HANDING_OVER + (machine_number(error) or 0))
 
 
