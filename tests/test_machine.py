@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import errno
 import io
+import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -11,8 +12,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from finetune.coco import CocoSource, read_coco
 from sami.core.checkpoint import list_checkpoints, read_meta, read_state, save_checkpoint
+from sami.core.config import load_config
 from sami.core.errors import (
     REMEDIES,
     MachineError,
@@ -25,8 +29,13 @@ from sami.core.images import open_image
 from sami.core.metrics import MetricsFile
 from sami.core.shards import expand, open_sources, read_samples, read_whole, scan, stored_index
 from sami.core.stream import HANDING_OVER, Batches, make_loader
-from sami.pretrain import main
-from tests.runs import arguments, opened, summary, write_shards
+from sami.features import MANIFEST, read_manifest
+from sami.pretrain import PretrainConfig, main
+from tests.runs import ROOT, arguments, opened, summary, write_shards
+from tools.cost import resolve
+from tools.make_shards import Picture, make_sample
+from tools.report import RunFolder
+from tools.sweep import Sweep
 
 NUMBERS = [
     *(errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOSPC),
@@ -176,6 +185,45 @@ def test_in_the_middle_of_training(monkeypatch, tmp_path, in_process, number):
     code, said = in_process(main, words)
     assert (code, said) == (0, "")
     assert summary(tmp_path / "run")["bad_samples"] == {}
+
+
+@pytest.mark.parametrize("number", FEW)
+def test_files_of_the_tools(monkeypatch, tmp_path, number):
+    """None is called damaged, of another kind, or not there."""
+    picture = tmp_path / "a.jpg"
+    Image.new("RGB", (64, 48)).save(picture)
+    coco = tmp_path / "coco.json"
+    mask = {"image_id": 1, "segmentation": [[4, 4, 40, 4, 40, 40]], "category_id": 1, "id": 1}
+    images = [{"id": 1, "file_name": "a.jpg", "height": 48, "width": 64}]
+    coco.write_text(
+        json.dumps(
+            {"images": images, "annotations": [mask], "categories": [{"id": 1, "name": "a"}]}
+        )
+    )
+    for name in (MANIFEST, "summary.json", "config.yaml"):
+        (tmp_path / name).write_text("{}")
+    sweep = ROOT / "configs" / "sweeps" / "mask_ratio.yaml"
+    config = ROOT / "configs" / "pretrain" / "sami_ti.yaml"
+    (source,) = [CocoSource.of(read_coco(coco), coco, tmp_path)]
+    for name, path, call in (
+        ("coco", coco, lambda: read_coco(coco)),
+        ("its pictures", picture, lambda: list(source.read(0, 1))),
+        ("folders", picture, lambda: make_sample(tmp_path, Picture("a.jpg"), "0")),
+        ("cache", tmp_path / MANIFEST, lambda: read_manifest(tmp_path)),
+        ("report", tmp_path / "summary.json", lambda: RunFolder(tmp_path)),
+        ("sweep", sweep, lambda: Sweep(sweep, tmp_path / "out", [])),
+        ("cost", config, lambda: resolve(config, [])),
+        ("config", config, lambda: load_config(PretrainConfig, ["--config", str(config)])),
+    ):
+        for when in ("open", "read"):
+            with (
+                failing(monkeypatch, number, lambda p, path=path: p == str(path), when),
+                pytest.raises((UserError, OSError)) as caught,
+            ):
+                call()
+            sentence = user_error(caught.value)
+            assert isinstance(sentence, MachineError), (name, when, caught.value)
+            assert told(number) in str(sentence) and str(path.parent) in str(sentence), (name, when)
 
 
 def test_a_finished_run_that_cannot_be_looked_at_is_not_begun_anew(

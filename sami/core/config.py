@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from sami.core.errors import UserError
+from sami.core.errors import UserError, raise_if_machine
 from sami.core.paths import expand_path, is_file
 from sami.core.shipped import find
 
@@ -163,7 +163,11 @@ def _config_first(argv: list[str]) -> list[str]:
         position += 1
     files = [expand_path(file, "--config") for file in files]
     for file in filter(is_file, files):
-        open(file, "rb").close()  # what the machine refuses; else it reads as not there
+        try:  # for what the machine refuses, which jsonargparse would call not there
+            Path(file).read_bytes()
+        except OSError as error:
+            raise_if_machine(error, file)
+            raise
     return [f"--config={file}" for file in files] + rest
 
 
