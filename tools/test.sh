@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
 # Sets up .venv if need be, then checks style and runs the tests. Arguments go to pytest.
-# --slurm, first: also install Debian's slurm-wlm and munge, as root or with sudo, and run the batch
-# scripts on a throw-away cluster; where that cannot be, these tests say so and skip.
-slurm=
-if [ "${1:-}" = --slurm ]; then
-  slurm=1
+# First may stand
+#   --slurm   also install Debian's slurm-wlm and munge, as root or with sudo, and run the batch scripts
+#             on a throw-away cluster; where that cannot be, these tests say so and skip
+#   --oldest  also check the oldest releases that pyproject.toml allows (tools/oldest.sh)
+slurm= oldest=
+while :; do
+  case "${1:-}" in
+    --slurm) slurm=1 ;;
+    --oldest) oldest=1 ;;
+    *) break ;;
+  esac
   shift
-fi
+done
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 if [ -n "$slurm" ]; then
   export SAMI_SLURM=1 PATH="$PATH:/usr/sbin:/sbin"
@@ -18,8 +24,18 @@ if [ -n "$slurm" ]; then
       echo "slurm-wlm and munge cannot be installed here: the tests of slurm/ will be skipped" >&2
   fi
 fi
+if [ -n "$oldest" ]; then # it waits for the network, mostly: beside the tests
+  log=$(mktemp)
+  bash tools/oldest.sh --install > "$log" 2>&1 &
+  installing=$!
+fi
 ruff format --check .
 ruff check .
 # Files side by side, the slowest first; one more than there are cores, because many only wait.
 workers=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
-exec python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
+if [ -n "$oldest" ]; then
+  wait "$installing" || { cat "$log"; exit 1; }
+  echo "The oldest releases that pyproject.toml allows"
+  bash tools/oldest.sh
+fi
