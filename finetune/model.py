@@ -4,30 +4,33 @@
 """
 
 import json
-import pickle
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from torch import nn
 
 from finetune.sam import ModelShape, Sam
 from sami.core.config import PATH, require
 from sami.core.errors import UserError
-from sami.encoder import EncoderConfig, load_encoder
-from sami.image_encoder import (
-    MODEL_FILE,
-    ImageEncoderShape,
-    encoder_of_header,
-    find_model,
-    read_header,
-)
+from sami.core.weights import Takes, Weights, load_strictly
+from sami.encoder import EncoderConfig, encoder_shape
+from sami.image_encoder import ImageEncoderShape, grid_of, image_encoder_shape, read_model
 from sami.sam_encoder import NECK_CHANNELS, SAM_SHAPES
 
-HEAD_WIDTH = 64  # of the released models' attention heads
+TAKES = Takes(
+    ("model",),
+    "the folder of a run of stage 2 (python finetune/train.py ...), its model.safetensors, a "
+    "released EfficientSAM .pt (efficient_sam_vitt.pt, efficient_sam_vits.pt.zip) or SAM's .pth",
+)
+TAKES_ENCODER = Takes(  # encoder.checkpoint in stage 2
+    ("encoder", "model"),
+    "the folder of a run of stage 1 (python sami/pretrain.py ...) or its encoder.safetensors; or "
+    "a model, whose image encoder is taken: a run of stage 2, its model.safetensors, a released "
+    ".pt, SAM's .pth",
+)
 
 
 @dataclass
@@ -37,9 +40,9 @@ class DecoderConfig:
     Attributes:
         kind: efficientsam, the released architecture; sam, segment-anything's own, which also
             takes background clicks and masks as prompts.
-        checkpoint: a model to take them from (model.safetensors, a released .pt, SAM's .pth); null
-            to begin from scratch. SAM's tensors fit efficientsam too, as a start: its function
-            differs.
+        checkpoint: a model to take them from (a run of stage 2, model.safetensors, a released
+            .pt, SAM's .pth); null or empty to begin from scratch. SAM's tensors fit efficientsam
+            too, as a start: its function differs.
         freeze: what is not trained.
         dropout: in efficientsam's mask decoder, while training; sam's has none.
         width: channels of the embedding and of the tokens; 256 in all published models.
@@ -52,6 +55,7 @@ class DecoderConfig:
     width: int = NECK_CHANNELS
 
     def check(self) -> None:
+        self.checkpoint = self.checkpoint or None
         require(
             0 <= self.dropout < 1, f"decoder.dropout {self.dropout} must be 0 (none) or under 1"
         )
@@ -81,6 +85,7 @@ def build_model(
     resize: str,
     checkpointing: bool,
     single_mask: bool = False,
+    say: Callable[[str], None] = print,
 ) -> Sam:
     """The model of a configuration, with the weights that it names.
 
@@ -90,6 +95,7 @@ def build_model(
     Args:
         checkpointing: recompute the encoder's blocks in the backward pass.
         single_mask: train mask 0 too.
+        say: told where a checkpoint is not that of a run's end.
 
     Raises:
         UserError: sizes that do not fit each other or the checkpoints.
@@ -104,9 +110,9 @@ def build_model(
     start = None
     # An encoder of our own keeps stage 1's grid of positions, 14 x 14 as released.
     grid = 14 if kind == "vit" else image_size // patch
-    if encoder.checkpoint is not None:
-        start = _load_image_encoder(encoder.checkpoint)
-        grid = _grid_of(start["pos_embed"])
+    if encoder.checkpoint:
+        start, what = _load_image_encoder(encoder, say)
+        grid = grid_of(start["pos_embed"])
     shape = ModelShape(
         ImageEncoderShape(kind, width, depth, heads, patch, image_size, grid, decoder.width),
         decoder.kind,
@@ -114,12 +120,16 @@ def build_model(
         single_mask,
     )
     model = Sam(shape, checkpointing, decoder.dropout)
+    does_not = "does not fit the configuration"
+    remedy = "set encoder.name, decoder.kind and decoder.width to what it holds"
     if start is not None:
-        what = f"encoder.checkpoint {encoder.checkpoint}"
-        _take(model.image_encoder, start, what, may_miss="neck." if kind == "vit" else "")
-    if decoder.checkpoint is not None:
-        for name, tensors in _load_decoder(decoder.checkpoint, decoder.kind).items():
-            _take(getattr(model, name), tensors, f"decoder.checkpoint {decoder.checkpoint}")
+        neck = "neck." if kind == "vit" else ""
+        load_strictly(model.image_encoder, start, f"{what} {does_not}", remedy, may_miss=neck)
+    if decoder.checkpoint:
+        parts, what = _load_decoder(decoder, say)
+        for name, tensors in parts.items():
+            words = f"{what} {does_not}"
+            load_strictly(getattr(model, name), tensors, words, remedy, prefix=f"{name}.")
     if decoder.freeze == "encoder":
         model.image_encoder.requires_grad_(False)
     if decoder.freeze == "decoder":
@@ -130,41 +140,60 @@ def build_model(
     return model
 
 
-def _grid_of(positions: torch.Tensor) -> int:
-    """Side of the grid of stored positions: SAM's [1, h, w, D] or ours [1, 1 + h * w, D]."""
-    return positions.shape[1] if positions.ndim == 4 else round((positions.shape[1] - 1) ** 0.5)
-
-
-def _load_image_encoder(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of an image encoder, of stage 1 (without neck) or of a model."""
-    place = Path(path)
-    of_stage_1 = place.name == "encoder.safetensors" or (place / "encoder.safetensors").exists()
-    if not of_stage_1 and (find_model(place) or not place.is_dir()):
-        return load_model(path).image_encoder.state_dict()
-    stored = load_encoder(path).state_dict()
-    left = ("cls_token", "norm.weight", "norm.bias")  # stage 2 has no class token and no last norm
-    return {name: tensor for name, tensor in stored.items() if name not in left}
+def _load_image_encoder(
+    encoder: EncoderConfig, say: Callable[[str], None]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of an image encoder, of stage 1 (without neck) or of a model; and its file."""
+    option = "encoder.checkpoint"
+    weights, file = read_model(encoder.checkpoint, TAKES_ENCODER, option, say)
+    what = f"{option} {file}"
+    remedy = TAKES_ENCODER.remedy(option)
+    of_model = any(name.startswith("image_encoder.") for name in weights.tensors)
+    if of_model:
+        told = image_encoder_shape(weights, what, remedy)
+        tensors = weights.below("image_encoder.")
+    else:
+        told = encoder_shape(weights, what, remedy, encoder.shape[2])
+        # stage 2 has no class token and no last norm
+        left = ("cls_token", "norm.weight", "norm.bias")
+        tensors = {name: t for name, t in weights.tensors.items() if name not in left}
+    heads_known = weights.kind is not None or getattr(told, "kind", "vit") == "sam"
+    pairs = {"patch_size": (encoder.patch_size, told.patch_size)}
+    if heads_known:  # no tensor's shape tells them
+        pairs["heads"] = (encoder.shape[2], told.heads)
+    for name, (asked, own) in pairs.items():
+        require(
+            asked == own,
+            f"{what} does not fit the configuration: it has {name} {own}, and encoder.{name} is "
+            f"{asked}; set encoder.name or encoder.{name} to its own",
+        )
+    return tensors, what
 
 
 PARTS = ("prompt_encoder", "mask_decoder")
 
 
-def _load_decoder(path: str, kind: str) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of a prompt encoder and a mask decoder, by attribute.
+def _load_decoder(
+    decoder: DecoderConfig, say: Callable[[str], None]
+) -> tuple[dict[str, dict[str, torch.Tensor]], str]:
+    """The tensors of a prompt encoder and a mask decoder, by attribute; and their file.
 
-    SAM's own are renamed where ``kind`` is efficientsam.
+    SAM's own are renamed where ``decoder.kind`` is efficientsam.
     """
-    if find_model(path):
-        model = load_model(path)
-        parts = {name: getattr(model, name).state_dict() for name in PARTS}
-    else:
-        tensors = _read_tensors(Path(path))
-        parts = {
-            part: {n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(part)}
-            for part in PARTS
-        }
-    of_sam = "no_mask_embed.weight" in parts["prompt_encoder"]
-    return {n: _renamed(p) for n, p in parts.items()} if kind != "sam" and of_sam else parts
+    option = "decoder.checkpoint"
+    weights, file = read_model(decoder.checkpoint, TAKES, option, say)
+    what = f"{option} {file}"
+    parts = {part: weights.below(f"{part}.") for part in PARTS}
+    if not all(parts.values()):
+        raise UserError(f"{what} holds no mask decoder; {TAKES.remedy(option)}")
+    if decoder.kind != "sam" and of_sam(weights):
+        parts = {name: _renamed(part) for name, part in parts.items()}
+    return parts, what
+
+
+def of_sam(weights: Weights) -> bool:
+    """Whether a model's prompt encoder and mask decoder are segment-anything's."""
+    return "prompt_encoder.no_mask_embed.weight" in weights.tensors
 
 
 # SAM's parameter names and the released model's.
@@ -195,112 +224,37 @@ def _renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _take(
-    module: nn.Module, tensors: dict[str, torch.Tensor], what: str, may_miss: str = ""
-) -> None:
-    """Load tensors into a module, strictly but for names that begin with ``may_miss``."""
-    own = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    wrong = [name for name, tensor in tensors.items() if own.get(name) != tensor.shape]
-    wrong += [n for n in own if n not in tensors and not (may_miss and n.startswith(may_miss))]
-    if wrong:
-        name = wrong[0]
-        theirs = tuple(tensors[name].shape) if name in tensors else "none"
-        ours = tuple(own[name]) if name in own else "none"
-        raise UserError(
-            f"{what} does not fit the configuration: {name} is {theirs} and should be {ours}; set "
-            "encoder.name, decoder.kind and decoder.width to what it holds"
-        )
-    module.load_state_dict(tensors, strict=False)
-
-
 def export_header(model: Sam, **more: Any) -> dict[str, str]:
     """Metadata of ``model.safetensors``: JSON with the shape and what else there is to know."""
     return {"model": json.dumps({**model.shape.header(), **more})}
 
 
-def load_model(path: str | Path) -> Sam:
+def load_model(path: str | Path, option: str = "", say: Callable[[str], None] = print) -> Sam:
     """A model that segments, in eval mode, with the released interface.
 
     Args:
-        path: ``model.safetensors`` of ours or the run folder that holds it; the released
-            EfficientSAM's ``.pt``; SAM's ``.pth``.
+        path: ``model.safetensors`` of ours or the run folder that holds it (its newest
+            checkpoint, as long as the run has not ended); the released EfficientSAM's ``.pt``, or
+            ``.pt.zip``; SAM's ``.pth``.
+        option: that the path was given by, for messages.
+        say: told where the weights are not those of the run's end.
 
     Raises:
         UserError: missing, damaged, or of no kind that is known.
+        OSError: the machine cannot read it.
     """
-    path = Path(path)
-    ours = find_model(path)
-    file = ours or path
-    if not file.is_file():
-        at = path / MODEL_FILE if path.is_dir() else path
-        raise UserError(
-            f"{at} does not exist; name a {MODEL_FILE}, the folder of a finished run of "
-            "finetune/train.py, a released .pt or SAM's .pth"
-        )
-    if ours:
-        header = read_header(file)
-        shape = ModelShape(
-            encoder_of_header(header, file),
-            *(header.get(name) for name in ("decoder", "resize", "single_mask")),
-        )
-        with safe_open(file, framework="pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+    weights, file = read_model(path, TAKES, option, say)
+    what = f"{option} {file}".strip()
+    remedy = TAKES.remedy(option)
+    encoder = image_encoder_shape(weights, what, remedy)
+    header = weights.header("model")
+    if header is not None:
+        shape = ModelShape(encoder, *(header.get(n) for n in ("decoder", "resize", "single_mask")))
     else:
-        tensors = _read_tensors(file)
-        shape = _shape_of(tensors, file)
+        theirs = of_sam(weights)
+        resize = "longest" if encoder.kind == "sam" else "square"
+        shape = ModelShape(encoder, "sam" if theirs else "efficientsam", resize, theirs)
     model = Sam(shape)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        what = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} does not fit {shape.decoder}: {what}") from error
+    does_not = f"{what} does not fit {'itself' if header else shape.decoder}"
+    load_strictly(model, weights.tensors, does_not, remedy)
     return model.eval()
-
-
-def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """A state dict as EfficientSAM's authors (below ``model``) and SAM's publish it."""
-    require(
-        file.is_file(),
-        f"{file} does not exist; fetch it from its authors, or name another checkpoint",
-    )
-    try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
-        tensors = stored.get("model", stored)
-        return {name: tensor.float() for name, tensor in tensors.items()}
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        what = " ".join(str(error).split())[:120]
-        raise UserError(f"{file} cannot be read as weights ({what}); fetch it again") from error
-    except AttributeError as error:
-        raise _no_model(file, "its values are no tensors") from error
-
-
-def _shape_of(tensors: dict[str, torch.Tensor], file: Path) -> ModelShape:
-    """What published weights are, by their names and shapes."""
-    prefix = "image_encoder."
-    try:
-        width, _, patch, _ = tensors[f"{prefix}patch_embed.proj.weight"].shape
-        positions = tensors[f"{prefix}pos_embed"]
-        depth = len({name.split(".")[2] for name in tensors if name.startswith(f"{prefix}blocks.")})
-        channels = tensors[f"{prefix}neck.0.weight"].shape[0]
-        kind = "sam" if positions.ndim == 4 else "vit"
-        grid, image_size, heads = _grid_of(positions), 1024, width // HEAD_WIDTH
-        if kind == "sam":
-            image_size = grid * patch
-            heads = width // tensors[f"{prefix}blocks.0.attn.rel_pos_h"].shape[1]
-    except (KeyError, IndexError, ValueError) as error:
-        raise _no_model(file, f"{type(error).__name__}: {error}") from error
-    encoder = ImageEncoderShape(kind, width, depth, heads, patch, image_size, grid, channels)
-    of_sam = "prompt_encoder.no_mask_embed.weight" in tensors
-    return ModelShape(
-        encoder,
-        "sam" if of_sam else "efficientsam",
-        "longest" if kind == "sam" else "square",
-        single_mask=of_sam,
-    )
-
-
-def _no_model(file: Path, why: str) -> UserError:
-    return UserError(
-        f"{file} holds no model that is known here ({why}); give efficient_sam_vitt.pt, "
-        f"efficient_sam_vits.pt, sam_vit_b_01ec64.pth or its relatives, or a {MODEL_FILE}"
-    )

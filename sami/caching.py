@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from sami.core.checkpoint import write_text
+from sami.core.checkpoint import sha256_of, write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError, not_written
 from sami.core.images import MEAN, STD, open_image, resize_upright, upright_size
@@ -45,7 +45,6 @@ from sami.features import (
     quantise,
     read_manifest,
     see_whole,
-    sha256_of,
     to_bytes,
 )
 from sami.teacher import Teacher

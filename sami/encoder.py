@@ -5,13 +5,13 @@ into timm's ``vit_tiny_patch16_224`` (``num_classes=0``) and its relatives.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
 from timm.layers import PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import nn
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from sami.core.config import PATH, require
 from sami.core.errors import UserError
 from sami.core.images import patchify
+from sami.core.weights import Takes, Weights, find_weights, load_strictly, read_weights
 from sami.sam_encoder import SAM_SHAPES
 
 # width, depth, heads: EfficientSAM's released Ti and S, the paper's B, and SAM's own
@@ -30,6 +31,11 @@ SHAPES = {
     "custom": (64, 2, 2),
     **SAM_SHAPES,
 }
+HEAD_WIDTH = 64  # of an attention head in all ViTs of the papers
+TAKES = Takes(
+    ("encoder",),
+    "the folder of a run of stage 1 (python sami/pretrain.py ...) or its encoder.safetensors",
+)
 
 
 @dataclass
@@ -43,8 +49,9 @@ class EncoderConfig:
         depth: number of blocks.
         heads: attention heads per block.
         patch_size: side of a patch in pixels.
-        checkpoint: encoder.safetensors, or a run folder with one, to start from; in stage 2 also
-            a model (model.safetensors, released .pt, SAM's .pth); null for none.
+        checkpoint: encoder.safetensors, or the folder of a run of stage 1, to start from; in
+            stage 2 also a model (model.safetensors or its run folder, released .pt, SAM's .pth);
+            null or empty for none.
     """
 
     name: str = "vit_ti"
@@ -55,6 +62,7 @@ class EncoderConfig:
     checkpoint: str | None = field(default=None, metadata=PATH)
 
     def check(self) -> None:
+        self.checkpoint = self.checkpoint or None
         require(
             self.name in SHAPES,
             f"encoder.name '{self.name}' is not one of {', '.join(SHAPES)}; choose one of them",
@@ -92,6 +100,13 @@ class EncoderShape:
     heads: int
     patch_size: int
     image_size: int
+
+    def words(self) -> str:
+        """For a sentence."""
+        return (
+            f"width {self.width}, depth {self.depth}, {self.heads} heads and patches of "
+            f"{self.patch_size} pixels for pictures of {self.image_size}"
+        )
 
 
 class Encoder(nn.Module):
@@ -186,16 +201,10 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
         image_size % config.patch_size == 0,
         f"data.image_size {image_size} is not divisible by encoder.patch_size {config.patch_size}",
     )
-    encoder = Encoder(EncoderShape(*config.shape, config.patch_size, image_size))
-    if config.checkpoint is not None:
-        start = load_encoder(config.checkpoint)
-        require(
-            start.shape == encoder.shape,
-            f"encoder.checkpoint {config.checkpoint} holds {start.shape}, the configuration asks "
-            f"for {encoder.shape}",
-        )
-        encoder.load_state_dict(start.state_dict())
-    return encoder
+    shape = EncoderShape(*config.shape, config.patch_size, image_size)
+    if config.checkpoint:
+        return load_encoder(config.checkpoint, "encoder.checkpoint", shape)
+    return Encoder(shape)
 
 
 def export_header(encoder: Encoder, **more: object) -> dict[str, str]:
@@ -203,31 +212,69 @@ def export_header(encoder: Encoder, **more: object) -> dict[str, str]:
     return {"encoder": json.dumps({**asdict(encoder.shape), **more})}
 
 
-def load_encoder(path: str | Path) -> Encoder:
-    """Rebuild a stage-1 encoder from ``encoder.safetensors`` or the run folder that holds it.
+def load_encoder(
+    path: str | Path,
+    option: str = "",
+    shape: EncoderShape | None = None,
+    say: Callable[[str], None] = print,
+) -> Encoder:
+    """Rebuild a stage-1 encoder from its file, or from the run folder that holds it.
+
+    Args:
+        path: ``encoder.safetensors``, the folder of a run of stage 1 (its newest checkpoint, as
+            long as it has not ended), or a state dict of such a ViT, MAE's for example.
+        option: that the path was given by, for messages.
+        shape: what it has to be; None for whatever it is.
+        say: told where the weights are not those of the run's end.
 
     Raises:
-        UserError: missing, damaged, or not an encoder of ours.
+        UserError: missing, damaged, no encoder, or one of another shape.
+        OSError: the machine cannot read it.
     """
-    path = Path(path)
-    file = path / "encoder.safetensors" if path.is_dir() else path
-    if not file.exists():
-        raise UserError(
-            f"{file} does not exist; a stage 1 run writes it when it finishes (python "
-            "sami/pretrain.py)"
-        )
-    try:
-        with safe_open(file, framework="pt") as stored:
-            header = (stored.metadata() or {}).get("encoder")
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        header = json.loads(header or "null")
-        encoder = Encoder(
-            EncoderShape(**{item.name: header[item.name] for item in fields(EncoderShape)})
-        )
-        encoder.load_state_dict(tensors)
-    except (SafetensorError, TypeError, KeyError, ValueError, RuntimeError) as error:
-        what = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{file} is not an encoder of stage 1 ({what}); give the encoder.safetensors of a run"
-        ) from error
+    found = find_weights(path, TAKES, option)
+    if found.note:
+        say(found.note)
+    weights = read_weights(found.file, TAKES, option)
+    what = f"{option} {found.file}".strip()
+    own = encoder_shape(weights, what, TAKES.remedy(option), shape and shape.heads)
+    require(
+        shape is None or own == shape,
+        f"{what} is an encoder with {own.words()}, and the configuration asks for "
+        f"{shape and shape.words()}; set encoder.name (or width, depth and heads), "
+        "encoder.patch_size and data.image_size to its own",
+    )
+    with torch.device("meta"):
+        encoder = Encoder(own)
+    does_not = f"{what} does not fit an encoder with {own.words()}"
+    load_strictly(encoder, weights.tensors, does_not, TAKES.remedy(option))
     return encoder
+
+
+def encoder_shape(
+    weights: Weights, what: str, remedy: str, heads: int | None = None
+) -> EncoderShape:
+    """What an encoder is: by its header, or by its tensors where others wrote it.
+
+    Args:
+        heads: their number, which tensors do not tell; None for width / 64, as in all ViTs of the
+            papers.
+
+    Raises:
+        UserError: it is no such ViT.
+    """
+    try:
+        header = weights.header("encoder")
+        if header is not None:
+            shape = EncoderShape(**{one.name: header[one.name] for one in fields(EncoderShape)})
+        else:
+            width, _, patch, _ = weights.tensors["patch_embed.proj.weight"].shape
+            grid = round((weights.tensors["pos_embed"].shape[1] - 1) ** 0.5)
+            names = {n.split(".")[1] for n in weights.tensors if n.startswith("blocks.")}
+            heads = heads or width // HEAD_WIDTH
+            shape = EncoderShape(width, len(names), heads, patch, grid * patch)
+        if min(vars(shape).values()) <= 0 or shape.width % shape.heads:
+            raise ValueError(shape.words())
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        told = f"no {error.args[0]}" if isinstance(error, KeyError) else f"{error}"
+        raise UserError(f"{what} is not an encoder of stage 1 ({told}); {remedy}") from error
+    return shape

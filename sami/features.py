@@ -6,7 +6,6 @@ Training reads it, and cuts each crop's target out of it (:func:`axis_weights`),
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import time
@@ -23,7 +22,7 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-from sami.core.checkpoint import write_text
+from sami.core.checkpoint import sha256_of, write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError, raise_if_machine
 from sami.core.images import Box
@@ -443,9 +442,3 @@ def _check_sums(
                 write_text(file, json.dumps(found))
                 written = time.monotonic()
     write_text(file, json.dumps(found))
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,13 +13,12 @@ To plug in another, write that class and give it a name in ENCODERS. Layer decay
 parameter names: ``patch_embed.*`` and ``pos_embed`` at the bottom, then ``blocks.<n>.*``.
 """
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
 from segment_anything.modeling.common import LayerNorm2d
 from timm.layers import PatchEmbed
 from torch import nn
@@ -27,10 +26,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sami.core.errors import UserError
-from sami.encoder import sincos_positions, vit_block
-from sami.sam_encoder import NECK_CHANNELS, SamEncoder
+from sami.core.weights import Takes, Weights, find_weights, load_strictly, read_weights
+from sami.encoder import HEAD_WIDTH, sincos_positions, vit_block
+from sami.sam_encoder import NATIVE_SIZE, NECK_CHANNELS, SamEncoder
 
-MODEL_FILE = "model.safetensors"  # of a run of stage 2
+# Models that are known by their names alone: what these begin with, and what they are.
+STRANGERS = (
+    ("image_encoder.layers.", "MobileSAM"),
+    (("image_encoder.trunk.", "sam_mask_decoder."), "SAM 2"),
+)
 
 
 @dataclass(frozen=True)
@@ -125,66 +129,77 @@ def build_image_encoder(shape: ImageEncoderShape) -> nn.Module:
     return ENCODERS[shape.kind](shape)
 
 
-def find_model(path: str | Path) -> Path | None:
-    """The ``model.safetensors`` that a run folder holds, or that is named itself; or None."""
-    path = Path(path)
-    file = path / MODEL_FILE
-    return file if file.is_file() else path if path.suffix == ".safetensors" else None
+def read_model(
+    path: str | Path, takes: Takes, option: str = "", say: Callable[[str], None] = print
+) -> tuple[Weights, Path]:
+    """The tensors of whatever holds a model, and its file.
 
-
-def read_header(file: Path) -> dict:
-    """What the header of a ``model.safetensors`` says of the model.
-
-    Raises:
-        UserError: damaged, or no model of ours.
-    """
-    try:
-        with safe_open(file, framework="pt") as stored:
-            return json.loads((stored.metadata() or {})["model"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        what = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{file} is not a model of stage 2 ({what}); give the {MODEL_FILE} of a run"
-        ) from error
-
-
-def encoder_of_header(header: dict, file: Path) -> ImageEncoderShape:
-    """The image encoder that a header describes.
+    Args:
+        option: that the path was given by, for messages.
+        say: told where the weights are not those of a run's end.
 
     Raises:
-        UserError: it describes none that is known here.
+        UserError: there is none that can be read.
+        OSError: the machine cannot read it.
     """
-    try:
-        shape = ImageEncoderShape(
-            **{item.name: header["encoder"][item.name] for item in fields(ImageEncoderShape)}
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{file} is not a model of stage 2 ({type(error).__name__}: {error}); give the "
-            f"{MODEL_FILE} of a run"
-        ) from error
-    if shape.kind not in ENCODERS:
-        raise UserError(
-            f"{file} has an image encoder '{shape.kind}', which is none of "
-            f"{', '.join(ENCODERS)}; it was written by another version"
-        )
-    return shape
+    found = find_weights(path, takes, option)
+    if found.note:
+        say(found.note)
+    return read_weights(found.file, takes, option), found.file
 
 
-def load_image_encoder(file: Path) -> nn.Module:
-    """The image encoder of a ``model.safetensors``.
+def image_encoder_shape(weights: Weights, what: str, remedy: str) -> ImageEncoderShape:
+    """The image encoder of a model: by its header, or by its tensors where others wrote it.
 
     Raises:
-        UserError: damaged, or no model of ours.
+        UserError: it is none that is known here.
     """
-    encoder = build_image_encoder(encoder_of_header(read_header(file), file))
-    prefix = "image_encoder."
-    with safe_open(file, framework="pt") as stored:
-        names = [name for name in stored.keys() if name.startswith(prefix)]
-        tensors = {name.removeprefix(prefix): stored.get_tensor(name) for name in names}
+    names, prefix = weights.tensors, "image_encoder."
+    for marks, told in STRANGERS:
+        if any(name.startswith(marks) for name in names):
+            raise UserError(f"{what} is {told}, which is not opened here; {remedy}")
     try:
-        encoder.load_state_dict(tensors)
-    except RuntimeError as error:
-        what = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} does not fit its own header: {what}") from error
+        header = weights.header("model")
+        if header is not None:
+            told = header["encoder"]
+            shape = ImageEncoderShape(**{n.name: told[n.name] for n in fields(ImageEncoderShape)})
+            if shape.kind not in ENCODERS:
+                raise ValueError(
+                    f"an image encoder '{shape.kind}', none of {', '.join(ENCODERS)}, written by "
+                    "another version"
+                )
+            return shape
+        width, _, patch, _ = names[f"{prefix}patch_embed.proj.weight"].shape
+        positions = names[f"{prefix}pos_embed"]
+        depth = len({name.split(".")[2] for name in names if name.startswith(f"{prefix}blocks.")})
+        channels = names[f"{prefix}neck.0.weight"].shape[0]
+        kind = "sam" if positions.ndim == 4 else "vit"
+        grid, image_size, heads = grid_of(positions), NATIVE_SIZE, width // HEAD_WIDTH
+        if kind == "sam":
+            image_size = grid * patch
+            heads = width // names[f"{prefix}blocks.0.attn.rel_pos_h"].shape[1]
+        if not heads or width % heads:
+            raise ValueError(f"a width of {width}")
+        return ImageEncoderShape(kind, width, depth, heads, patch, image_size, grid, channels)
+    except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
+        why = f"no {error.args[0]}" if isinstance(error, KeyError) else f"{error}"
+        raise UserError(f"{what} holds no model that is known here ({why}); {remedy}") from error
+
+
+def grid_of(positions: torch.Tensor) -> int:
+    """Side of the grid of stored positions: SAM's [1, h, w, D] or ours [1, 1 + h * w, D]."""
+    return positions.shape[1] if positions.ndim == 4 else round((positions.shape[1] - 1) ** 0.5)
+
+
+def load_image_encoder(weights: Weights, what: str, remedy: str) -> nn.Module:
+    """The image encoder of a model.
+
+    Raises:
+        UserError: damaged, or none that is known here.
+    """
+    shape = image_encoder_shape(weights, what, remedy)
+    with torch.device("meta"):
+        encoder = build_image_encoder(shape)
+    prefix, does_not = "image_encoder.", f"{what} does not fit itself"
+    load_strictly(encoder, weights.below(prefix), does_not, remedy, prefix=prefix)
     return encoder

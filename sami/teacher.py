@@ -1,7 +1,7 @@
 """A frozen teacher: SAM's image encoder, or that of a model of ours."""
 
 import hashlib
-import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,10 +11,11 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from sami.core.checkpoint import sha256_of
 from sami.core.config import PATH, require
-from sami.core.errors import UserError
 from sami.core.images import Normalise
-from sami.image_encoder import find_model, load_image_encoder
+from sami.core.weights import Takes, Weights, find_weights, load_strictly
+from sami.image_encoder import load_image_encoder, read_model
 from sami.sam_encoder import NATIVE_SIZE, PATCH_SIZE, SAM_SHAPES, SamEncoder
 
 DOWNLOADS = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -34,7 +35,8 @@ class TeacherConfig:
         name: sam_vit_h, sam_vit_l, sam_vit_b; custom, the same architecture at width, depth and
             heads (small by default); none, where the target is pixels.
         checkpoint: the official .pth; a run folder of stage 2, or its model.safetensors, with
-            custom, which then takes its shape from there; or random, which a run reports loudly.
+            custom, which then takes its shape from there (likewise a released EfficientSAM's
+            .pt); or random, which a run reports loudly.
         image_size: side in pixels of the picture that the teacher sees.
         layer: neck, 256 channels; trunk, the last block's output at the encoder's width.
         pool: how its grid is brought to the student's. area averages (torch's adaptive average
@@ -101,6 +103,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
         self.layer, self.image_size = layer, image_size
+        self.file: Path | None = None  # that its weights were read from
         self.normalise = Normalise()
         super().train(False)
 
@@ -149,52 +152,72 @@ def to_grid(features: torch.Tensor, grid: int, pool: str) -> torch.Tensor:
     return rearrange(features, "b c h w -> b (h w) c")
 
 
-def load_teacher(config: TeacherConfig) -> Teacher:
+def takes_of(config: TeacherConfig, option: str = "teacher.checkpoint") -> Takes:
+    """What the checkpoint of a teacher may be, for :func:`sami.core.weights.check_weights`."""
+    file = OFFICIAL.get(config.name)
+    words = (
+        f"SAM's .pth, here {DOWNLOADS}{file} (put it at checkpoints/{file} and name that path)"
+        if file
+        else "the .pth of a SAM of that shape, the folder of a run of stage 2 (python "
+        "finetune/train.py ...), its model.safetensors or a released .pt"
+    )
+    return Takes(
+        ("model",), f"{words}; or ask for an untrained one by name: --{option.lstrip('-')} random"
+    )
+
+
+def load_teacher(
+    config: TeacherConfig, option: str = "teacher.checkpoint", say: Callable[[str], None] = print
+) -> Teacher:
     """The frozen teacher of a configuration.
+
+    Args:
+        option: that the checkpoint was given by, for messages.
+        say: told where the weights are not those of a run's end.
 
     Raises:
         UserError: no checkpoint, or one that does not fit strictly.
+        OSError: the machine cannot read it.
     """
     require(
         config.name != "none",
         "teacher.name none gives no features; choose sam_vit_h, sam_vit_l or sam_vit_b",
     )
-    model = find_model(config.checkpoint)
+    file = None
     if config.checkpoint == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # one and the same random teacher in every run and process
             encoder = SamEncoder(*config.shape)
-    elif model is not None:
-        encoder = _load_ours(config, model)
     else:
-        path = _checkpoint_path(config)
-        with torch.device("meta"):
-            encoder = SamEncoder(*config.shape)
-        _load_strictly(encoder, path, config.name)
+        takes = takes_of(config, option)
+        weights, file = read_model(config.checkpoint, takes, option, say)
+        encoder = _load(config, weights, f"{option} {file}", takes.remedy(option))
     if config.attention == "flex":
         require(
             isinstance(encoder, SamEncoder),
-            "teacher.attention flex is for SAM's own encoder; the plain ViT of teacher.checkpoint "
+            f"teacher.attention flex is for SAM's own encoder; the plain ViT of {option} "
             f"{config.checkpoint} has no relative positions: set sdpa",
         )
         encoder.flex = True
-    return Teacher(encoder, config.layer, config.image_size)
+    teacher = Teacher(encoder, config.layer, config.image_size)
+    teacher.file = file
+    return teacher
 
 
 def describe_teacher(config: TeacherConfig, teacher: Teacher) -> dict[str, object]:
     """Name, sha256 and whether random, for the summary of a run."""
-    random = config.checkpoint == "random"
+    file = teacher.file
     return {
         "name": config.name,
         "checkpoint": config.checkpoint,
-        "sha256": _tensors_sha256(teacher.encoder) if random else checkpoint_sha256(config),
-        "random": random,
+        "sha256": tensors_sha256(teacher.encoder) if file is None else sha256_of(file),
+        "random": file is None,
         "image_size": config.image_size,
         "layer": config.layer,
     }
 
 
-def checkpoint_sha256(config: TeacherConfig) -> str | None:
+def checkpoint_sha256(config: TeacherConfig, option: str = "teacher.checkpoint") -> str | None:
     """Of the file of the weights, or of a random teacher's tensors; None if none is given.
 
     Raises:
@@ -203,12 +226,12 @@ def checkpoint_sha256(config: TeacherConfig) -> str | None:
     if not config.checkpoint:
         return None
     if config.checkpoint == "random":
-        return _tensors_sha256(load_teacher(config).encoder)
-    with (find_model(config.checkpoint) or _checkpoint_path(config)).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return tensors_sha256(load_teacher(config).encoder)
+    return sha256_of(find_weights(config.checkpoint, takes_of(config, option), option).file)
 
 
-def _tensors_sha256(module: nn.Module) -> str:
+def tensors_sha256(module: nn.Module) -> str:
+    """Of a module's tensors and their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -216,21 +239,28 @@ def _tensors_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _load_ours(config: TeacherConfig, path: Path) -> nn.Module:
-    """The image encoder of a model of stage 2."""
-    encoder = load_image_encoder(path)
+def _load(config: TeacherConfig, weights: Weights, what: str, remedy: str) -> nn.Module:
+    """The image encoder of a model of stage 2, or SAM's in the configured shape."""
+    positions = weights.tensors.get("image_encoder.pos_embed")
+    of_others = positions is not None and positions.ndim == 3  # the released EfficientSAM
+    if weights.kind is None and not of_others:
+        with torch.device("meta"):
+            encoder = SamEncoder(*config.shape)
+        does_not = f"{what} does not fit {config.name}"
+        prefix = "image_encoder."
+        load_strictly(encoder, weights.below(prefix), does_not, remedy, prefix=prefix)
+        return encoder
+    encoder = load_image_encoder(weights, what, remedy)
     own = (encoder.width, encoder.depth, encoder.shape.heads)
     for name, value in zip(("width", "depth", "heads"), own, strict=True):
         given = getattr(config, name)
         require(
             given in (None, value),
-            f"teacher.{name} {given} differs from the {value} of teacher.checkpoint "
-            f"{config.checkpoint}; leave it out",
+            f"teacher.{name} {given} differs from the {value} of {what}; leave it out",
         )
     require(
         config.name == "custom" or own == config.shape,
-        f"teacher.checkpoint {config.checkpoint} is no {config.name}; set teacher.name custom for "
-        "a model of your own",
+        f"{what} is no {config.name}; set teacher.name custom for a model of your own",
     )
     require(
         config.image_size % encoder.patch_size == 0,
@@ -238,56 +268,3 @@ def _load_ours(config: TeacherConfig, path: Path) -> nn.Module:
         f"{encoder.patch_size} pixels",
     )
     return encoder
-
-
-def _checkpoint_path(config: TeacherConfig) -> Path:
-    file = OFFICIAL.get(config.name)
-    remedy = (
-        f"fetch {DOWNLOADS}{file}, put it at checkpoints/{file} and set teacher.checkpoint to "
-        "that path"
-        if file
-        else "give the .pth of a SAM of that shape, or a run folder of stage 2"
-    )
-    ask_random = "(or ask for an untrained teacher by name: teacher.checkpoint=random)"
-    require(bool(config.checkpoint), f"teacher.checkpoint is empty; {remedy} {ask_random}")
-    path = Path(config.checkpoint)
-    require(path.is_file(), f"teacher.checkpoint {path} does not exist; {remedy} {ask_random}")
-    return path
-
-
-def _load_strictly(encoder: SamEncoder, path: Path, name: str) -> None:
-    """Official SAM weights into the encoder; every tensor has to be there in its shape."""
-    right = (
-        f"for {name} fetch {DOWNLOADS}{OFFICIAL[name]}"
-        if name in OFFICIAL
-        else "give a SAM of the configured shape"
-    )
-    right += " and point teacher.checkpoint at it"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"teacher.checkpoint {path} is not a readable .pth or is cut short; {right}"
-        ) from error
-    prefix = "image_encoder."
-    tensors = {}
-    if isinstance(state, dict):
-        tensors = {
-            key[len(prefix) :]: value for key, value in state.items() if str(key).startswith(prefix)
-        }
-    expected = encoder.state_dict()
-    problems = [f"{prefix}{key} is missing" for key in expected if key not in tensors]
-    problems += [f"{prefix}{key} is not part of {name}" for key in tensors if key not in expected]
-    problems += [
-        f"{prefix}{key} is {list(value.shape)}, {name} has {list(expected[key].shape)}"
-        for key, value in tensors.items()
-        if key in expected and value.shape != expected[key].shape
-    ]
-    if problems:
-        raise UserError(
-            f"teacher.checkpoint {path} does not fit {name}: {problems[0]}"
-            f"{f' and {len(problems) - 1} more' if len(problems) > 1 else ''}; {right}"
-        )
-    encoder.load_state_dict(
-        {key: value.float().clone() for key, value in tensors.items()}, assign=True
-    )

@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     require(args.pictures > 1, f"--pictures {args.pictures} must be 2 or more")
     config = TeacherConfig(args.teacher, args.checkpoint, args.image_size, args.layer)
     config.check()
-    teacher = load_teacher(config)
+    teacher = load_teacher(config, "--checkpoint")
     stored = ways(teacher, describe_teacher(config, teacher))
     teacher = teacher.to(device)
     differences = {(view, way): Difference() for view in VIEWS for way in stored}

@@ -140,7 +140,7 @@ def make_seer(args: argparse.Namespace) -> tuple[Seer, dict[str, object]]:
         heads=args.heads,
     )
     config.check()
-    teacher = load_teacher(config)
+    teacher = load_teacher(config, "--checkpoint")
     told = describe_teacher(config, teacher)
     tokens = args.image_size // teacher.encoder.patch_size
     grid = args.grid or (32 if tokens % 32 == 0 else tokens)

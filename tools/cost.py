@@ -37,10 +37,15 @@ from sami.core.shipped import find, shipped
 from sami.data import visible_count
 from sami.encoder import EncoderConfig, build_encoder
 from sami.features import DTYPES, Cache
-from sami.image_encoder import find_model, load_image_encoder
+from sami.image_encoder import (
+    ImageEncoderShape,
+    build_image_encoder,
+    image_encoder_shape,
+    read_model,
+)
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
 from sami.sam_encoder import NECK_CHANNELS, PATCH_SIZE, SamEncoder
-from sami.teacher import TeacherConfig
+from sami.teacher import TeacherConfig, takes_of
 
 # Dense bf16 (V100: fp16) TFLOP/s with fp32 accumulation, from the makers' data sheets.
 CARDS = {
@@ -117,32 +122,43 @@ def resolve(config: Path, options: list[str]) -> tuple[str, dict[str, Any]]:
     return "pretrain" if first else "finetune", yaml.safe_load(done.stdout)
 
 
-def channels_of(teacher: TeacherConfig) -> int:
+def teacher_shape(config: TeacherConfig) -> ImageEncoderShape | None:
+    """Of a model of ours, which brings its own; None for SAM's."""
+    if config.name != "custom" or config.checkpoint in ("", "random"):
+        return None
+    option, takes = "teacher.checkpoint", takes_of(config)
+    weights, file = read_model(config.checkpoint, takes, option)
+    if weights.kind is None:
+        return None
+    return image_encoder_shape(weights, f"{option} {file}", takes.remedy(option))
+
+
+def channels_of(teacher: TeacherConfig, shape: ImageEncoderShape | None) -> int:
     """Of its features."""
-    return NECK_CHANNELS if teacher.layer == "neck" else teacher.shape[0]
+    neck = teacher.layer == "neck"
+    if shape is not None:
+        return shape.channels if neck else shape.width
+    return NECK_CHANNELS if neck else teacher.shape[0]
 
 
-def teacher_part(config: TeacherConfig, times: int | None) -> Part:
-    """The teacher's forward pass."""
-    if config.name == "custom" and find_model(config.checkpoint) is not None:
-        encoder = load_image_encoder(find_model(config.checkpoint))
-    else:
-        encoder = SamEncoder(*config.shape)
+def teacher_part(config: TeacherConfig, shape: ImageEncoderShape | None, times: int | None) -> Part:
+    """The teacher's forward pass; ``shape``: as :func:`teacher_shape` has it."""
+    encoder = SamEncoder(*config.shape) if shape is None else build_image_encoder(shape)
     images = torch.zeros(1, 3, config.image_size, config.image_size)
     run = encoder if config.layer == "neck" else encoder.trunk
     name = f"teacher {config.name}, {config.image_size} px"
     return Part(name, parameters(encoder), macs(count(lambda: run(images))), 1, times)
 
 
-def pretrain_parts(config: dict[str, Any]) -> list[Part]:
+def pretrain_parts(config: dict[str, Any], shape: ImageEncoderShape | None) -> list[Part]:
     """Stage 1: student, decoder, head, and the teacher."""
-    encoder = EncoderConfig(**config["encoder"])
+    encoder = EncoderConfig(**config["encoder"] | {"checkpoint": None})
     teacher, decoder = TeacherConfig(**config["teacher"]), DecoderConfig(**config["decoder"])
     size, channels = config["data"]["image_size"], 3 * encoder.patch_size**2
     parts = []
     if config["target"]["kind"] == "teacher":
-        parts.append(teacher_part(teacher, 1 if teacher.cached else None))
-        channels = channels_of(teacher)
+        parts.append(teacher_part(teacher, shape, 1 if teacher.cached else None))
+        channels = channels_of(teacher, shape)
     student = build_encoder(encoder, size)
     tokens, ratio = student.grid**2, config["mask"]["ratio"]
     model = MaskedReconstruction(student, decoder, LossConfig(), channels, ratio)
@@ -187,8 +203,13 @@ def finetune_parts(config: dict[str, Any]) -> list[Part]:
 
 def find_parts(stage: str, config: dict[str, Any]) -> list[Part]:
     """What a step consists of; in shapes alone: nothing is computed, and no memory is taken."""
+    if stage != "pretrain":
+        with FakeTensorMode():
+            return finetune_parts(config)
+    of_teacher = config["target"]["kind"] == "teacher"
+    shape = teacher_shape(TeacherConfig(**config["teacher"])) if of_teacher else None
     with FakeTensorMode():
-        return (pretrain_parts if stage == "pretrain" else finetune_parts)(config)
+        return pretrain_parts(config, shape)
 
 
 def count_pictures(config: dict[str, Any], stage: str, given: int | None) -> int:
@@ -217,10 +238,12 @@ def hours_of(hours: float) -> str:
 
 def cache_bytes(teacher: TeacherConfig) -> dict[str, int]:
     """Bytes per picture of ASPECT by what is stored."""
-    tokens = teacher.image_size // PATCH_SIZE
-    told = (teacher.name, "", False, teacher.layer, teacher.image_size, PATCH_SIZE)
+    shape = teacher_shape(teacher)
+    patch = PATCH_SIZE if shape is None else shape.patch_size
+    tokens = teacher.image_size // patch
+    told = (teacher.name, "", False, teacher.layer, teacher.image_size, patch)
     return {
-        f"{grid} x {grid} {dtype}": Cache(*told, channels_of(teacher), grid, dtype).bytes_of(
+        f"{grid} x {grid} {dtype}": Cache(*told, channels_of(teacher, shape), grid, dtype).bytes_of(
             *ASPECT
         )
         for grid in (tokens, tokens // 2)[: 2 - tokens % 2]

@@ -3,10 +3,11 @@
 python tools/evaluate.py MODEL --shards PATTERN [PATTERN ...] [--out DIR] ...
 python tools/evaluate.py MODEL --coco FILE --pictures DIR [--out DIR] ...
 
-MODEL is a run folder of finetune/train.py, its model.safetensors, a released EfficientSAM .pt, or
-SAM's .pth. Prompts (--prompts): box, the mask's tight one; a number of clicks, drawn uniformly in
-the mask, as EfficientSAM's table 4 has it, in --seeds draws; centre-N, a click farthest from the
-mask's boundary and then N - 1 where most is wrong, as Segment Anything has it.
+MODEL is a run folder of finetune/train.py (its newest checkpoint, as long as it has not ended), its
+model.safetensors, a released EfficientSAM .pt or .pt.zip, or SAM's .pth. Prompts (--prompts): box,
+the mask's tight one; a number of clicks, drawn uniformly in the mask, as EfficientSAM's table 4 has
+it, in --seeds draws; centre-N, a click farthest from the mask's boundary and then N - 1 where most
+is wrong, as Segment Anything has it.
 
 Scored at the picture's own size are the mask with the highest predicted IoU, and the oracle, the
 best of three. Small, medium and large objects are COCO's: below 32 x 32 and 96 x 96 pixels. The
@@ -15,7 +16,6 @@ drawn over pictures.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -31,11 +31,11 @@ from rich.table import Table
 from finetune.coco import CocoSource, read_coco
 from finetune.evaluation import Pictures, Prompting, ShardSource, Source, score
 from finetune.measures import PAPER, SIZES, SOURCE, Measured
-from finetune.model import load_model
+from finetune.model import TAKES, load_model
 from finetune.pictures import draw_masks
 from finetune.rle import area
 from finetune.sam import Sam
-from sami.core.checkpoint import write_text
+from sami.core.checkpoint import sha256_of, write_text
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
@@ -43,7 +43,7 @@ from sami.core.paths import local_path, path_pattern
 from sami.core.processes import DEVICES, choose_device
 from sami.core.shards import expand, open_sources
 from sami.core.stream import make_loader
-from sami.image_encoder import find_model
+from sami.core.weights import find_weights
 
 RESULT = "evaluation.json"
 
@@ -136,7 +136,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=local_path)
+    parser.add_argument("model", type=path_pattern, metavar="MODEL")
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument(
         "--shards", type=path_pattern, nargs="+", help="such as 'data/sa1b/sa_00099*.tar'"
@@ -171,7 +171,10 @@ def main() -> int:
     )
     device = choose_device(args.device)
 
-    model = load_model(args.model).to(device)
+    weights = find_weights(args.model, TAKES, "MODEL")
+    if weights.note:
+        print(weights.note)
+    model = load_model(weights.file, "MODEL").to(device)
     promptings = promptings_of(args.prompts, args.seeds, model)
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(args, Path(folder))
@@ -182,11 +185,9 @@ def main() -> int:
     left_out = f", {len(source) - pictures} unusable" if pictures < len(source) else ""
     print(f"{args.model}: {pictures} pictures{left_out}, {objects} objects")
     if args.out is not None:
-        weights = find_model(args.model) or args.model
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        told = {"path": args.model, "sha256": sha256_of(weights.file), "step": weights.step}
         result = {
-            "model": {"path": str(args.model), "sha256": digest, **model.shape.header()},
+            "model": told | model.shape.header(),
             "command": sys.argv,
             "pictures": pictures,
             "unusable": len(source) - pictures,

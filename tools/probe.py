@@ -2,7 +2,8 @@
 
 python tools/probe.py RUN --shards PATTERN [PATTERN ...] --val-shards PATTERN [PATTERN ...] ...
 
-RUN is a run folder of sami/pretrain.py, or its encoder.safetensors. Top-1 in % on the held-out
+RUN is a run folder of sami/pretrain.py (its newest checkpoint, as long as it has not ended), or its
+encoder.safetensors. Top-1 in % on the held-out
 pictures: of the 20 nearest of --samples training pictures, and of one linear layer trained on
 them. With eval.probe a pretraining measures the same as it goes. A quick measure that ranks
 encoders; the paper's numbers are those of finetune/classify.py.
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=local_path, metavar="RUN")
+    parser.add_argument("run", type=path_pattern, metavar="RUN")
     parser.add_argument(
         "--shards", type=path_pattern, nargs="+", required=True, help="training pictures"
     )
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     require(out is None or not out.exists(), f"{out} holds a result already; name another --out")
     device = choose_device(args.device)
 
-    encoder = load_encoder(args.run).to(device)
+    encoder = load_encoder(args.run, "RUN").to(device)
     keys = ("--shards", "--val-shards")
     found, counts = [], []
     with tempfile.TemporaryDirectory() as folder:

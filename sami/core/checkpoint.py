@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there, and small weight files that describe themselves.
 
-``checkpoints/step-<n>/`` holds ``state.pt`` (tensors and plain data) and ``meta.json`` (step,
-configuration, sha256 of the state). It is written under another name, synced and renamed.
+``checkpoints/step-<n>/`` holds ``state.pt`` (tensors and plain data), the weights alone as the run
+will export them, and ``meta.json`` (step, configuration, sha256 of the files). It is written under
+another name, synced and renamed.
 """
 
 import errno
@@ -10,6 +11,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,33 @@ class Damaged(Exception):
     """A checkpoint that cannot be read; the message says what is wrong with it."""
 
 
+@dataclass(frozen=True)
+class Export:
+    """A file of weights that describes itself: what a run leaves for others."""
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+    def write(self, folder: Path) -> str:
+        """Into a folder, atomically; returns its name."""
+        write_weights(folder / self.name, self.tensors, self.metadata)
+        return self.name
+
+
 def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], meta: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    meta: dict[str, Any],
+    keep: int,
+    leave: Callable[[Path], str] | None = None,
 ) -> Path:
     """Write ``folder/step-<step>`` atomically, then drop all but the newest ``keep``.
+
+    Args:
+        leave: writes the weights alone into a folder, for all but the run itself, and tells the
+            file's name.
 
     Raises:
         OSError: for example a full disk; earlier checkpoints are as they were.
@@ -41,10 +67,11 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     try:
         _write_state(state, temporary / STATE)
-        digest = _sha256(temporary / STATE)
-        (temporary / META).write_text(
-            json.dumps({**meta, "step": step, "sha256": digest}, indent=1), encoding="utf-8"
-        )
+        told = {**meta, "step": step, "sha256": sha256_of(temporary / STATE)}
+        if leave is not None:
+            name = leave(temporary)
+            told["files"] = {name: sha256_of(temporary / name)}
+        (temporary / META).write_text(json.dumps(told, indent=1), encoding="utf-8")
         for name in (STATE, META):
             _sync(temporary / name)
         if final.exists():  # of a run that was cut back behind it
@@ -80,6 +107,20 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
         raise Damaged(f"{checkpoint} has no readable {META}") from error
 
 
+def check_file(checkpoint: Path, name: str) -> None:
+    """
+    Raises:
+        Damaged: a file of a checkpoint, beside its state, is missing, cut short or changed.
+    """
+    try:
+        digest = read_meta(checkpoint)["files"][name]
+        whole = sha256_of(checkpoint / name) == digest
+    except (KeyError, FileNotFoundError) as error:
+        raise Damaged(f"{checkpoint} has no {name}") from error
+    if not whole:
+        raise Damaged(f"{name} differs from its checksum in {META}")
+
+
 def read_state(checkpoint: Path, device: torch.device) -> dict[str, Any]:
     """The tensors and plain data of a checkpoint, after its checksum.
 
@@ -88,7 +129,7 @@ def read_state(checkpoint: Path, device: torch.device) -> dict[str, Any]:
         MachineError: it cannot be read, and may be whole.
     """
     try:
-        whole = _sha256(checkpoint / STATE) == read_meta(checkpoint)["sha256"]
+        whole = sha256_of(checkpoint / STATE) == read_meta(checkpoint)["sha256"]
     except (OSError, KeyError) as error:
         raise_if_machine(error, checkpoint / STATE)
         raise Damaged(f"{checkpoint} is damaged: {error}") from error
@@ -106,11 +147,15 @@ def write_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     """
     temporary = path.with_name(f".{path.name}.writing")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the umask and the folder have it; the library's is 0600
     try:
         save_file(tensors, temporary, metadata)
     except SafetensorError as error:  # its words hold the file system's refusal
         raise_if_machine(error, path)
         raise
+    temporary.chmod(mode)
     _sync(temporary)
     temporary.replace(path)
     _sync(path.parent)
@@ -146,7 +191,8 @@ def _bytes(state: Any) -> int:
     return sum(map(_bytes, values)) if isinstance(state, (dict, list, tuple)) else 0
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

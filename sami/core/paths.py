@@ -56,8 +56,10 @@ def local_path(text: str) -> Path:
     """The same for the options of a tool: a ``type`` for argparse.
 
     Raises:
-        argparse.ArgumentTypeError: a variable that is not set.
+        argparse.ArgumentTypeError: a variable that is not set, or nothing.
     """
+    if not text:  # Path("") would be the working directory
+        raise argparse.ArgumentTypeError("is empty; name a path, or leave the option out")
     return Path(path_pattern(text))
 
 
