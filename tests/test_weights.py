@@ -231,13 +231,6 @@ def packed(*names, data=b"x"):
     return buffer.getvalue()
 
 
-def script():
-    buffer = io.BytesIO()
-    with pytest.warns(DeprecationWarning):
-        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), buffer)
-    return buffer.getvalue()
-
-
 # What stands in place of the weights, from what they would be, and what is said of it.
 SPOILT = {
     "lfs": (lambda whole: pointer(), "is a Git LFS pointer.*git lfs pull"),
@@ -258,7 +251,7 @@ SPOILT = {
     "page in zip": (lambda w: packed("a.pt", data=b"<html>"), "a.pt in it, is a web page"),
     "hdf5": (lambda whole: b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
     "noise": (lambda whole: b"\xfe\xdc\x01" * 200, "no file of weights that is known"),
-    "script": (lambda whole: script(), "TorchScript"),
+    "script": (lambda whole: packed("m/data.pkl", "m/code/a.py"), "TorchScript"),
 }
 
 
@@ -271,8 +264,11 @@ def whole(models, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("spoilt", SPOILT)
+@pytest.mark.parametrize(
+    ("loader", "spoilt"),
+    [("load_model", spoilt) for spoilt in SPOILT]
+    + [(loader, spoilt) for loader in list(LOADERS)[1:] for spoilt in ("lfs", "a hole")],
+)
 def test_what_is_no_weights_is_named(whole, tmp_path, loader, spoilt):
     name, load = LOADERS[loader]
     make, says = SPOILT[spoilt]
@@ -284,7 +280,7 @@ def test_what_is_no_weights_is_named(whole, tmp_path, loader, spoilt):
     assert str(path) in words and "\n" not in words
     if "checkpoint" in loader:
         option = loader.split(" of ")[0].split(",")[0].removeprefix("stage 2's ")
-        assert words.startswith(f"{option} {path} ") and f"{option} takes " in words
+        assert words.startswith(f"{option} {path}") and f"{option} takes " in words
 
 
 @pytest.mark.parametrize("cut", [3, 12, 200, 3000, -4])
@@ -310,8 +306,10 @@ def test_a_download_that_has_not_ended(whole, tmp_path, name):
         load_model(path)
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("way", ["torch", "old", "pickle"])
+@pytest.mark.parametrize(
+    ("loader", "way"),
+    [(loader, "torch") for loader in LOADERS] + [("load_model", "old"), ("load_model", "pickle")],
+)
 def test_pickles_are_never_executed(models, tmp_path, loader, way):
     name, load = LOADERS[loader]
     trap, path = tmp_path / "trap", tmp_path / "weights.pth"

@@ -13,6 +13,7 @@ import re
 import stat
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,7 +64,7 @@ OTHERS = (
 BROKEN = (  # what torch, pickle and zipfile raise on bytes that are not what they should be
     *(RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, TypeError),
     *(AttributeError, AssertionError, OverflowError, ImportError, struct.error, SafetensorError),
-    *(zipfile.BadZipFile, NotImplementedError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError),
 )
 
 
@@ -156,7 +157,9 @@ def find_weights(path: str | Path, takes: Takes, option: str = "") -> Found:
     except OSError as error:
         if error.errno not in NOT_THERE:
             raise
-        link = f" (a link to {place.readlink()})" if place.is_symlink() else ""
+        link = ""
+        if error.errno == errno.ENOENT and place.is_symlink():
+            link = f" (a link to {place.readlink()})"
         raise UserError(f"{what} does not exist{link}; {remedy}") from error
     if stat.S_ISREG(mode):
         if place.name == STATE and (place.parent / META).exists():
@@ -390,6 +393,8 @@ def _read(stream: BinaryIO, file: Path, what: str, remedy: str) -> Weights:
     form = _identify(stream, file, what, remedy)
     if form == "zip":
         return _read_packed(stream, file, what, remedy)
+    if form == "torch":
+        _check_sums(stream, what, remedy)
     metadata: dict[str, str] = {}
     try:
         if form == "safetensors":
@@ -398,8 +403,6 @@ def _read(stream: BinaryIO, file: Path, what: str, remedy: str) -> Weights:
             alone = isinstance(stream, io.BytesIO)
             stored = load_safetensors(stream.read()) if alone else load_file(file)
         else:
-            if form == "torch":
-                _check_sums(stream, what, remedy)
             # torch.load goes by the ending of a name
             named = file.suffix == ".safetensors" or isinstance(stream, io.BytesIO)
             mapped = form == "torch" and not named
@@ -426,15 +429,15 @@ def _check_sums(stream: BinaryIO, what: str, remedy: str) -> None:
         for item in archive.infolist():
             if item.CRC == 0:  # torch can be told not to compute them
                 continue
-            with archive.open(item) as member:
-                try:
+            try:
+                with archive.open(item) as member:
                     while member.read(1 << 22):
                         pass
-                except zipfile.BadZipFile as error:
-                    raise UserError(
-                        f"{what} is damaged, or its download has not ended (a checksum is wrong): "
-                        f"{AGAIN}; {remedy}"
-                    ) from error
+            except BROKEN as error:
+                raise UserError(
+                    f"{what} is damaged, or its download has not ended (a checksum is wrong): "
+                    f"{AGAIN}; {remedy}"
+                ) from error
     stream.seek(0)
 
 
@@ -459,10 +462,12 @@ def _read_packed(stream: BinaryIO, file: Path, what: str, remedy: str) -> Weight
         try:
             data = io.BytesIO(archive.read(items[0]))
         except BROKEN as error:
-            raise UserError(f"{what} is cut short or damaged ({error}): {AGAIN}") from error
+            raise UserError(
+                f"{what} is cut short or damaged ({error}): {AGAIN}; {remedy}"
+            ) from error
     what = f"{what}, {inner} in it,"
     if _identify(data, inner, what, remedy) == "zip":
-        raise UserError(f"{what} is a zip archive again; unpack it and name what is inside")
+        raise UserError(f"{what} is a zip archive again; unpack it and name one; {remedy}")
     return _read(data, inner, what, remedy)
 
 
