@@ -6,6 +6,7 @@ what its first bytes say it is, whatever its name. Pickles are never executed: t
 files with ``weights_only``, and what needs more is refused.
 """
 
+import errno
 import io
 import json
 import pickle
