@@ -30,6 +30,7 @@ from sami.core.labels import check_labels, check_names, tell_held_out, tell_neig
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Layout, Order, deal
 from sami.core.processes import exact
+from sami.core.progress import follow
 from sami.core.run import Run, RunConfig, is_due
 from sami.core.shards import Shard, fingerprint, read_range
 from sami.core.state import State
@@ -186,6 +187,7 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
         order, samples, legs, rank=run.rank, step=step, workers=cfg.data.workers, device=run.device
     )
 
+    log_every = cfg.run.log_interval(steps)
     while step < steps:
         # ---- One optimizer step
         state.begin_step(step, steps)
@@ -195,6 +197,7 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
             with state.clock.wait():
                 batch, bad = next(batches)
             state.note_bad(bad)
+            run.advance(step, steps)
             batch = batch.to(run.device)
             last_part = part == layout.micro_batches_per_step - 1
             with contextlib.nullcontext() if last_part else run.accelerator.no_sync(wrapped):
@@ -207,7 +210,7 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
         # ---- What is due after it
         last = step == steps
         measure = bool(held_out) and is_due(step, cfg.eval.every or steps, last)
-        if is_due(step, cfg.run.log_every, last) or measure:
+        if is_due(step, log_every, last) or measure:
             record = state.read_metrics(step)
             if measure:
                 with state.averaged():
@@ -215,7 +218,7 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
                 record.update({f"val_{name}": value for name, value in measures.items()})
             run.record(step, steps, record)
         whole = step % order.steps_per_epoch == 0
-        if is_due(step, cfg.run.log_every, last or whole):
+        if is_due(step, log_every, last or whole):
             state.stop_if_hopeless(step, cfg.data.max_bad_fraction, whole)
         run.advance(step, steps)
         state.clock.pause()
@@ -265,7 +268,9 @@ def evaluate(
     dataset = HeldOut(shards, samples, deal(positions, run.rank, run.processes))
     counts = torch.zeros(3, dtype=exact(run.device), device=run.device)  # right, among 5, pictures
     model.eval()
-    for batch in make_loader(dataset, cfg.data.workers, run.device):
+    loader = make_loader(dataset, cfg.data.workers, run.device)
+    mine = len(dataset.positions)
+    for batch in follow(loader, "held out", mine, run.say, lambda batch: len(batch.labels)):
         batch = batch.to(run.device)
         with run.accelerator.autocast():
             logits = model(batch.images)

@@ -31,6 +31,7 @@ from sami.core.errors import BadSample
 from sami.core.images import open_image, resize_stored
 from sami.core.order import deal, sample_rng
 from sami.core.processes import exact
+from sami.core.progress import follow
 from sami.core.run import Run
 from sami.core.shards import PICTURE, RawSample, Shard, read_range
 from sami.core.stream import make_loader
@@ -262,7 +263,8 @@ def evaluate(
     dataset = Pictures(source, model.shape, PROMPTINGS, config.masks, seed)
     sums = torch.zeros(len(PROMPTINGS) + 2, dtype=exact(run.device), device=run.device)
     model.eval()
-    for judged in make_loader(dataset, workers, run.device):
+    loader = make_loader(dataset, workers, run.device)
+    for judged in follow(loader, "held out", len(source), run.say):
         with run.accelerator.autocast():
             iou = score(model, judged, run.device, PROMPTINGS, CHOICES[:1])[:, 0]
         sums += torch.cat([iou.sum(1), iou.new_tensor([1, iou.shape[1]])])

@@ -162,6 +162,7 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
         order, samples, legs, rank=run.rank, step=step, workers=cfg.data.workers, device=run.device
     )
 
+    log_every = cfg.run.log_interval(steps)
     while step < steps:
         # ---- One optimizer step
         state.begin_step(step, steps)
@@ -170,6 +171,7 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
             with state.clock.wait():
                 batch, bad = next(batches)
             state.note_bad(bad)
+            run.advance(step, steps)
             batch = batch.to(run.device)
             last_part = part == layout.micro_batches_per_step - 1
             with contextlib.nullcontext() if last_part else run.accelerator.no_sync(wrapped):
@@ -183,7 +185,7 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
         # ---- What is due after it
         last = step == steps
         measure = bool(held_out) and is_due(step, cfg.eval.every or steps, last)
-        if is_due(step, cfg.run.log_every, last) or measure:
+        if is_due(step, log_every, last) or measure:
             record = state.read_metrics(step)
             if measure:
                 with state.averaged():
@@ -191,7 +193,7 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
                 record.update({f"val_{name}": value for name, value in measures.items()})
             run.record(step, steps, record)
         whole = step % order.steps_per_epoch == 0
-        if is_due(step, cfg.run.log_every, last or whole):
+        if is_due(step, log_every, last or whole):
             state.stop_if_hopeless(step, cfg.data.max_bad_fraction, whole)
         run.advance(step, steps)
         state.clock.pause()

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from sami.core.config import require
 from sami.core.order import deal
 from sami.core.processes import exact
+from sami.core.progress import follow
 from sami.core.run import Run
 from sami.core.shards import Shard
 from sami.core.stream import make_loader
@@ -137,7 +138,9 @@ def measure(
     dataset = HeldOut(shards, views, deal(positions, run.rank, run.processes), BATCH)
     sums = Sums(model.encoder.grid**2, model.head.out_features, run.device)
     model.eval()
-    for batch in make_loader(dataset, workers, run.device):
+    loader = make_loader(dataset, workers, run.device)
+    mine = len(dataset.positions)
+    for batch in follow(loader, "held out", mine, run.say, lambda batch: len(batch.student)):
         batch = batch.to(run.device)
         target = targets(batch)
         with run.accelerator.autocast():

@@ -6,7 +6,7 @@ each picture's central square. They rank encoders; the paper's numbers are those
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.images import Normalise, cut, open_image, upright_size
 from sami.core.order import deal
+from sami.core.progress import follow
 from sami.core.run import Run
 from sami.core.shards import PICTURE, RawSample, Shard, parse_label, read_samples
 from sami.core.stream import make_loader
@@ -107,6 +108,7 @@ def embed(
     device: torch.device,
     bf16: bool,
     workers: int,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features fp32 [P, D] and labels [P], on the CPU, of the samples that have a label."""
     dataset = Labelled(shards, numbers, encoder.shape.image_size)
@@ -114,7 +116,8 @@ def embed(
     features, labels = [torch.zeros(0, encoder.shape.width)], [torch.zeros(0, dtype=torch.long)]
     training = encoder.training
     encoder.eval()
-    for batch in make_loader(dataset, workers, device):
+    loader = make_loader(dataset, workers, device)
+    for batch in follow(loader, "probing", len(numbers), say, lambda batch: len(batch.labels)):
         images = normalise(batch.images.to(device, non_blocking=True))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             tokens = encoder(images)[:, 1:]
@@ -200,7 +203,7 @@ def probe(
         numbers = spread(shards, samples)
         part = deal(range(len(numbers)), run.rank, run.processes)
         part = numbers[part.start : part.stop]
-        found = run.gather(embed(encoder, shards, part, run.device, run.bf16, workers))
+        found = run.gather(embed(encoder, shards, part, run.device, run.bf16, workers, run.say))
         features, labels = (torch.cat(kind).to(run.device) for kind in zip(*found, strict=True))
         return features, labels
 

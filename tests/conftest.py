@@ -1,10 +1,12 @@
 """Set-up for all tests."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -13,7 +15,21 @@ from sami.core.exits import run_entry
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for tools.* and tests.*
-torch.set_num_threads(2)
+# Threads that wait for each other are slower than one where tests run side by side: here, and in
+# what the tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+hypothesis.settings.register_profile("tests", deadline=None)  # a limit would judge the machine
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """One limit for every test, in tests/runs.py; --timeout gives another."""
+    from tests.runs import TEST_LIMIT
+
+    if config.getoption("timeout") is None:
+        config.option.timeout = TEST_LIMIT
 
 
 @pytest.fixture

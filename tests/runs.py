@@ -1,11 +1,14 @@
 """Starting real runs from tests: small shards, small arguments, processes in their own group."""
 
+import contextlib
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,13 @@ import webdataset as wds
 from PIL import Image
 
 from sami.core.shards import Source, expand, open_sources
+from tests.preloaded import Popen
 
 ROOT = Path(__file__).parents[1]
+# A limit is there to end what hangs, not to judge how fast a machine is. These are all there are,
+# in seconds: of one program or one thing that is waited for, and of a whole test.
+LIMIT = 1200 * float(os.environ.get("SAMI_TEST_TIMEOUT_SCALE", 1))
+TEST_LIMIT = 1.5 * LIMIT
 # What may differ between two runs of the same numbers.
 TIMING = {"images_per_second", "data_wait", "seconds_per_step"}
 
@@ -91,15 +99,21 @@ def command(arguments: list[str]) -> list[str]:
 
 def run(words: list[str], **environment: str) -> subprocess.CompletedProcess:
     """Run to the end and return what it said."""
-    return subprocess.run(
-        words, capture_output=True, text=True, cwd=ROOT, timeout=240, env=os.environ | environment
-    )
+    words = [*map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with Popen(words, cwd=ROOT, env=os.environ | environment, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=LIMIT)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def start(words: list[str]) -> subprocess.Popen:
     """Start as the leader of a process group of its own."""
-    return subprocess.Popen(
-        words,
+    return Popen(
+        [*map(str, words)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=ROOT,
@@ -109,11 +123,27 @@ def start(words: list[str]) -> subprocess.Popen:
 
 def kill(process: subprocess.Popen) -> None:
     """SIGKILL to the whole process group."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+    process.wait(LIMIT)
+
+
+def wait_for(
+    condition: Callable[[], object], process: subprocess.Popen | None = None, pause: float = 0.01
+) -> bool:
+    """Look again and again until something holds; False if the process ended before.
+
+    Raises:
+        TimeoutError: it hangs.
+    """
+    end = time.monotonic() + LIMIT
+    while not condition():
+        if process is not None and process.poll() is not None:
+            return bool(condition())
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited for {LIMIT} s")
+        time.sleep(pause)
+    return True
 
 
 def numbers(folder: Path) -> list[dict]:

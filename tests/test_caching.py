@@ -20,7 +20,18 @@ from sami.core.shards import PICTURE, TEACHER, read_range
 from sami.features import Cache, from_bytes, read_manifest, see_whole, sha256_of
 from sami.pretrain import PretrainConfig, main, make_targets, make_views
 from sami.teacher import Teacher, TeacherConfig, load_teacher, to_grid
-from tests.runs import ROOT, arguments, kill, numbers, opened, start, summary, write_shards
+from tests.runs import (
+    LIMIT,
+    ROOT,
+    arguments,
+    kill,
+    numbers,
+    opened,
+    start,
+    summary,
+    wait_for,
+    write_shards,
+)
 from tools.cache_teacher import main as cache_teacher
 
 SHAPE = ("--teacher", "custom", "--width", "32", "--depth", "1", "--checkpoint", "random")
@@ -140,8 +151,7 @@ def test_killed_and_two_at_once(made, tmp_path):
     target = tmp_path / "killed"
     tool = [sys.executable, str(ROOT / "tools/cache_teacher.py")]
     process = start([*tool, *words(slow, target, "--batch", "1")])
-    while not (target / "s-000.tar").exists() and process.poll() is None:
-        time.sleep(0.01)
+    wait_for((target / "s-000.tar").exists, process)
     time.sleep(0.1)
     kill(process)
     assert not (target / "s-001.tar").exists()
@@ -158,7 +168,7 @@ def test_killed_and_two_at_once(made, tmp_path):
         start([*tool, *words(shards, tmp_path / "both", "--slice", f"{part}/2")])
         for part in range(2)
     ]
-    assert [process.wait(120) for process in both] == [0, 0]
+    assert [process.wait(LIMIT) for process in both] == [0, 0]
     for name, told in read_manifest(tmp_path / "both")["shards"].items():
         assert told["sha256"] == read_manifest(out)["shards"][name]["sha256"]
 

@@ -2,32 +2,40 @@
 
 import json
 import re
-import sys
+import subprocess
 
 import pytest
 
-from tests.runs import ROOT, run
+from tests.preloaded import Popen
 from tests.test_toy_shards import draw
+from tools.chain import main
 
 
-def chain(out, shards, *more):
-    small = ["encoder.width=32", "encoder.depth=1", "encoder.heads=1", "data.workers=0"]
-    small += ["data.allow_val_in_train=true"]  # one shard is both
-    tuned = [*small, "decoder.width=32", "eval.samples=2", "train.steps=3", "run.log_every=1"]
-    pretrained = [*small, "decoder.width=32", "decoder.depth=1", "decoder.heads=1"]
-    pretrained += ["train.steps=40", "train.batch_size=4", "eval.samples=4", "run.log_every=1"]
-    words = [sys.executable, str(ROOT / "tools/chain.py"), str(out), "--train", shards]
-    words += ["--val", shards, "--inits", "random", "mae", "sami", "--seeds", "1", "--jobs", "1"]
-    words += ["--val-masks", "2", "--set-teacher", *tuned, "--set-finetune", *tuned]
-    return run([*words, "--set-pretrain", *pretrained, *more])
+@pytest.fixture
+def chain(monkeypatch, in_process):
+    """Run the tool in this process, and its programs without their start; exit code and stderr."""
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+
+    def called(out, shards, *more):
+        small = ["encoder.width=32", "encoder.depth=1", "encoder.heads=1", "data.workers=0"]
+        small += ["data.allow_val_in_train=true"]  # one shard is both
+        small += ["data.image_size=32", "decoder.width=32", "run.log_every=1"]
+        tuned = [*small, "eval.samples=2", "train.steps=3"]
+        pretrained = [*small, "decoder.depth=1", "decoder.heads=1", "teacher.image_size=32"]
+        pretrained += ["train.steps=10", "train.batch_size=4", "eval.samples=4"]
+        words = [str(out), "--train", shards, "--val", shards, "--seeds", "1", "--jobs", "1"]
+        words += ["--inits", "random", "mae", "sami", "--val-masks", "2"]
+        words += ["--set-teacher", *tuned, "--set-finetune", *tuned, "--set-pretrain", *pretrained]
+        return in_process(main, [*words, *more])
+
+    return called
 
 
-@pytest.mark.timeout(400)
-def test_the_chain(tmp_path):
+def test_the_chain(chain, tmp_path):
     drawn = draw(tmp_path / "scenes", "--shards", "1", "--pictures", "8")
     shards = drawn.stdout.split(": ")[-1].strip()
-    done = chain(tmp_path / "out", shards)
-    assert done.returncode == 0, done.stderr
+    code, error = chain(tmp_path / "out", shards)
+    assert code == 0, error
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     rows = {row["start"]: row for row in found["rows"]}
     assert list(rows) == ["sami", "mae", "random", "random, SAMI's time"]
@@ -51,15 +59,15 @@ def test_the_chain(tmp_path):
         assert text in page
     # the same command again: nothing is done twice
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/model.safetensors")}
-    again = chain(tmp_path / "out", shards)
-    assert again.returncode == 0, again.stderr
+    code, error = chain(tmp_path / "out", shards)
+    assert code == 0, error
     assert times == {p: p.stat().st_mtime_ns for p in times}
 
 
-def test_what_fails_is_said(tmp_path):
-    done = chain(tmp_path / "out", str(tmp_path / "nothing-*.tar"))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "finetune/train.py for teacher left with 2" in done.stderr
-    assert "nothing-*.tar" in done.stderr and "logs/teacher.log" in done.stderr
-    done = chain(tmp_path / "out", "x", "--config", "none")
-    assert done.returncode == 2 and "--config none: there is no" in done.stderr
+def test_what_fails_is_said(chain, tmp_path):
+    code, error = chain(tmp_path / "out", str(tmp_path / "nothing-*.tar"))
+    assert code == 2 and error.count("\n") == 1
+    assert "finetune/train.py for teacher left with 2" in error
+    assert "nothing-*.tar" in error and "logs/teacher.log" in error
+    code, error = chain(tmp_path / "out", "x", "--config", "none")
+    assert code == 2 and "--config none: there is no" in error

@@ -24,6 +24,7 @@ from tests.runs import (
     run,
     start,
     summary,
+    wait_for,
     write_cache,
     write_shards,
 )
@@ -299,8 +300,7 @@ def test_two_jobs_in_one_folder(shards, tmp_path):
     words = command(arguments(tmp_path, shards, **{"train.steps": 2000, "run.save_every": 1000}))
     first = start(words)
     try:
-        while not (tmp_path / "metrics.jsonl").exists() and first.poll() is None:
-            pass
+        wait_for((tmp_path / "metrics.jsonl").exists, first)
         second = run(words)
     finally:
         first.kill()
@@ -367,12 +367,16 @@ def test_the_demo(tmp_path):
     """The README's first command, with fewer steps."""
     if not (ROOT / ".venv" / "installed").exists():
         pytest.skip("runs where tools/test.sh set up .venv; here it would install one")
-    environment = {"RUN": str(tmp_path / "run"), "DATA": str(tmp_path / "data")}
-    few = ["train.steps=2", "eval.samples=2"]
-    words = ["--set-teacher", *few, "--set-pretrain", *few, "--set-finetune", *few]
-    done = run(["bash", "tools/demo.sh", "--seeds", "1", *words], **environment)
+    environment = {"RUN": str(tmp_path / "run"), "DATA": str(tmp_path / "data"), "PICTURES": "64"}
+    few = ["train.steps=2", "eval.samples=2", "data.image_size=32", "encoder.width=32"]
+    pretrain = [*few, "teacher.image_size=32", "decoder.width=32"]
+    words = ["--set-teacher", *few, "--set-pretrain", *pretrain, "--set-finetune", *few]
+    words += ["--seeds", "1", "--inits", "sami"]  # tests/test_chain.py compares
+    done = run(["bash", "tools/demo.sh", *words], **environment)
     assert done.returncode == 0, done.stderr
-    assert "sami against random, box: " in done.stdout
+    for name in ("teacher", "sami", "sami-0"):
+        assert f"{name}: step 2/2 · loss " in done.stdout
+    assert "teacher-evaluation: evaluating 2/2" in done.stdout
     path = re.search(r"the report: (\S+)", done.stdout)
     assert path and Path(path.group(1)).read_text().count("data:image/png") > 5
 

@@ -4,14 +4,13 @@ import io
 import json
 import sys
 import tarfile
-import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sami.core.shards import expand
-from tests.runs import ROOT, kill, opened, run, start
+from tests.runs import ROOT, kill, opened, run, start, wait_for
 
 
 def make(source, out, *more):
@@ -71,8 +70,7 @@ def test_resumes_after_a_kill(source, tmp_path):
     words = ("--shard-size", "1", "--workers", "1")
     assert run(make(source, tmp_path / "whole", *words)).returncode == 0
     process = start(make(source, tmp_path / "cut", *words))
-    while not list((tmp_path / "cut").glob("*.tar")) and process.poll() is None:
-        time.sleep(0.001)
+    wait_for(lambda: list((tmp_path / "cut").glob("*.tar")), process, pause=0.001)
     kill(process)
     (tmp_path / "cut" / ".pictures-000022.tar.writing").write_bytes(b"torn")
     there = contents(tmp_path / "cut")

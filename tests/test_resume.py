@@ -7,7 +7,18 @@ import time
 
 import pytest
 
-from tests.runs import arguments, command, kill, numbers, run, start, summary, write_shards
+from tests.runs import (
+    LIMIT,
+    arguments,
+    command,
+    kill,
+    numbers,
+    run,
+    start,
+    summary,
+    wait_for,
+    write_shards,
+)
 
 STEPS = 60
 
@@ -22,15 +33,6 @@ def uninterrupted(tmp_path_factory):
     return folder, shards, options
 
 
-def wait_for(condition, process, seconds=60):
-    """Poll as fast as possible until something holds or the process ended."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        if condition():
-            return True
-    return False
-
-
 def check_equal(folder, other):
     assert numbers(folder) == numbers(other)  # every float to its last bit
     name = "encoder.safetensors"
@@ -39,7 +41,6 @@ def check_equal(folder, other):
     assert {k: summary(folder)[k] for k in keys} == {k: summary(other)[k] for k in keys}
 
 
-@pytest.mark.timeout(400)
 def test_kill_at_random_times_and_during_a_save(uninterrupted, tmp_path):
     folder, shards, options = uninterrupted
     words = command(arguments(tmp_path / "run", shards, **options))
@@ -82,7 +83,7 @@ def test_asked_to_stop(uninterrupted, tmp_path, how):
         (tmp_path / "run" / "stop").touch()
     else:
         process.send_signal(how)
-    code = process.wait(60)
+    code = process.wait(LIMIT)
     if code == 0 and how == "stop file":
         pytest.skip("the run was over before it looked for the stop file")
     assert code == 75
@@ -103,14 +104,13 @@ def test_the_whole_process_group_is_asked_to_stop(tmp_path, how):
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert wait_for(metrics.exists, process)
     os.killpg(process.pid, how)
-    assert process.wait(30) == 75
+    assert process.wait(LIMIT) == 75
     told = summary(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [
         f"step-{told['steps']}"
     ]
 
 
-@pytest.mark.timeout(400)
 def test_three_kills_in_one_epoch_with_prefetched_batches_in_flight(tmp_path):
     shards = write_shards(tmp_path / "shards", (161, 80, 159), corrupt=3)  # 50 steps an epoch
     options = {"data.workers": 2, "train.steps": 55, "run.save_every": 7, "data.shuffle_mb": 1}

@@ -2,12 +2,9 @@
 
 import sys
 
-import pytest
-
 from tests.runs import ROOT, run
 
 
-@pytest.mark.timeout(400)
 def test_a_few_kills(tmp_path):
     words = [sys.executable, str(ROOT / "tools/soak.py"), "--folder", str(tmp_path / "soak")]
     done = run([*words, "--kills", "3", "--workers", "2"])

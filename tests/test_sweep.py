@@ -4,16 +4,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.runs import ROOT, arguments, write_shards
+from tests.runs import LIMIT, ROOT, arguments, start, wait_for, write_shards
 from tools.sweep import Sweep, main
 
 
@@ -130,16 +128,13 @@ def test_asked_to_stop_it_says_75_and_goes_on(shards, tmp_path, capsys):
     path = sweep(tmp_path, shards)
     words = [sys.executable, str(ROOT / "tools/sweep.py"), "run", path, "0"]
     words += ["--set", "pretrain.train.steps=100000", "--out", str(tmp_path / "long")]
-    process = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start(words)
     folder = tmp_path / "long" / "mask.ratio-0.5_seed-0" / "pretrain"
-    while not list((folder / "checkpoints").glob("step-*")) and process.poll() is None:
-        time.sleep(0.05)
+    wait_for(lambda: list((folder / "checkpoints").glob("step-*")), process)
     assert main(["status", path, "--out", str(tmp_path / "long")]) == 0
     assert "running" in capsys.readouterr().out
     os.kill(process.pid, signal.SIGUSR1)
-    assert process.wait(60) == 75
+    assert process.wait(LIMIT) == 75
     assert main(["status", path, "--out", str(tmp_path / "long")]) == 0
     assert "asked to stop at step" in capsys.readouterr().out
 

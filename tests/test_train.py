@@ -86,7 +86,6 @@ def test_masks_larger_than_the_decoders(shards, tmp_path, call):
     assert "never trained" not in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.timeout(400)
 def test_killed_and_stopped_it_goes_on_bit_for_bit(shards, tmp_path):
     """With correction clicks, dropout and prefetching workers."""
     options = {"prompt.corrections": 1, "decoder.dropout": 0.1, "data.workers": 1}
@@ -171,7 +170,6 @@ def test_bad_input(words, says, shards, tmp_path, call):
     assert code == 2 and says in error and error.count("\n") == 1, error
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "config", sorted((ROOT / "configs/finetune").glob("*.yaml")), ids=lambda p: p.stem
 )

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F
 
@@ -31,6 +30,7 @@ from sami.core.images import Box, cut, open_image
 from sami.core.order import sample_rng
 from sami.core.paths import path_pattern
 from sami.core.processes import DEVICES, choose_device
+from sami.core.progress import track
 from sami.core.shards import PICTURE, RawSample, expand, open_sources, read_range
 from sami.data import centre_square, random_region
 from sami.features import Cache, FeatureBatch, pack, quantise, region_weights, see_whole

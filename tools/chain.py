@@ -15,6 +15,7 @@ configs/finetune/<config>.yaml. Stopped or killed, the same command goes on wher
 import argparse
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -36,6 +37,7 @@ from sami.core.shipped import shipped
 INITS = ("sami", "mae", "random")
 LONG = "random, SAMI's time"
 MEASURES = ("box", "1 click", "3 clicks")
+PROGRESS = re.compile(rb"[a-z ]+ \d+/\d+( |$)")  # lines of sami/core/progress.py, of any program
 MAE = (
     "target.kind=pixels",
     "teacher.name=none",
@@ -58,30 +60,35 @@ class Chain:
         print(f"{passed // 60:02d}:{passed % 60:02d}  {text}", flush=True)
 
     def call(self, name: str, script: str, *words: str, threads: int) -> None:
-        """Run a script to its end; its output goes to OUT/logs.
+        """Run a script to its end; its output goes to OUT/logs, its progress to the screen too.
 
         Raises:
             UserError: it failed, with its own last words.
         """
         log = self.out / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        with log.open("w", encoding="utf-8") as file:
-            done = subprocess.run(
-                [sys.executable, str(shipped(script)), *words],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
+        process = subprocess.Popen(
+            [sys.executable, str(shipped(script)), *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
+        with process, log.open("wb") as file:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                if PROGRESS.match(line):
+                    self.say(f"{name}: {line.decode(errors='replace').rstrip()}")
+        if process.returncode:
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            code = process.returncode
+            raise UserError(
+                f"{script} for {name} left with {code}: {last[-1] if last else 'nothing'} ({log})"
             )
-        if done.returncode:
-            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or [
-                "nothing"
-            ]
-            raise UserError(f"{script} for {name} left with {done.returncode}: {last[0]} ({log})")
 
     def together(self, jobs: list[tuple]) -> None:
         """Calls side by side, ``--jobs`` at a time, the cores shared evenly."""
-        threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
+        threads = max(1, cores() // self.args.jobs)
         with ThreadPoolExecutor(self.args.jobs) as pool:
             waiting = [pool.submit(self.call, *job, threads=threads) for job in jobs]
             for one in waiting:
@@ -142,7 +149,7 @@ class Chain:
     def train(self) -> dict[str, list[str]]:
         """All trainings; the runs of each start, one per seed."""
         args = self.args
-        everything = os.cpu_count() or 1
+        everything = cores()
         self.say("1/4  teacher: stage 2 from scratch")
         words = self.words("teacher", f"finetune/{args.config}_teacher.yaml", *args.set_teacher)
         self.call("teacher", "finetune/train.py", *words, threads=everything)
@@ -212,6 +219,12 @@ class Chain:
         }
 
 
+def cores() -> int:
+    """Threads to be had; OMP_NUM_THREADS may allow fewer than there are cores."""
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    return int(allowed) if allowed.isdigit() and int(allowed) else os.cpu_count() or 1
+
+
 def spread(values: list[float]) -> dict[str, Any]:
     """Mean and range of what was found with each seed."""
     return {
@@ -247,7 +260,7 @@ def show(found: dict[str, Any]) -> None:
         )
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -269,7 +282,7 @@ def main() -> int:
             metavar="group.field=value",
             help=f"overrides of the {stage} config",
         )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name in ("seeds", "jobs"):
         require(getattr(args, name) > 0, f"--{name} {getattr(args, name)} must be positive")
     args.inits = [init for init in INITS if init in args.inits]
@@ -279,7 +292,7 @@ def main() -> int:
 
     chain = Chain(args)
     found = chain.compare(chain.train())
-    found["command"] = shlex.join(sys.argv)
+    found["command"] = shlex.join([sys.argv[0], *argv] if argv is not None else sys.argv)
     write_text(args.out / "comparison.json", json.dumps(found, indent=1) + "\n")
     show(found)
     runs = ["teacher", *(init for init in args.inits if init != "random")]

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from finetune.coco import CocoSource, read_coco
@@ -41,6 +40,7 @@ from sami.core.errors import UserError
 from sami.core.exits import run_entry
 from sami.core.paths import local_path, path_pattern
 from sami.core.processes import DEVICES, choose_device
+from sami.core.progress import track
 from sami.core.shards import expand, open_sources
 from sami.core.stream import make_loader
 from sami.core.weights import find_weights

@@ -12,12 +12,11 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
-from rich.progress import track
-
 from sami.core.config import require
 from sami.core.errors import not_written
 from sami.core.exits import run_entry
 from sami.core.paths import path_pattern
+from sami.core.progress import track
 from sami.core.shards import expand, index_beside, is_url, scan, stamp_of, stored_index
 
 

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import webdataset as wds
 from PIL import Image
-from rich.progress import track
 
 from finetune.coco import read_coco, to_sa1b
 from sami.core.checkpoint import write_text
@@ -38,6 +37,7 @@ from sami.core.errors import BadSample, UserError, not_written, raise_if_machine
 from sami.core.exits import run_entry
 from sami.core.images import IMAGE_EXTENSIONS, open_image, upright_size
 from sami.core.paths import local_path
+from sami.core.progress import track
 
 
 class Picture(NamedTuple):

@@ -21,12 +21,12 @@ import numpy as np
 import webdataset as wds
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
-from rich.progress import track
 
 from sami.core.config import require
 from sami.core.exits import run_entry
 from sami.core.order import sample_rng
 from sami.core.paths import local_path
+from sami.core.progress import track
 
 MIN_AREA = 100  # pixels; as in SA-1B, smaller ones are not annotated
 MAX_OBJECTS = 16

@@ -21,14 +21,8 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import set_seed
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn
+from rich.progress import Progress as Bar
 from rich.text import Text
 from torch import distributed
 
@@ -38,6 +32,7 @@ from sami.core.errors import UserError, not_written, raise_if_machine
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, user_error
 from sami.core.metrics import MetricsFile
 from sami.core.processes import choose_device, is_launched, make_accelerator
+from sami.core.progress import Progress, duration
 from sami.core.stop import StopSignal
 
 VERSIONS = (
@@ -61,7 +56,8 @@ class RunConfig:
         seed: of the initial weights, the order of the samples, crops, flips and masks.
         device: auto (the GPU if there is one, else the CPU), cpu, cuda, cuda:1, mps.
         debug: show the traceback behind an error message.
-        log_every: steps between lines of metrics.jsonl.
+        log_every: steps between lines of metrics.jsonl; null is 50, and in a run of fewer than 1000
+            steps a twentieth of them.
         save_every: steps between checkpoints.
         save_minutes: minutes after which a checkpoint is due in any case.
         keep: number of checkpoints that stay.
@@ -73,18 +69,23 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     debug: bool = False
-    log_every: int = 50
+    log_every: int | None = None
     save_every: int = 1000
     save_minutes: float = 20.0
     keep: int = 2
     picture_every: int = 1000
     wandb: Literal["online", "offline", "disabled"] = "disabled"
 
+    def log_interval(self, steps: int) -> int:
+        """Steps between lines of a run of so many."""
+        return self.log_every or min(50, max(1, steps // 20))
+
     def check(self) -> None:
         require(bool(self.dir), "run.dir is empty; name a folder such as runs/sami_ti")
         require(0 <= self.seed < 2**32, f"run.seed {self.seed} must be within 0..2^32 - 1")
         for name in ("log_every", "save_every", "keep"):
-            require(getattr(self, name) > 0, f"run.{name} {getattr(self, name)} must be positive")
+            value = getattr(self, name)
+            require(value is None or value > 0, f"run.{name} {value} must be positive")
         require(
             self.picture_every >= 0,
             f"run.picture_every {self.picture_every} must be 0 (never) or more",
@@ -123,6 +124,7 @@ class Run:
         self.device = self.accelerator.device
         self._cpu_group = distributed.new_group(backend="gloo") if self.processes > 1 else None
         self._console = Console(highlight=False, markup=False, soft_wrap=True, emoji=False)
+        self._bar: Bar | None = None
         self._progress: Progress | None = None
         self._wandb: Any = None
         self._lock: Any = None
@@ -188,8 +190,8 @@ class Run:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._bar is not None:
+            self._bar.stop()
         first = None
         if error is not None and not isinstance(error, SystemExit):
             if self.config.debug and user_error(error) is not None:
@@ -261,7 +263,7 @@ class Run:
     def say(self, text: str, any_rank: bool = False) -> None:
         """A line on the screen and in ``log.txt``; of rank 0, or of ``any_rank``."""
         if self.is_main or any_rank:
-            (self._progress.console if self._progress else self._console).print(text)
+            (self._bar.console if self._bar else self._console).print(text)
             with (self.dir / "log.txt").open(
                 "a", encoding="utf-8", errors="backslashreplace"
             ) as file:
@@ -284,18 +286,25 @@ class Run:
         ]
         if held_out:
             self.say(f"step {step}/{steps} · held out: " + " · ".join(held_out))
-        if self._progress is None and not sys.stdout.isatty():
+        if not sys.stdout.isatty():
             left = duration((steps - step) * values["seconds_per_step"])
             self.say(f"step {step}/{steps} · {words} · {left} left")
+            if self._progress is not None:
+                self._progress.said = time.monotonic()
         else:
             self.advance(step, steps, words)
 
     def advance(self, step: int, steps: int, words: str | None = None) -> None:
-        """Move the progress bar, where there is a terminal."""
-        if not self.is_main or not sys.stdout.isatty():
+        """Move the progress bar; where there is no terminal, a line unless there was one lately."""
+        if not self.is_main:
             return
-        if self._progress is None:
-            self._progress = Progress(
+        if not sys.stdout.isatty():
+            if self._progress is None:
+                self._progress = Progress("step", steps, self.say, first=step)
+            self._progress.at(step)
+            return
+        if self._bar is None:
+            self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
@@ -303,13 +312,9 @@ class Run:
                 TimeLeft(),
                 console=self._console,
             )
-            self._progress.start()
-            self._task = self._progress.add_task(
-                self.dir.name, total=steps, words="", completed=step
-            )
-        self._progress.update(
-            self._task, completed=step, **({} if words is None else {"words": words})
-        )
+            self._bar.start()
+            self._task = self._bar.add_task(self.dir.name, total=steps, words="", completed=step)
+        self._bar.update(self._task, completed=step, **({} if words is None else {"words": words}))
 
     def picture(self, path: Path, step: int) -> None:
         """Hand a picture that was written to wandb."""
@@ -383,14 +388,6 @@ class Run:
         self._lock.truncate()
         self._lock.write(f"host {socket.gethostname()}, pid {os.getpid()}")
         self._lock.flush()
-
-
-def duration(seconds: float) -> str:
-    """Such as 03:04:05, or 2 d 03:04:05."""
-    minutes, rest = divmod(round(max(seconds, 0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{days} d " * (days > 0) + f"{hours:02d}:{minutes:02d}:{rest:02d}"
 
 
 class TimeLeft(ProgressColumn):

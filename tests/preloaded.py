@@ -1,0 +1,146 @@
+"""Processes of ``python SCRIPT ...`` that need not import the libraries: forked from one that has.
+
+Importing torch, torchvision and timm takes some four seconds of a core, which the tests would spend
+a hundred times. The standard library's fork server does it once; what it forks is a process of its
+own, in its own session, that reads the project's files anew and can be killed like any other.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import traceback
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+LIBRARIES = [
+    "torch._dynamo",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "segment_anything",
+    "webdataset",
+    "jsonargparse",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "pycocotools.mask",
+    "rich.progress",
+    "scipy.ndimage",
+]
+THREADS = "OMP_NUM_THREADS"
+ENVIRONMENT = dict(os.environ)  # of the fork server; some of it works only from the very start
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(LIBRARIES)
+
+
+class Popen(subprocess.Popen):
+    """The usual one, and a quick one for a script that wants nothing but our own environment."""
+
+    _process: Any = None
+
+    def _execute_child(self, args: Any, *more: Any) -> None:
+        # The standard library's order; the names are its own.
+        _, preexec_fn, _, pass_fds, cwd, env, _, _, shell, *more_of_it = more
+        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = more_of_it[:6]
+        pipes = (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+        environment = dict(os.environ if env is None else env)
+        if (
+            preexec_fn
+            or pass_fds
+            or shell
+            or p2cread != -1
+            or not _is_script(args)
+            or _told(environment) != _told(ENVIRONMENT)
+        ):
+            return super()._execute_child(args, *more)
+        files = [number if file == -1 else file for number, file in ((1, c2pwrite), (2, errwrite))]
+        script = _Script([*map(str, args[1:])], files, os.fspath(cwd or os.getcwd()), environment)
+        self._process = _context.Process(target=script)
+        self._process.start()
+        self.pid, self._child_created = self._process.pid, True
+        self._close_pipe_fds(*pipes)
+
+    def _internal_poll(self, *more: Any, **named: Any) -> int | None:
+        if self._process is None:
+            return super()._internal_poll(*more, **named)
+        self._process.join(0)
+        self.returncode = self._process.exitcode
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:
+        if self._process is None:
+            return super()._wait(timeout)
+        self._process.join(timeout)
+        if self._internal_poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+
+def _is_script(words: Any) -> bool:
+    if isinstance(words, str) or len(words) < 2:
+        return False
+    return words[0] == sys.executable and str(words[1]).endswith(".py")
+
+
+def _told(environment: dict[str, str]) -> dict[str, str]:
+    """Without what pytest and torch write there about themselves, and what can be set later too."""
+    return {
+        key: value
+        for key, value in environment.items()
+        if not key.startswith(("PYTEST_", "TORCHINDUCTOR_", THREADS))
+    }
+
+
+class _Script:
+    """What the forked process does; it is pickled to the fork server."""
+
+    def __init__(
+        self, words: list[str], files: list[int], cwd: str, environment: dict[str, str]
+    ) -> None:
+        self.words, self.files, self.cwd, self.environment = words, files, cwd, environment
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"files": [DupFd(file) for file in self.files]}
+
+    def __call__(self) -> None:
+        os.setsid()
+        for number, file in enumerate(self.files, 1):
+            os.dup2(file.detach(), number)
+        os.chdir(self.cwd)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        if THREADS in os.environ:
+            import torch
+
+            torch.set_num_threads(int(os.environ[THREADS]))
+        multiprocessing.process._parent_process = None
+        multiprocessing.set_start_method(None, force=True)
+        # The path of a script, without what pytest and tests/conftest.py have put there.
+        named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        ours = {str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/slurm")} - {*named}
+        script = Path(self.words[0]).absolute()
+        sys.path[:] = [str(script.parent), *(place for place in sys.path if place not in ours)]
+        sys.argv = self.words
+        os._exit(_ended_with(script))
+
+
+def _ended_with(script: Path) -> int:
+    """Run it; what the interpreter would leave with."""
+    code: Any = 0
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as left:
+        code = left.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code if isinstance(code, int) else int(code is not None)
