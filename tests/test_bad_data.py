@@ -394,7 +394,6 @@ def mutated(draw, originals=tuple(SEEDS)):
 
 
 FUZZ = settings(
-    deadline=None,
     derandomize=True,
     max_examples=500,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from sami.core import launcher
-from tests.runs import ROOT, arguments, run
+from tests.runs import LIMIT, ROOT, arguments, run
 
 SENTENCE = "error: data.shards: 'nowhere.tar' matches no file"
 
@@ -23,7 +23,7 @@ def test_the_sentence_stands_last_and_once(config, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        timeout=240,
+        timeout=LIMIT,
     )
     assert done.returncode == 1 and "Traceback" in done.stdout  # the launcher's own
     assert done.stdout.splitlines()[-1].startswith(SENTENCE), done.stdout

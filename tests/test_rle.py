@@ -26,7 +26,7 @@ from sami.core.errors import BadSample
 from tests.runs import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools, NumPy 2
-moderate = settings(deadline=None, max_examples=150, derandomize=True)
+moderate = settings(max_examples=150, derandomize=True)
 NOT_JSON = "annotation is not JSON"
 OTHER_SIZE = "mask size differs from the picture's"
 

@@ -27,7 +27,7 @@ from sami.core.paths import exists, expand_path, is_file, local_path
 from sami.core.processes import FRAMEWORKS, OVERRULED, choose_device, exact, is_launched
 from sami.core.run import TimeLeft, duration
 from sami.pretrain import PretrainConfig, main
-from tests.runs import ROOT, arguments, command, numbers, summary, write_shards
+from tests.runs import LIMIT, ROOT, arguments, command, numbers, summary, write_shards
 
 # -- time -----------------------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ def test_a_run_in_a_locale_without_unicode(tmp_path):
             capture_output=True,
             env=environment,
             cwd=ROOT,
-            timeout=240,
+            timeout=LIMIT,
         )
         assert done.returncode == 0, done.stderr.decode()
     told = summary(folder / "run")
@@ -397,7 +397,7 @@ def test_modules_import_where_fcntl_is_missing():
         "print('imported')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=240
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT
     )
     assert done.stdout == "imported\n", done.stderr[-2000:]
 
