@@ -110,6 +110,9 @@ class _Script:
         os.setsid()
         for number, file in enumerate(self.files, 1):
             os.dup2(file.detach(), number)
+        out, err = sys.stdout, sys.stderr  # what they were opened on is another file by now
+        sys.stdout = open(1, "w", encoding=out.encoding, errors=out.errors, closefd=False)
+        sys.stderr = open(2, "w", 1, encoding=err.encoding, errors=err.errors, closefd=False)
         os.chdir(self.cwd)
         os.environ.clear()
         os.environ.update(self.environment)
