@@ -116,6 +116,7 @@ def resolve(config: Path, options: list[str]) -> tuple[str, dict[str, Any]]:
         [sys.executable, shipped(entry), "--config", config, *options, "--print_config"],
         capture_output=True,
         text=True,
+        errors="replace",
     )
     if done.returncode:
         raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))

@@ -576,7 +576,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _ask(words: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(words, capture_output=True, text=True)
+    return subprocess.run(words, capture_output=True, text=True, errors="replace")
 
 
 def _last(words: str) -> str:

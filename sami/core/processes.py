@@ -155,7 +155,7 @@ def make_accelerator(device: torch.device, bf16: bool) -> tuple[Accelerator, lis
     for name, decides in OVERRULED.items():
         value = os.environ.pop(name, "")
         if value.lower() not in (*NEUTRAL, ours.get(name)):
-            notes.append(f"{name}={value} in the environment is passed over: {decides} decides")
+            notes.append(f"{name}={value} in the environment is passed over in favour of {decides}")
     for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
         del os.environ[name]
     for name in BELOW:
