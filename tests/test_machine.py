@@ -151,7 +151,7 @@ def test_checkpoints_are_not_called_damaged(monkeypatch, tmp_path, number):
         list_checkpoints(tmp_path)
 
 
-@pytest.mark.parametrize("number", FEW)
+@pytest.mark.parametrize("number", FEW[:2])
 @pytest.mark.parametrize(
     "hit",
     ["metrics.jsonl", ".summary.json.writing", "config.yaml.writing", "lock", "log.txt"],
@@ -165,7 +165,7 @@ def test_a_run_that_may_not_write(monkeypatch, tmp_path, in_process, number, hit
     assert "--run.dir" in said or told(number) in said
 
 
-@pytest.mark.parametrize("number", FEW)
+@pytest.mark.parametrize("number", FEW[1:3])
 def test_in_the_middle_of_training(monkeypatch, tmp_path, in_process, number):
     """No sample is counted bad, no checkpoint is lost; afterwards the run goes on."""
     shards = write_shards(tmp_path / "data", (13, 9))
