@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from finetune.prompt_encoder import PromptEncoder, pad_points
+from finetune.prompt_encoder import PromptEncoder, pad_points, placed
 
 HEADS, MLP_RATIO, DEPTH = 8, 8, 2
 
@@ -223,15 +223,27 @@ class MaskDecoder(nn.Module):
         with the highest predicted IoU.
 
         Returns:
-            Logits [Q, 3 or 1, 4h, 4w] and predicted IoU [Q, 3 or 1].
+            Logits [Q, 3 or 1, 4h, 4w] and predicted IoU [Q, 3 or 1], fp32.
+
+        Raises:
+            ValueError: prompts that the picture of this embedding cannot place.
         """
-        logits, iou = self.predict(
-            image_embeddings, image_pe, sparse_prompt_embeddings.unsqueeze(0)
-        )
+        tokens = placed(sparse_prompt_embeddings, image_embeddings)
+        if len(tokens) == 0:
+            return no_masks(image_embeddings, 3 if multimask_output else 1)
+        logits, iou = self.predict(image_embeddings, image_pe, tokens.unsqueeze(0))
+        logits, iou = logits.float(), iou.float()
         if self.single_mask and not multimask_output:
             return logits[0, :, :1], iou[0, :, :1]
         logits, iou = logits[0, :, 1:], iou[0, :, 1:]
         return (logits, iou) if multimask_output else best_of(logits, iou)
+
+
+def no_masks(embedding: torch.Tensor, masks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What no prompts give in the picture of an embedding [1, C, h, w], fp32: [0, M, 4h, 4w]."""
+    height, width = embedding.shape[2:]
+    empty = torch.zeros(0, masks, 4 * height, 4 * width, device=embedding.device)
+    return empty, empty[:, :, 0, 0]
 
 
 def best_of(logits: torch.Tensor, iou: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,8 @@ The released model's architecture and parameter names. What differs from SAM's: 
 used keeps its positional encoding, there is no embedding for background clicks, and no mask prompt.
 """
 
+from collections.abc import Callable
+
 import torch
 from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from torch import nn
@@ -14,28 +16,83 @@ PADDING, BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3  # labe
 
 
 class Positions(PositionEmbeddingRandom):
-    """segment-anything's random Fourier features, in fp32 whatever autocast says.
+    """segment-anything's random Fourier features, in fp32 whatever autocast or the model's type.
 
-    In bf16 a coordinate of a 1024-px picture would be off by up to four pixels.
+    In bf16 a coordinate of a 1024-px picture would be off by up to four pixels, and one frequency
+    by as much across the picture.
     """
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Positions":
+        frequencies = self.positional_encoding_gaussian_matrix
+        super()._apply(fn, recurse)
+        moved = self.positional_encoding_gaussian_matrix
+        if moved.dtype != frequencies.dtype:  # model.half(): only the device is followed
+            self.positional_encoding_gaussian_matrix = frequencies.to(moved.device)
+        return self
 
     def _pe_encoding(self, coords: torch.Tensor) -> torch.Tensor:
         with torch.autocast(coords.device.type, enabled=False):
             return super()._pe_encoding(coords.float())
 
 
+class Unplaced(torch.Tensor):
+    """Tokens of prompts whose picture has a shape that is not known yet; see :func:`placed`.
+
+    As they are they are those of a square picture. ``place`` makes those of any other from its
+    frame. What is computed from them is Unplaced too and has no ``place``: it can be looked at, and
+    no mask is made of it.
+    """
+
+    place: Callable[[tuple[int, int]], torch.Tensor]
+
+
+def unplaced(place: Callable[[tuple[int, int]], torch.Tensor], image_size: int) -> Unplaced:
+    """Tokens that wait for their picture.
+
+    Args:
+        place: from the height and width in pixels of a picture within the input, its longer side
+            being ``image_size``, to tokens of prompts in these pixels.
+    """
+    tokens = place((image_size, image_size)).as_subclass(Unplaced)
+    tokens.place = place
+    return tokens
+
+
+def placed(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    """Tokens for the picture that an embedding is of; those that do not wait for one as they are.
+
+    Raises:
+        ValueError: the embedding does not tell the picture's shape.
+    """
+    if not isinstance(tokens, Unplaced):
+        return tokens
+    frame, place = getattr(embedding, "frame", None), getattr(tokens, "place", None)
+    if frame is None:
+        raise ValueError(
+            "these features do not tell the shape of their picture, which resize square needs to "
+            "place prompts (a copy, another device or NumPy loses it); set the image again, or "
+            "restore them with model.with_size(features, original_size)"
+        )
+    if place is None:
+        raise ValueError(
+            "these prompt embeddings were computed on, and resize square cannot place them in the "
+            "picture any more; give the mask decoder what the prompt encoder returned"
+        )
+    return place(frame)
+
+
 class PromptEncoder(nn.Module):
     """Points with labels to embeddings of ``width`` channels."""
 
-    def __init__(self, width: int, grid: int, image_size: int) -> None:
+    def __init__(self, width: int, grid: int, image_size: int, square: bool = True) -> None:
         """
         Args:
             grid: side of the image embedding, in tokens.
-            image_size: side of the picture whose pixels the points count in.
+            image_size: side of the model's square input in pixels.
+            square: pictures fill the input whatever their shape.
         """
         super().__init__()
-        self.grid, self.image_size = grid, image_size
-        self.frame: tuple[int, int] | None = None  # SamPredictor's picture: height, width
+        self.grid, self.image_size, self.square = grid, image_size, square
         self.pe_layer = Positions(width // 2)
         self.invalid_points = nn.Embedding(1, width)
         self.point_embeddings = nn.Embedding(1, width)
@@ -51,16 +108,18 @@ class PromptEncoder(nn.Module):
 
         Args:
             points: [..., P, 2], x and y in pixels of the model's square input; -1 where there is
-                none.
+                none. Any type of number.
             labels: [..., P]: 1 click, 2 and 3 corners of a box, -1 none. 0 has no embedding.
 
         Returns:
-            [..., P, D].
+            [..., P, D], in the type of the weights.
         """
-        size = (self.image_size, self.image_size)
+        size, dtype = (self.image_size, self.image_size), self.point_embeddings.weight.dtype
         # pe_layer takes [B, P, 2]; half a pixel brings indices to the pixels' centres
-        flat = (points + 0.5).reshape(1, -1, 2)
-        tokens = self.pe_layer.forward_with_coords(flat, size).view(*points.shape[:-1], -1)
+        flat = (points.float() + 0.5).reshape(1, -1, 2)
+        tokens = self.pe_layer.forward_with_coords(flat, size)
+        tokens = tokens.view(*points.shape[:-1], tokens.shape[-1])
+        labels = labels.long()
         for label, embedding in (
             (PADDING, self.invalid_points),
             (FOREGROUND, self.point_embeddings),
@@ -68,7 +127,7 @@ class PromptEncoder(nn.Module):
             (BOTTOM_RIGHT, self.bbox_bottom_right_embeddings),
         ):
             tokens = tokens + embedding.weight[0] * (labels == label).unsqueeze(-1)
-        return tokens
+        return tokens.to(dtype)
 
     def forward(
         self,
@@ -78,8 +137,13 @@ class PromptEncoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What segment_anything's predictor calls: prompts of one picture.
 
+        They count in pixels of the picture as its ResizeLongestSide makes it, the longer side
+        being ``image_size``. Where pictures are stretched to a square, what is returned is for a
+        square one, and the mask decoder takes the prompts to where they lie in the picture whose
+        embedding it gets.
+
         Args:
-            points: coordinates [Q, P, 2] in pixels of ``frame``, and labels [Q, P].
+            points: coordinates [Q, P, 2] and labels [Q, P], any type of number.
             boxes: [Q, 4], x0, y0, x1, y1.
             masks: None.
 
@@ -87,45 +151,107 @@ class PromptEncoder(nn.Module):
             Sparse embeddings [Q, 6, D] and a dense one [1, D, 1, 1] of zeros.
 
         Raises:
-            ValueError: a background click, a mask, or too many points.
+            ValueError: a background click, a mask, too many points or none.
         """
         if masks is not None:
             raise ValueError(
                 "mask_input: EfficientSAM's prompt encoder takes no masks; train with "
                 "decoder.kind sam for that"
             )
+        check_given(points, boxes)
         given = []
         if points is not None:
             given.append(points)
         if boxes is not None:
-            corners = boxes.reshape(-1, 2, 2)
+            corners = boxes.float().reshape(-1, 2, 2)
             labels = torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=boxes.device)
             given.append((corners, labels.expand(len(corners), 2)))
-        if not given:
-            raise ValueError("give points or boxes")
-        where = torch.cat([coordinates for coordinates, _ in given], dim=1)
-        labels = torch.cat([label for _, label in given], dim=1)
+        where = torch.cat([coordinates.float() for coordinates, _ in given], dim=1)
+        labels = torch.cat([label.long() for _, label in given], dim=1)
+        if where.shape[1] == 0:
+            raise ValueError("a prompt without points; give points or boxes")
         if where.shape[1] > MAX_POINTS:
             raise ValueError(
                 f"{where.shape[1]} points in a prompt (a box counts as two); EfficientSAM takes "
                 f"{MAX_POINTS}"
             )
         refuse_background(labels)
-        height, width = self.frame or (self.image_size, self.image_size)
-        scale = where.new_tensor([self.image_size / width, self.image_size / height])
-        tokens = self.embed(*pad_points(rescale(where, scale), labels))
-        return tokens, tokens.new_zeros(1, tokens.shape[-1], 1, 1)
+        where, labels = pad_points(where, labels)
+
+        def place(frame: tuple[int, int]) -> torch.Tensor:
+            scaled = rescale(where, self.image_size, frame)
+            return self.embed(keep_unused(where, scaled), labels)
+
+        size = (self.image_size, self.image_size)
+        tokens = unplaced(place, self.image_size) if self.square else place(size)
+        dense = self.point_embeddings.weight.new_zeros(1, tokens.shape[-1], 1, 1)
+        return tokens, dense
 
 
-def rescale(points: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Points [..., 2] times a scale [2]; -1, which marks a slot not used, stays."""
-    return torch.where(points >= 0, points * scale, -1.0)
+def rescale(
+    points: torch.Tensor, to: int | tuple[int, int], picture: tuple[int, int]
+) -> torch.Tensor:
+    """Points [..., 2] in pixels of a picture to pixels of the same at another size, in fp32.
+
+    x becomes x * s, as in all released code: an index stays one of a pixel's upper left corner, and
+    the prompt encoder adds half a pixel of the input.
+
+    Args:
+        to: wanted height and width in pixels, or both in one.
+        picture: height and width in pixels.
+    """
+    height, width = (to, to) if isinstance(to, int) else to
+    x, y = points.float().unbind(-1)
+    return torch.stack([x * (width / picture[1]), y * (height / picture[0])], -1)
+
+
+def keep_unused(points: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+    """Scaled points [..., 2] with -1, which marks a slot not used, where it was.
+
+    As in the released EfficientSAM, whatever lies outside on the left or above becomes -1 too.
+    """
+    return torch.where(points >= 0, scaled, -1.0)
+
+
+def check_given(
+    points: tuple[torch.Tensor, torch.Tensor] | None, boxes: torch.Tensor | None
+) -> None:
+    """
+    Raises:
+        ValueError: neither points nor boxes, or not of the shapes that belong together.
+    """
+    if points is None and boxes is None:
+        raise ValueError("give points or boxes")
+    prompts = []
+    if points is not None:
+        where, labels = points
+        if labels is None or where.shape != (*labels.shape, 2) or labels.ndim != 2:
+            told = None if labels is None else tuple(labels.shape)
+            raise ValueError(
+                f"points {tuple(where.shape)} with labels {told}; give [Q, P, 2] with [Q, P]"
+            )
+        prompts.append(len(where))
+    if boxes is not None:
+        single = boxes.ndim == 3 and boxes.shape[:2] == (1, 1)  # predict(box=[[x0, y0, x1, y1]])
+        if boxes.shape[-1] != 4 or boxes.ndim != 2 and not single:
+            raise ValueError(
+                f"boxes {tuple(boxes.shape)}; give one of four numbers to predict, any number "
+                "[Q, 4] to predict_torch"
+            )
+        prompts.append(len(boxes))
+    if len(set(prompts)) > 1:
+        raise ValueError(f"points of {prompts[0]} prompts, boxes of {prompts[1]}; give as many")
 
 
 def pad_points(points: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points [..., P, 2] and labels [..., P] filled up with -1, or cut, to MAX_POINTS."""
-    missing = MAX_POINTS - points.shape[-2]
-    return F.pad(points, (0, 0, 0, missing), value=-1.0), F.pad(labels, (0, missing), value=PADDING)
+    """Points [..., P, 2] and labels [..., P] filled up with -1, or cut, to MAX_POINTS.
+
+    Returns:
+        fp32 and int64, which hold a -1 whatever came in.
+    """
+    missing, labels = MAX_POINTS - points.shape[-2], labels.long()
+    points = F.pad(points.float(), (0, 0, 0, missing), value=-1.0)
+    return points, F.pad(labels, (0, missing), value=PADDING)
 
 
 def refuse_background(labels: torch.Tensor) -> None:

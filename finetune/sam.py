@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,6 +17,7 @@ from finetune.prompt_encoder import (
     MAX_POINTS,
     TOP_LEFT,
     PromptEncoder,
+    keep_unused,
     refuse_background,
     rescale,
 )
@@ -77,7 +77,7 @@ def frame_of(image_size: int, resize: str, height: int, width: int) -> tuple[int
     if resize == "square":
         return image_size, image_size
     scale = image_size / max(height, width)
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 class Sam(nn.Module):
@@ -101,9 +101,10 @@ class Sam(nn.Module):
         channels = shape.encoder.channels
         self.image_encoder = build_image_encoder(shape.encoder)
         self.image_encoder.checkpointing = checkpointing
+        self.image_encoder.register_forward_hook(_keep_frame)
         own = shape.decoder == "efficientsam"
         self.prompt_encoder = (PromptEncoder if own else SamPromptEncoder)(
-            channels, shape.grid, shape.image_size
+            channels, shape.grid, shape.image_size, shape.resize == "square"
         )
         if own:
             self.mask_decoder = MaskDecoder(channels, dropout, shape.single_mask)
@@ -132,25 +133,54 @@ class Sam(nn.Module):
         """Three masks for each prompt, at the pictures' size.
 
         Args:
-            images: [B, 3, H, W], uint8 or 0..1.
-            points: [B, Q, P, 2], x and y in pixels of these pictures.
+            images: [B, 3, H, W], integers in 0..255 or floating point in 0..1.
+            points: [B, Q, P, 2], x and y in pixels of these pictures, any type of number.
             labels: [B, Q, P]: 1 click, 2 and 3 corners of a box, -1 none.
 
         Returns:
             Logits [B, Q, 3, H, W] and predicted IoU [B, Q, 3], unsorted.
+
+        Raises:
+            ValueError: shapes that do not belong together, or pictures without a pixel.
         """
         size = tuple(images.shape[2:])
         embeddings = self.get_image_embeddings(images)
         return self.predict_masks(embeddings, points, labels, True, *size, *size)
 
     def get_image_embeddings(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W], uint8 or 0..1, to embeddings [B, 256, h, w]."""
-        frame = self.shape.frame(*images.shape[2:])
-        if images.dtype == torch.uint8:
+        """Embeddings of pictures, which are resized as for training: antialiased bilinear.
+
+        The released code does not antialias; the two differ where a picture is made smaller.
+
+        Args:
+            images: [B, 3, H, W], integers in 0..255 or floating point in 0..1.
+
+        Returns:
+            [B, 256, h, w]; they tell the shape of their pictures, see :meth:`with_size`.
+
+        Raises:
+            ValueError: no pictures of three channels, or without a pixel.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+            raise ValueError(f"pictures {tuple(images.shape)}; give [B, 3, H, W] with pixels")
+        size = tuple(images.shape[2:])
+        if not images.dtype.is_floating_point:
             images = images.float() / 255
-        if images.shape[2:] != frame:
-            images = F.interpolate(images, frame, mode="bilinear", align_corners=False)
-        return self.image_encoder(self._pad(self.normalise(images)))
+        images = self._resized(images.float(), self.shape.frame(*size))
+        return self.with_size(self.image_encoder(self._prepared(images)), size)
+
+    def with_size(self, embeddings: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
+        """Embeddings [B, 256, h, w] that tell the shape of their pictures (restored ones, say).
+
+        With ``resize: square`` SamPredictor's prompts cannot be placed without. The note stays with
+        this very tensor, through torch.save too, but not with what is computed or copied from it.
+
+        Args:
+            original_size: height and width in pixels.
+        """
+        if not torch.compiler.is_compiling():
+            embeddings.frame = frame_of(self.shape.image_size, "longest", *original_size)
+        return embeddings
 
     def predict_masks(
         self,
@@ -167,8 +197,8 @@ class Sam(nn.Module):
 
         Args:
             embeddings: [B, 256, h, w].
-            points: [B, Q, P, 2] in pixels of a picture of ``input_h`` x ``input_w``; EfficientSAM
-                drops those behind the sixth.
+            points: [B, Q, P, 2] in pixels of a picture of ``input_h`` x ``input_w``, any type of
+                number; EfficientSAM drops those behind the sixth.
             labels: [B, Q, P]: 1 click, 2 and 3 corners of a box, -1 none, and for SAM's own
                 decoder 0 for the background.
             multimask_output: masks 1..3; otherwise mask 0, which the released weights, and ours
@@ -180,7 +210,8 @@ class Sam(nn.Module):
             Logits [B, Q, M, H, W] and predicted IoU [B, Q, M]; M is 3 or 1.
 
         Raises:
-            ValueError: a background click that the decoder does not know.
+            ValueError: a background click that the decoder does not know, or shapes that do not
+                belong together.
         """
         if not self.takes_background:
             refuse_background(labels)
@@ -205,9 +236,12 @@ class Sam(nn.Module):
         masks: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All four masks, as :meth:`predict_low_resolution`, of points in pixels of a picture."""
-        height, width = self.shape.frame(input_h, input_w)
-        scale = points.new_tensor([width / input_w, height / input_h])
-        return self.predict_low_resolution(embeddings, rescale(points, scale), labels, masks)
+        if min(input_h, input_w) < 1:
+            raise ValueError(f"a picture of {input_h} x {input_w} pixels has no place for prompts")
+        scaled = rescale(points, self.shape.frame(input_h, input_w), (input_h, input_w))
+        if not self.takes_background:
+            scaled = keep_unused(points, scaled)
+        return self.predict_low_resolution(embeddings, scaled, labels, masks)
 
     def asked(self, labels: torch.Tensor) -> torch.Tensor:
         """Which of four masks prompts [B, Q, P] ask for, bool [B, Q, 4].
@@ -231,8 +265,25 @@ class Sam(nn.Module):
 
         Args:
             points: [B, Q, P, 2] in pixels of the model's own square input.
+            labels: [B, Q, P].
             masks: logits [B, Q, 4h, 4w] of earlier masks, as prompts for SAM's own decoder.
+
+        Raises:
+            ValueError: shapes that do not belong together.
         """
+        if points.ndim != 4 or points.shape != (*labels.shape, 2):
+            raise ValueError(
+                f"points {tuple(points.shape)} with labels {tuple(labels.shape)}; give "
+                "[B, Q, P, 2] with [B, Q, P]"
+            )
+        pictures, prompts = labels.shape[:2]
+        if pictures != len(embeddings):
+            raise ValueError(f"points for {pictures} pictures, embeddings of {len(embeddings)}")
+        if pictures == 0 or prompts == 0:
+            height, width = (4 * side for side in embeddings.shape[2:])
+            logits = embeddings.new_zeros(pictures, prompts, 4, height, width)
+            return logits, logits[..., 0, 0]
+        points, labels = points.float(), labels.long()
         head = sam_head if self.shape.decoder == "sam" else mask_decoder
         return head.predict(
             self.prompt_encoder, self.mask_decoder, embeddings, points, labels, masks
@@ -245,13 +296,17 @@ class Sam(nn.Module):
         return next(self.parameters()).device
 
     def preprocess(self, x: torch.Tensor) -> torch.Tensor:
-        """What SamPredictor resized, [1, 3, H, W] in 0..255, as the encoder takes it."""
-        size, frame = self.shape.image_size, tuple(x.shape[2:])
-        images = x.float() / 255
+        """What SamPredictor resized, [1, 3, H, W] in 0..255, as the encoder takes it.
+
+        Raises:
+            ValueError: a picture without a pixel.
+        """
+        if 0 in x.shape:
+            raise ValueError(f"a picture of {tuple(x.shape)} has no pixels")
+        frame, images = tuple(x.shape[2:]), x.float() / 255
         if self.shape.resize == "square":
-            self.prompt_encoder.frame = frame
-            images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
-        return self._pad(self.normalise(images))
+            images = self._resized(images, (self.shape.image_size,) * 2)
+        return self.with_size(self._prepared(images), frame)
 
     def postprocess_masks(
         self, masks: torch.Tensor, input_size: tuple[int, int], original_size: tuple[int, int]
@@ -261,10 +316,17 @@ class Sam(nn.Module):
 
     # -- geometry -----------------------------------------------------------------------------
 
-    def _pad(self, images: torch.Tensor) -> torch.Tensor:
-        """Zeros on the right and below, up to the model's input."""
-        size = self.shape.image_size
-        return F.pad(images, (0, size - images.shape[3], 0, size - images.shape[2]))
+    def _resized(self, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Pictures at another size, antialiased as those of training and evaluation are."""
+        if tuple(images.shape[2:]) == size:
+            return images
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+    def _prepared(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures in 0..1 normalised, with zeros on the right and below, as the encoder's type."""
+        size, images = self.shape.image_size, self.normalise(images)
+        images = F.pad(images, (0, size - images.shape[3], 0, size - images.shape[2]))
+        return images.to(next(self.image_encoder.parameters()).dtype)
 
     def resize_logits(
         self, logits: torch.Tensor, picture: tuple[int, int], size: tuple[int, int]
@@ -275,8 +337,10 @@ class Sam(nn.Module):
             picture: height and width of the picture in pixels.
             size: wanted height and width.
         """
-        pictures = len(logits)
-        logits = rearrange(logits, "b q m h w -> (b q) m h w")
+        if 0 in size:
+            raise ValueError(f"masks of {size[0]} x {size[1]} pixels: the picture is empty")
+        prompts = logits.shape[:2]
+        logits = logits.flatten(0, 1)
         if self.shape.resize == "longest":
             full = self.shape.image_size
             logits = F.interpolate(logits, (full, full), mode="bilinear", align_corners=False)
@@ -286,4 +350,11 @@ class Sam(nn.Module):
             )
         else:
             logits = F.interpolate(logits, size, mode="bicubic", align_corners=False)
-        return rearrange(logits, "(b q) m h w -> b q m h w", b=pictures)
+        return logits.unflatten(0, prompts)
+
+
+def _keep_frame(encoder: nn.Module, given: tuple[torch.Tensor], embedding: torch.Tensor) -> None:
+    """What a prepared picture tells of its shape, its embedding tells too (a forward hook)."""
+    frame = getattr(given[0], "frame", None)
+    if frame is not None:
+        embedding.frame = frame

@@ -10,25 +10,38 @@ from collections.abc import Iterator
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 
-from finetune.mask_decoder import best_of
-from finetune.prompt_encoder import BACKGROUND, FOREGROUND, TOP_LEFT, Positions
+from finetune.mask_decoder import best_of, no_masks
+from finetune.prompt_encoder import (
+    BACKGROUND,
+    FOREGROUND,
+    TOP_LEFT,
+    Positions,
+    check_given,
+    placed,
+    rescale,
+    unplaced,
+)
 
 HEADS, DEPTH, MLP_RATIO = 8, 2, 8
 MASK_CHANNELS = 16  # of the mask prompt's first layers
 
 
 class SamPromptEncoder(PromptEncoder):
-    """segment-anything's, which can also count in the pixels of SamPredictor's picture."""
+    """segment-anything's, for models that stretch pictures to a square too."""
 
-    def __init__(self, width: int, grid: int, image_size: int) -> None:
+    def __init__(self, width: int, grid: int, image_size: int, square: bool = False) -> None:
         """
         Args:
             grid: side of the image embedding, in tokens.
-            image_size: side of the picture whose pixels the points count in.
+            image_size: side of the model's square input in pixels.
+            square: pictures fill the input whatever their shape.
         """
         super().__init__(width, (grid, grid), (image_size, image_size), MASK_CHANNELS)
-        self.pe_layer = Positions(width // 2)
-        self.frame: tuple[int, int] | None = None  # SamPredictor's picture: height, width
+        self.pe_layer, self.image_size, self.square = Positions(width // 2), image_size, square
+
+    def get_dense_pe(self) -> torch.Tensor:
+        """Positional encoding of the image tokens, [1, D, h, w], in the type of the weights."""
+        return super().get_dense_pe().to(self.no_mask_embed.weight.dtype)
 
     def forward(
         self,
@@ -36,15 +49,46 @@ class SamPromptEncoder(PromptEncoder):
         boxes: torch.Tensor | None,
         masks: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """segment-anything's, with points and boxes in pixels of ``frame``."""
-        if self.frame is not None:
-            side, (height, width) = self.input_image_size[0], self.frame
-            scale = torch.tensor([side / width, side / height], device=self._get_device())
-            if points is not None:
-                points = (points[0] * scale, points[1])
-            if boxes is not None:
-                boxes = boxes * scale.repeat(2)
-        return super().forward(points, boxes, masks)
+        """segment-anything's, with any type of number; see PromptEncoder's of the other head.
+
+        Raises:
+            ValueError: shapes that do not belong together.
+        """
+        if points is None and boxes is None:
+            return self.embed(points, boxes, masks)
+        check_given(points, boxes)
+
+        def place(frame: tuple[int, int]) -> torch.Tensor:
+            clicks, corners = points, boxes
+            if clicks is not None:
+                clicks = rescale(clicks[0], self.image_size, frame), clicks[1]
+            if corners is not None:
+                corners = rescale(corners.reshape(-1, 2, 2), self.image_size, frame).flatten(1)
+            return self.embed(clicks, corners, None)[0]
+
+        sparse, dense = self.embed(points, boxes, masks)
+        return (unplaced(place, self.image_size) if self.square else sparse), dense
+
+    def embed(
+        self,
+        points: tuple[torch.Tensor, torch.Tensor] | None,
+        boxes: torch.Tensor | None,
+        masks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The package's forward, with points and boxes in pixels of the model's square input.
+
+        Returns:
+            Sparse [Q, P, D] and dense [Q, D, h, w] embeddings, in the type of the weights.
+        """
+        dtype = self.no_mask_embed.weight.dtype
+        if points is not None:
+            points = points[0].float(), points[1].long()  # half a pixel is lost in integers or fp16
+        if boxes is not None:
+            boxes = boxes.float()
+        if masks is not None:
+            masks = masks.to(dtype)
+        sparse, dense = super().forward(points, boxes, masks)
+        return sparse.to(dtype), dense
 
 
 class SamMaskDecoder(MaskDecoder):
@@ -59,12 +103,34 @@ class SamMaskDecoder(MaskDecoder):
         )
         self.single_mask = single_mask
 
-    def forward(self, *args: torch.Tensor, **given: torch.Tensor) -> tuple:
-        """What segment_anything's predictor calls."""
-        multimask = given.pop("multimask_output")
-        if multimask or self.single_mask:
-            return super().forward(*args, **given, multimask_output=multimask)
-        return best_of(*super().forward(*args, **given, multimask_output=True))
+    def forward(
+        self,
+        image_embeddings: torch.Tensor,
+        image_pe: torch.Tensor,
+        sparse_prompt_embeddings: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor,
+        multimask_output: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What segment_anything's predictor calls.
+
+        Returns:
+            Logits [Q, 3 or 1, 4h, 4w] and predicted IoU [Q, 3 or 1], fp32.
+
+        Raises:
+            ValueError: prompts that the picture of this embedding cannot place.
+        """
+        tokens = placed(sparse_prompt_embeddings, image_embeddings)
+        if len(tokens) == 0:
+            return no_masks(image_embeddings, 3 if multimask_output else 1)
+        logits, iou = super().forward(
+            image_embeddings,
+            image_pe,
+            tokens,
+            dense_prompt_embeddings,
+            multimask_output=multimask_output or not self.single_mask,
+        )
+        logits, iou = logits.float(), iou.float()
+        return (logits, iou) if multimask_output or self.single_mask else best_of(logits, iou)
 
 
 def predict(
@@ -92,8 +158,7 @@ def predict(
         order, found = [], []
         for rows, clicks, box in _groups(points[number], labels[number]):
             earlier = None if masks is None else masks[number, rows].unsqueeze(1)
-            # frame is for SamPredictor: these points count in pixels of the input
-            sparse, dense = PromptEncoder.forward(prompt_encoder, clicks, box, earlier)
+            sparse, dense = prompt_encoder.embed(clicks, box, earlier)
             found.append(
                 mask_decoder.predict_masks(embedding.unsqueeze(0), positions, sparse, dense)
             )

@@ -1,6 +1,8 @@
 """Stage 2's model: the released one's function, name for name, and SAM's interface."""
 
+import copy
 import importlib.util
+import io
 import json
 
 import numpy as np
@@ -20,6 +22,7 @@ from tests.runs import ROOT
 PARITY = ROOT.parent / "shared" / "parity"
 TINY = ImageEncoderShape(width=64, depth=2, heads=2, image_size=128)
 SMALL = ModelShape(TINY)
+NARROW = ImageEncoderShape(width=32, depth=1, heads=2, image_size=128, channels=64)
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +258,221 @@ def test_what_sam_can_and_this_model_cannot_is_refused_by_name(predictor):
         model.predict_masks(
             predictor.features, torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1), True, 9, 9
         )
+
+
+KINDS = pytest.mark.parametrize("kind", ["efficientsam", "sam"])
+RESIZES = pytest.mark.parametrize("resize", ["square", "longest"])
+PICTURE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+WIDE = np.random.default_rng(1).integers(0, 256, (40, 110, 3), dtype=np.uint8)
+
+
+def lively(kind="efficientsam", resize="square"):
+    """A model whose prompts matter."""
+    torch.manual_seed(0)
+    model = Sam(ModelShape(NARROW, kind, resize)).eval()
+    for parameter in model.prompt_encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def looking_at(model, picture):
+    predictor = SamPredictor(model)
+    predictor.set_image(picture)
+    return predictor
+
+
+@torch.no_grad()
+@KINDS
+@RESIZES
+def test_any_type_of_number_is_the_same_prompt(kind, resize):
+    """Through every entrance; a scale in the points' own type would be 0 or 1."""
+    model = lively(kind, resize)
+    predictor = looking_at(model, PICTURE)
+    image = torch.from_numpy(PICTURE).permute(2, 0, 1)[None]
+    embeddings = model.get_image_embeddings(image)
+    points = torch.tensor([[[[50, 30], [5, 6], [70, 50]], [[20, 11], [8, 41], [-1, -1]]]])
+    labels = torch.tensor([[[1, 2, 3], [1, 1, -1]]])
+    clicks, kinds, boxes = points[0, :, :1], labels[0, :, :1], torch.tensor([[5, 6, 70, 50]] * 2)
+
+    def everywhere(number, label):
+        p, at = points.to(number), labels.to(label)
+        q, what, box = clicks.to(number), kinds.to(label), boxes.to(number)
+        yield model(image, p, at)
+        yield model.predict_masks(embeddings, p, at, True, 60, 90, 60, 90)
+        yield model.predict_all(embeddings, p, at, 60, 90)
+        yield model.predict_low_resolution(embeddings, p, at)
+        yield predictor.predict_torch(q, what, box, return_logits=True)
+        yield predictor.predict_torch(q, what, return_logits=True)
+        yield predictor.predict_torch(None, None, box, return_logits=True)
+        yield predictor.predict(q[0].numpy(), what[0].numpy(), box[0].numpy(), return_logits=True)
+        yield model.prompt_encoder((q, what), box, None)
+        if kind == "efficientsam":
+            yield (model.prompt_encoder.embed(p, at),)
+
+    expected = list(everywhere(torch.float32, torch.int64))
+    assert (expected[2][0][0, 0] - expected[2][0][0, 1]).abs().max() > 1e-2  # prompts matter
+    for number in (torch.int64, torch.float64, torch.float16):
+        for found, wanted in zip(everywhere(number, torch.int64), expected, strict=True):
+            for one, other in zip(found, wanted, strict=True):
+                assert np.array_equal(np.asarray(one), np.asarray(other)), number
+    for label in (torch.int8, torch.float32):
+        for found, wanted in zip(everywhere(torch.int64, label), expected, strict=True):
+            for one, other in zip(found, wanted, strict=True):
+                assert np.array_equal(np.asarray(one), np.asarray(other)), label
+    for label in (torch.bool, torch.uint8):  # no -1: only the slots that are filled up
+        found = model.predict_masks(
+            embeddings, points[:, :, :1], kinds[None].to(label), True, 60, 90
+        )
+        wanted = model.predict_masks(embeddings, points[:, :, :1], kinds[None], True, 60, 90)
+        assert torch.equal(found[0], wanted[0])
+
+
+@torch.no_grad()
+@KINDS
+def test_any_type_of_number_is_the_same_picture(kind):
+    model = lively(kind)
+    image = torch.from_numpy(PICTURE).permute(2, 0, 1)[None]
+    wanted = model.get_image_embeddings(image)
+    for found in (image.int(), image.long(), image.float() / 255, image.double() / 255):
+        torch.testing.assert_close(model.get_image_embeddings(found), wanted, rtol=1e-4, atol=1e-5)
+    half = model.get_image_embeddings((image.float() / 255).half())
+    assert distance(half, wanted) < 5e-3
+
+
+@torch.no_grad()
+@KINDS
+@RESIZES
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_model_places_prompts_as_exactly(kind, resize, dtype):
+    """In bf16 a click at 1001 of 1024 would be one at 1000 or 1004."""
+    whole, model = lively(kind, resize), lively(kind, resize).to(dtype)
+    frequencies = model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
+    assert frequencies.dtype == torch.float32
+    points, labels = torch.tensor([[[101, 77], [3, 120]]]), torch.ones(1, 2)
+    tokens = [m.prompt_encoder((points, labels), None, None)[0] for m in (whole, model)]
+    assert tokens[1].dtype == dtype
+    # apart by the rounding of the result, not of a coordinate
+    assert (tokens[0] - tokens[1].float()).abs().max() < (
+        2**-6 if dtype == torch.bfloat16 else 2**-9
+    )
+    found, wanted = (
+        looking_at(m, PICTURE).predict_torch(points, labels, return_logits=True)[0]
+        for m in (model, whole)
+    )
+    assert found.isfinite().all() and distance(found.float(), wanted) < 0.2
+
+
+@torch.no_grad()
+@KINDS
+@RESIZES
+def test_predictors_on_one_model_do_not_know_of_each_other(kind, resize):
+    """Each answers as alone, in any order, beside a mask generator, and after a restart."""
+    click, label = np.array([[30, 20]]), np.ones(1)
+
+    def answer(predictor):
+        return predictor.predict(click, label, np.array([5, 6, 70, 38]), return_logits=True)[0]
+
+    alone = [answer(looking_at(lively(kind, resize), picture)) for picture in (PICTURE, WIDE)]
+    model = lively(kind, resize)
+    generator = SamAutomaticMaskGenerator(
+        model, points_per_side=2, pred_iou_thresh=-1e9, stability_score_thresh=-1, crop_n_layers=1
+    )
+    masks = generator.generate(WIDE)
+    first, second = looking_at(model, PICTURE), looking_at(model, WIDE)
+    for predictor, wanted in ((first, 0), (second, 1), (first, 0), (first, 0), (second, 1)):
+        assert np.array_equal(answer(predictor), alone[wanted])
+    again = generator.generate(WIDE)
+    assert len(masks) == len(again)
+    assert all(
+        np.array_equal(a["segmentation"], b["segmentation"])
+        for a, b in zip(masks, again, strict=True)
+    )
+    assert np.array_equal(answer(first), alone[0])
+    buffer = io.BytesIO()
+    torch.save((first.features, first.original_size, first.input_size), buffer)
+    buffer.seek(0)
+    for stored in (torch.load(buffer), copy.deepcopy((first.features, (60, 90), (85, 128)))):
+        fresh = SamPredictor(lively(kind, resize))
+        fresh.features, fresh.original_size, fresh.input_size = stored
+        fresh.is_image_set = True
+        assert np.array_equal(answer(fresh), alone[0])
+    through_numpy = torch.from_numpy(first.features.numpy().copy())
+    for lost in (through_numpy, first.features.clone(), first.features.double().float()):
+        fresh.features = lost
+        if resize == "square":
+            with pytest.raises(ValueError, match="with_size"):
+                answer(fresh)
+            fresh.features = fresh.model.with_size(lost, fresh.original_size)
+        assert np.array_equal(answer(fresh), alone[0])
+
+
+@torch.no_grad()
+def test_prompts_that_were_computed_on_are_not_placed():
+    predictor = looking_at(lively(), PICTURE)
+    model, points = predictor.model, (torch.tensor([[[30, 20]]]), torch.ones(1, 1))
+    sparse, dense = model.prompt_encoder(points, None, None)
+    given = (predictor.features, model.prompt_encoder.get_dense_pe())
+    model.mask_decoder(*given, sparse, dense, True)
+    with pytest.raises(ValueError, match="were computed on"):
+        model.mask_decoder(*given, sparse.clone(), dense, True)
+
+
+@torch.no_grad()
+@KINDS
+@RESIZES
+def test_nothing_asked_is_nothing_answered(kind, resize):
+    model = lively(kind, resize)
+    predictor, images = looking_at(model, PICTURE), torch.rand(2, 3, 60, 90)
+    for pictures, prompts in ((2, 0), (0, 3), (0, 0)):
+        points, labels = torch.zeros(pictures, prompts, 1, 2), torch.ones(pictures, prompts, 1)
+        masks, iou = model(images[:pictures], points, labels)
+        assert masks.shape == (pictures, prompts, 3, 60, 90) and iou.shape == masks.shape[:3]
+        embeddings = model.get_image_embeddings(images[:pictures])
+        masks, iou = model.predict_masks(embeddings, points, labels, False, 60, 90)
+        assert masks.shape == (pictures, prompts, 1, 32, 32) and iou.shape == masks.shape[:3]
+    none, unlabelled = torch.zeros(0, 2, 2), torch.zeros(0, 2)
+    for multimask, count in ((True, 3), (False, 1)):
+        for given in ((none, unlabelled), (None, None, none[:, 0].repeat(1, 2))):
+            masks, iou, low = predictor.predict_torch(*given, multimask_output=multimask)
+            assert masks.shape == (0, count, 60, 90) and iou.shape == (0, count)
+            assert low.shape == (0, count, 32, 32)
+    # one prompt of no points is what every slot of it unused is
+    embeddings = model.get_image_embeddings(images)
+    empty = model.predict_all(embeddings, torch.zeros(2, 1, 0, 2), torch.zeros(2, 1, 0), 60, 90)
+    unused = model.predict_all(embeddings, -torch.ones(2, 1, 3, 2), -torch.ones(2, 1, 3), 60, 90)
+    assert torch.equal(empty[0], unused[0])
+
+
+@torch.no_grad()
+@KINDS
+@RESIZES
+def test_what_does_not_fit_together_is_said_in_one_sentence(kind, resize):
+    model = lively(kind, resize)
+    predictor, images = looking_at(model, PICTURE), torch.rand(1, 3, 60, 90)
+    embeddings = model.get_image_embeddings(images)
+    points, labels, box = torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1), np.zeros((3, 4))
+    for what, call in {
+        "pictures": lambda: model(torch.zeros(1, 3, 0, 5), points, labels),
+        "pictures ": lambda: model.get_image_embeddings(torch.zeros(3, 9, 9)),
+        "picture of 0 x 9": lambda: model.predict_all(embeddings, points, labels, 0, 9),
+        "has no pixels": lambda: model.preprocess(torch.zeros(1, 3, 0, 128)),
+        "points": lambda: model.predict_masks(embeddings, points[0], labels[0], True, 9, 9),
+        "points for 1 pic": lambda: model.predict_masks(embeddings[:0], points, labels, True, 9, 9),
+        "boxes": lambda: predictor.predict(box=box),
+        "boxes ": lambda: predictor.predict(box=box[:0]),
+        "boxes  ": lambda: predictor.predict_torch(None, None, torch.zeros(0)),
+        "points of 2 prompts": lambda: predictor.predict_torch(
+            points[0].repeat(2, 1, 1), labels[0].repeat(2, 1), torch.zeros(3, 4)
+        ),
+        "points ": lambda: predictor.predict_torch(points[0], labels[0].repeat(1, 2)),
+    }.items():
+        with pytest.raises(ValueError, match=what.strip()):
+            call()
+    if kind == "efficientsam":
+        with pytest.raises(ValueError, match="without points"):
+            predictor.predict(np.zeros((0, 2)), np.zeros(0))
+        with pytest.raises(ValueError, match="give points or boxes"):
+            predictor.predict()
 
 
 def test_automatic_mask_generator(predictor):
