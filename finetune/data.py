@@ -4,6 +4,7 @@ Masks are chosen before anything is decoded, and never painted at full size. Wha
 from (seed, epoch, sample key).
 """
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -27,6 +28,8 @@ from sami.core.errors import BadSample
 from sami.core.images import open_image, resize_stored
 from sami.core.order import sample_rng
 from sami.core.shards import PICTURE, RawSample
+
+NO_PIXEL = "no pixel at the loss's resolution"  # of an object
 
 
 @dataclass
@@ -91,7 +94,8 @@ class Batch:
 
     ``images`` uint8 [B, 3, H, H]; ``masks`` bool [B, K, h, h]; ``there`` bool [B, K];
     ``inside`` bool [B, h, h], what is picture; ``points`` [B, K, 6, 2] in pixels of the input, and
-    ``labels`` [B, K, 6].
+    ``labels`` [B, K, 6]; ``places`` [B, 2, h], x of a click on each column and y of one on each row
+    of ``masks``. ``left_out``: reason and key of each object that could not be trained on.
     """
 
     images: torch.Tensor
@@ -100,9 +104,11 @@ class Batch:
     inside: torch.Tensor
     points: torch.Tensor
     labels: torch.Tensor
+    places: torch.Tensor
     keys: list[str] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
-    TENSORS: ClassVar = ("images", "masks", "there", "inside", "points", "labels")
+    TENSORS: ClassVar = ("images", "masks", "there", "inside", "points", "labels", "places")
 
     def to(self, device: torch.device) -> "Batch":
         """The tensors on a device, without waiting for the copy."""
@@ -167,29 +173,30 @@ class Prompted:
         if image.size != (told.width, told.height):
             raise BadSample("annotation of another picture size")
         size = (told.height, told.width)
-        chosen = self._choose(told, rng)
         frame = frame_of(self.image_size, self.resize, *size)
+        rows, columns, inside = loss_pixels(self.image_size, self.loss_size, frame, size)
+        # Full size is only ever looked at where the loss has a pixel, or a click falls.
+        seen = (size[1] - 1 - columns)[::-1] if flip else columns
+        chosen, unseen = self._choose(told, rows, seen, rng)
         picture = np.zeros((self.image_size, self.image_size, 3), np.uint8)
         picture[: frame[0], : frame[1]] = resize_stored(image, *frame)
-        rows, columns, inside = loss_pixels(self.image_size, self.loss_size, frame, size)
         masks = np.zeros((len(chosen), *inside.shape), bool)
-        points, labels = [], []
-        for number, ends in enumerate(chosen):
-            # Full size is only ever looked at where the loss has a pixel, or a click falls.
-            masks[number, : len(rows), : len(columns)] = sample_runs(ends, *size, rows, columns)
-            where, label = self._prompt(ends, size, frame, rng)
-            points.append(where)
-            labels.append(label)
-        points, labels = np.stack(points), np.stack(labels)
+        masks[:, : len(rows), : len(columns)] = np.stack([mask for _, mask in chosen])
+        prompts = [self._prompt(ends, size, frame, rng) for ends, _ in chosen]
+        points, labels = map(np.stack, zip(*prompts, strict=True))
+        scale = np.array([frame[1] / size[1], frame[0] / size[0]])
         if flip:
             picture[:, : frame[1]] = picture[:, : frame[1]][:, ::-1]
             masks[:, :, : len(columns)] = masks[:, :, : len(columns)][:, :, ::-1]
-            points, labels = mirror(points, labels, frame[1])
-        return sample.key, picture, inside, masks, points, labels
+            points, labels = mirror(points, labels, frame[1], scale[0])
+        places = np.zeros((2, self.loss_size), np.float32)
+        places[0, : len(columns)], places[1, : len(rows)] = columns * scale[0], rows * scale[1]
+        left_out = [(NO_PIXEL, sample.key)] * unseen
+        return sample.key, picture, inside, masks, points, labels, places, left_out
 
     def collate(self, items: list[tuple]) -> Batch:
         """A batch of what :meth:`decode` made; missing objects are empty slots."""
-        keys, pictures, inside, masks, points, labels = zip(*items, strict=True)
+        keys, pictures, inside, masks, points, labels, places, left_out = zip(*items, strict=True)
         most = max(map(len, masks))
 
         def filled(arrays: tuple[np.ndarray, ...], empty: float) -> torch.Tensor:
@@ -207,11 +214,23 @@ class Prompted:
             inside=torch.from_numpy(np.stack(inside)),
             points=filled(points, -1),
             labels=filled(labels, -1),
+            places=torch.from_numpy(np.stack(places)),
             keys=list(keys),
+            left_out=list(itertools.chain(*left_out)),
         )
 
-    def _choose(self, told: Annotations, rng: np.random.Generator) -> list[np.ndarray]:
-        """Run ends of up to ``masks_per_image`` usable masks, in random order."""
+    def _choose(
+        self, told: Annotations, rows: np.ndarray, columns: np.ndarray, rng: np.random.Generator
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+        """Up to ``masks_per_image`` usable masks in random order, and how many were passed over.
+
+        Args:
+            rows, columns: the picture's, that the loss looks at.
+
+        Returns:
+            Run ends of each, and the mask where the loss looks at it, bool [h', w']. Passed over
+            are those that have no pixel there: their loss would ask for an empty mask.
+        """
         limit = self.max_area * told.height * told.width
         fitting = [
             mask
@@ -220,16 +239,20 @@ class Prompted:
             and mask.stability_score >= self.min_stability
             and (mask.area is None or mask.area <= limit)
         ]
-        chosen = []
+        chosen, unseen = [], 0
         for number in rng.permutation(len(fitting)):
             ends = decode_counts(fitting[number].counts, told.height, told.width)
             if 0 < area(ends) <= limit:  # what the file says of the area may be wrong
-                chosen.append(ends)
+                mask = sample_runs(ends, told.height, told.width, rows, columns)
+                if mask.any():
+                    chosen.append((ends, mask))
+                else:
+                    unseen += 1
             if len(chosen) == self.masks_per_image:
                 break
         if not chosen:
-            raise BadSample("no usable mask")
-        return chosen
+            raise BadSample(NO_PIXEL if unseen else "no usable mask")
+        return chosen, unseen
 
     def _prompt(
         self,
@@ -246,7 +269,7 @@ class Prompted:
             return as_box(noisy_box(tuple(corners.ravel()), frame, limit, rng))
         count = int(rng.integers(1, self.clicks + 1))
         pixels = random_points(ends, size[0], count, rng)
-        return as_clicks((pixels + 0.5) * scale - 0.5)
+        return as_clicks(pixels * scale)
 
 
 def loss_pixels(
@@ -274,13 +297,19 @@ def loss_pixels(
     return lines[0], lines[1], inside
 
 
-def mirror(points: np.ndarray, labels: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts [K, 6, 2] of the mirrored picture of ``width`` pixels; a box's corners change sides.
+def mirror(
+    points: np.ndarray, labels: np.ndarray, width: float, pixel: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts [K, 6, 2] of the mirrored picture; a box's corners change sides.
 
-    Clicks are pixel indices, box corners are edges.
+    Clicks are at the left edge of a pixel of the picture, box corners are edges.
+
+    Args:
+        width: of the picture, as the points count.
+        pixel: likewise of one of its pixels.
     """
-    result = points.copy()
+    result = points.astype(np.float32)
     click, first, second = labels == 1, labels == 2, labels == 3
-    result[click, 0] = width - 1 - points[click, 0]
+    result[click, 0] = width - pixel - points[click, 0]
     result[first, 0], result[second, 0] = width - points[second, 0], width - points[first, 0]
     return result, labels

@@ -13,17 +13,11 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from scipy.ndimage import distance_transform_edt
 from torch.utils.data import IterableDataset, get_worker_info
 
 from finetune.losses import mask_iou
-from finetune.prompt_encoder import (
-    BACKGROUND,
-    BOTTOM_RIGHT,
-    FOREGROUND,
-    PADDING,
-    TOP_LEFT,
-)
+from finetune.prompt_encoder import BOTTOM_RIGHT, FOREGROUND, TOP_LEFT
+from finetune.prompts import centre_of, correction_clicks
 from finetune.rle import area, box, decode_counts, parse_annotations, random_points
 from finetune.sam import ModelShape, Sam
 from sami.core.config import require
@@ -226,20 +220,6 @@ class Pictures(IterableDataset):
         )
 
 
-def centre_of(region: np.ndarray) -> tuple[int, int] | None:
-    """The pixel x, y of a region, bool [H, W], that is farthest from what is not; None if empty.
-
-    What lies outside of the picture is not of the region (Segment Anything, appendix D.1).
-    """
-    rows, columns = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
-    if len(rows) == 0:
-        return None
-    top, left = rows[0], columns[0]
-    around = np.pad(region[top : rows[-1] + 1, left : columns[-1] + 1], 1)
-    y, x = np.unravel_index(distance_transform_edt(around).argmax(), around.shape)
-    return int(x + left - 1), int(y + top - 1)
-
-
 @torch.no_grad()
 def evaluate(
     run: Run,
@@ -373,20 +353,14 @@ def _correct(
     labels: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts [K, P, 2] and [K, P] with one more click, in the middle of what is wrong."""
-    clicks, kinds = [], []
+    places = torch.arange(float(max(judged.size)), device=points.device).expand(1, 2, -1)
+    more = []
     for ends, masks, number in zip(judged.ends[part], logits, best, strict=True):
-        truth = paint(ends, *judged.size)
-        mask = _at_full_size(model, masks[None, number, None], judged.size)[0, 0].cpu().numpy()
-        wrong = truth != mask if model.takes_background else truth & ~mask
-        place = centre_of(wrong)
-        clicks.append(place or (-1, -1))
-        kinds.append(PADDING if place is None else FOREGROUND if truth[place[::-1]] else BACKGROUND)
-    more = torch.tensor(clicks, dtype=points.dtype, device=points.device)
-    more_labels = torch.tensor(kinds, dtype=labels.dtype, device=points.device)
-    return (
-        torch.cat([points, more[:, None]], 1),
-        torch.cat([labels, more_labels[:, None]], 1),
-    )
+        truth = torch.from_numpy(paint(ends, *judged.size)).to(points.device)[None, None]
+        mask = _at_full_size(model, masks[None, number, None], judged.size)
+        more.append(correction_clicks(mask, truth, places, model.takes_background))
+    clicks, kinds = (torch.cat(parts)[:, 0] for parts in zip(*more, strict=True))
+    return torch.cat([points, clicks], 1), torch.cat([labels, kinds.to(labels)], 1)
 
 
 def _at_full_size(model: Sam, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

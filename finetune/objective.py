@@ -15,8 +15,8 @@ class Objective(nn.Module):
     """First prompts, and rounds of correction clicks where they are asked for.
 
     The loss is the mean over the rounds. SAM's own decoder is also given the mask of the round
-    before, and clicks on what was wrongly taken for the object. Randomness (dropout, correction
-    clicks) comes from torch's default generator, which the loop seeds by the step.
+    before, and clicks on what was wrongly taken for the object. Randomness (dropout) comes from
+    torch's default generator, which the loop seeds by the step.
     """
 
     def __init__(self, model: Sam, loss: LossConfig, prompt: PromptConfig) -> None:
@@ -48,14 +48,8 @@ class Objective(nn.Module):
             if turn + 1 < rounds:
                 best = iou.masked_fill(~asked, -torch.inf).argmax(2, keepdim=True)
                 chosen = logits.detach().take_along_dim(best[..., None, None], 2).squeeze(2)
-                size = self.model.shape.image_size
-                more = correction_clicks(
-                    resize(chosen, batch.masks.shape[2]),
-                    batch.masks,
-                    size,
-                    background=both,
-                    inside=batch.inside,
-                )
+                mask = resize(chosen, batch.masks.shape[2]) > 0
+                more = correction_clicks(mask, batch.masks, batch.places, both, batch.inside)
                 points, labels = append_clicks(points, labels, *more)
                 masks = chosen.float() if both else None
         # A batch without, say, boxes leaves their embedding out; several processes have to agree on

@@ -1,15 +1,27 @@
 """Prompts for training: a box or clicks, as SAM draws them (appendix A), and correction clicks.
 
 First prompts are drawn with the sample, from its run lengths at full resolution, and so follow from
-(seed, epoch, key). Correction clicks depend on what was predicted, and are drawn on the device.
+(seed, epoch, key). Correction clicks depend on what was predicted alone; training and evaluation
+share them.
+
+A click is the index of a pixel of the picture times the scale to the model's input, as in released
+code; a box counts in edges of pixels times the same scale.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.ndimage import distance_transform_edt
 
-from finetune.prompt_encoder import BOTTOM_RIGHT, FOREGROUND, MAX_POINTS, PADDING, TOP_LEFT
+from finetune.prompt_encoder import (
+    BACKGROUND,
+    BOTTOM_RIGHT,
+    FOREGROUND,
+    MAX_POINTS,
+    PADDING,
+    TOP_LEFT,
+)
 from sami.core.config import require
 
 BOX_NOISE, BOX_NOISE_LIMIT = 0.1, 20.0  # of the box's side; pixels of a 1024-px input
@@ -72,40 +84,96 @@ def as_clicks(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def correction_clicks(
-    logits: torch.Tensor,
+    mask: torch.Tensor,
     truth: torch.Tensor,
-    image_size: int,
+    places: torch.Tensor,
     background: bool,
     inside: torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One click for each object, uniform over the pixels that were predicted wrongly.
+    """One click for each object, in the middle of what is wrong; nothing waits for the device.
+
+    What was missed and what was wrongly taken are looked at apart, and the pixel that lies deepest
+    in either is clicked, as in SAM 2 and RITM (their union would have its middle on the border
+    between the two). Of pixels equally deep it is one wrongly taken, as theirs, and among these the
+    uppermost, then the leftmost.
 
     Args:
-        logits: of one mask per object, [B, K, h, w].
+        mask: bool [B, K, h, w], what was predicted.
         truth: bool [B, K, h, w].
-        image_size: side in pixels of the model's input, in which clicks count.
+        places: [B, 2, n], x of a click on each column and y of one on each row.
         background: whether pixels wrongly taken for the object may be clicked (label 0); without,
             only missed ones are.
         inside: bool [B, h, w], what is picture; None for all.
 
     Returns:
-        Points [B, K, 1, 2] and labels [B, K, 1], -1 and -1 where nothing is wrong.
+        Points [B, K, 1, 2] as ``places`` has them, and labels [B, K, 1]; -1 and -1 where nothing is
+        wrong.
     """
-    wrong = (logits > 0) != truth if background else truth & (logits <= 0)
+    missed, taken = truth & ~mask, mask & ~truth
+    kinds = [missed, taken] if background else [missed]
+    wrong = torch.stack(kinds, 2)  # [B, K, 1 or 2, h, w]
     if inside is not None:
-        wrong = wrong & inside.unsqueeze(1)
-    chance = torch.rand(wrong.shape, device=wrong.device, generator=generator)
-    best, place = torch.where(wrong, chance, -1.0).flatten(2).max(2)
-    height, width = truth.shape[2:]
-    y, x = place // width, place % width
-    # pixel centres to indices; plain numbers, because a tensor of them would wait for the device
-    x, y = (x + 0.5) * (image_size / width) - 0.5, (y + 0.5) * (image_size / height) - 0.5
-    points = torch.stack([x, y], -1)
-    label = truth.flatten(2).gather(2, place.unsqueeze(2)).squeeze(2).long()
-    found = best >= 0
-    points = torch.where(found.unsqueeze(-1), points, -1.0)
+        wrong = wrong & inside[:, None, None]
+    depth, place = depths(wrong).flatten(3).max(3)  # [B, K, 1 or 2]
+    label = torch.full_like(place[..., 0], FOREGROUND)
+    if background:
+        label = torch.where(depth[..., 0] > depth[..., 1], FOREGROUND, BACKGROUND)
+    which = (label == BACKGROUND).long().unsqueeze(2)
+    found = depth.gather(2, which).squeeze(2) > 0
+    place, width = place.gather(2, which).squeeze(2), truth.shape[3]
+    x, y = places[:, 0].gather(1, place % width), places[:, 1].gather(1, place // width)
+    points = torch.where(found.unsqueeze(-1), torch.stack([x, y], -1), -1.0)
     return points.unsqueeze(2), torch.where(found, label, PADDING).unsqueeze(2)
+
+
+def centre_of(region: np.ndarray) -> tuple[int, int] | None:
+    """The pixel x, y of a region, bool [H, W], that lies deepest in it; None if it is empty."""
+    truth, sides = torch.from_numpy(region)[None, None], region.shape[::-1]
+    places = torch.arange(float(max(sides))).expand(1, 2, -1)
+    points, labels = correction_clicks(torch.zeros_like(truth), truth, places, background=False)
+    x, y = points.flatten().int().tolist()
+    return (x, y) if labels.item() == FOREGROUND else None
+
+
+def depths(regions: torch.Tensor) -> torch.Tensor:
+    """How far each pixel of regions, bool [..., h, w], is from the nearest that is not of them.
+
+    What lies outside of the picture is of no region (Segment Anything, appendix D.1).
+
+    Returns:
+        fp32 [..., h, w] in pixels, 0 outside of the region.
+    """
+    flat = regions.flatten(0, -3)
+    # SciPy is faster where a region is deep, but the device would have to wait for it.
+    measured = _depths_by_scipy(flat) if flat.device.type == "cpu" else _depths_on_device(flat)
+    return measured.view(regions.shape)
+
+
+def _depths_by_scipy(regions: torch.Tensor) -> torch.Tensor:
+    found = np.zeros(regions.shape, np.float32)
+    for depth, region in zip(found, regions.numpy(), strict=True):
+        rows, columns = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
+        if len(rows):
+            part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            depth[part] = distance_transform_edt(np.pad(region[part], 1))[1:-1, 1:-1]
+    return torch.from_numpy(found)
+
+
+def _depths_on_device(regions: torch.Tensor) -> torch.Tensor:
+    """[N, h, w]: along the rows, then over all rows in reach, each a step of the whole picture."""
+    height, width = regions.shape[1:]
+    x = torch.arange(width, device=regions.device)
+    before = torch.where(regions, -1, x).cummax(2).values
+    behind = torch.where(regions, width, x).flip(2).cummin(2).values.flip(2)
+    near = torch.minimum(x - before, behind - x).float() ** 2
+    y = torch.arange(height, device=regions.device)
+    border = torch.minimum(y + 1, height - y).float() ** 2
+    best = torch.minimum(near, border[:, None])
+    for step in range(1, (height + 1) // 2):  # what is farther away, the border is nearer than
+        above, below = best[:, step:], best[:, :-step]
+        torch.minimum(above, near[:, :-step] + step**2, out=above)
+        torch.minimum(below, near[:, step:] + step**2, out=below)
+    return best.sqrt()
 
 
 def append_clicks(

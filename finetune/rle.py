@@ -110,6 +110,8 @@ def sample(
     Raises:
         IndexError: a row or column outside of the mask.
     """
+    if len(rows) == 0 or len(columns) == 0:
+        return np.zeros((len(rows), len(columns)), bool)
     if (rows[1:] <= rows[:-1]).any() or (columns[1:] <= columns[:-1]).any():
         # Only here: sorting is half of the time where there is nothing to sort.
         rows, row_places = np.unique(rows, return_inverse=True)

@@ -171,6 +171,7 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
             with state.clock.wait():
                 batch, bad = next(batches)
             state.note_bad(bad)
+            state.note_left_out(batch.left_out)
             run.advance(step, steps)
             batch = batch.to(run.device)
             last_part = part == layout.micro_batches_per_step - 1
@@ -204,7 +205,8 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
         if is_due(step, cfg.run.save_every, last) or by_clock or stop:
             state.save(step, identity, batches.position(step))
             if stop and not last:
-                return run.leave_asked(step, **state.bad_summary())
+                counted = state.bad_summary() | state.left_out_summary()
+                return run.leave_asked(step, **counted)
 
     # ---- What is left behind
     finish(cfg, run, steps, model, state)
@@ -266,7 +268,7 @@ def announce(
 
 def finish(cfg: FinetuneConfig, run: Run, steps: int, model: Sam, state: State) -> None:
     """Export the model and close the summary."""
-    bad = state.bad_summary()
+    bad, left_out = state.bad_summary(), state.left_out_summary()
     if not run.is_main:
         return
     weights = "last" if state.ema is None else "ema"
@@ -283,9 +285,12 @@ def finish(cfg: FinetuneConfig, run: Run, steps: int, model: Sam, state: State) 
         weights=weights,
         evaluation=held_out or None,
         **bad,
+        **left_out,
     )
     if bad["bad_samples"]:
         run.say(f"bad samples: {bad['bad_samples']}")
+    if left_out["objects_left_out"]:
+        run.say(f"objects left out: {left_out['objects_left_out']}")
     run.say(f"finished: {run.dir}/model.safetensors, metrics.jsonl and pictures/ beside it")
 
 

@@ -78,3 +78,19 @@ def shuffle_buffer(sizes, limit, draws):
         buffer[pick], buffer[-1] = buffer[-1], buffer[pick]
         order.append(buffer.pop()[0])
     return order
+
+
+def next_click(missed, taken):
+    """The deepest pixel of what was missed or wrongly taken: x, y, label; None if there is none.
+
+    Depth is the distance to the nearest pixel that is not of the region, or outside of the picture.
+    """
+    best, click = 0.0, None
+    for region, label in ((taken, 0), (missed, 1)):
+        around = np.pad(region, 1)
+        outside = np.argwhere(~around)
+        for y, x in np.argwhere(around):
+            depth = ((outside - (y, x)) ** 2).sum(1).min() ** 0.5
+            if depth > best:
+                best, click = depth, (x - 1, y - 1, label)
+    return click

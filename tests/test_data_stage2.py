@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from finetune.data import DataConfig, Prompted, loss_pixels, mirror
+from finetune.data import NO_PIXEL, DataConfig, Prompted, loss_pixels, mirror
 from finetune.prompts import PromptConfig
 from sami.core.errors import BadSample
 from sami.core.order import Layout, Order
@@ -71,18 +71,16 @@ def test_masks_and_prompts_belong_to_their_objects(resize, hflip):
     frame = (64, 64) if resize == "square" else (45, 64)
     rows, columns, _ = loss_pixels(64, 16, frame, (HEIGHT, WIDTH))
     expected = [mask[np.ix_(rows, columns)] for mask in masks]
+    mirrored = [mask[:, ::-1][np.ix_(rows, columns)] for mask in masks]
     for epoch in range(40):
-        _, picture, inside, found, points, labels = views.decode(raw(masks), epoch, False)
+        _, picture, inside, found, points, labels, *_ = views.decode(raw(masks), epoch, False)
         flipped = picture[5, 60, 0] < picture[5, 3, 0]  # red is x
         flips += flipped
         assert found.shape == (5, 16, 16) and not found[:, ~inside].any()
         for mask, where, label in zip(found, points, labels, strict=True):
             inner = mask[: len(rows)]
-            matching = [
-                n
-                for n, one in enumerate(expected)
-                if np.array_equal(one[:, ::-1] if flipped else one, inner)
-            ]
+            lookup = mirrored if flipped else expected
+            matching = [n for n, one in enumerate(lookup) if np.array_equal(one, inner)]
             assert matching
             ys, xs = np.nonzero(masks[matching[0]])
             scale = np.array([frame[1] / WIDTH, frame[0] / HEIGHT])
@@ -96,9 +94,10 @@ def test_masks_and_prompts_belong_to_their_objects(resize, hflip):
                 assert (used[0] <= used[1]).all() and used.min() >= 0
             else:
                 assert 1 <= len(used) <= 6 and set(label) <= {1, -1}
+                pixels = np.round(used / scale).astype(int)
+                assert np.abs(pixels * scale - used).max() < 1e-4
                 if flipped:
-                    used[:, 0] = frame[1] - 1 - used[:, 0]
-                pixels = np.round((used + 0.5) / scale - 0.5).astype(int)
+                    pixels[:, 0] = WIDTH - 1 - pixels[:, 0]
                 assert all(masks[matching[0]][y, x] for x, y in pixels)
             assert (where[label < 0] == -1).all()
     assert (0 < flips < 40) if hflip else flips == 0
@@ -170,12 +169,69 @@ def test_batches_are_padded_with_empty_slots():
     assert torch.equal(moved.targets.masks, batch.masks) and moved.keys == ["2", "5", "1"]
 
 
+def specks(height=HEIGHT, width=WIDTH):
+    """Single pixels: one that a loss of 16 x 16 looks at, and three that it does not."""
+    rows, columns, _ = loss_pixels(64, 16, (64, 64), (height, width))
+    for y, x in ((rows[3], columns[5]), (rows[3] + 1, columns[5]), (0, 0), (height - 1, width - 1)):
+        mask = np.zeros((height, width), bool)
+        mask[y, x] = True
+        yield mask
+
+
+def test_objects_without_a_pixel_of_loss_are_left_out_and_counted():
+    """Their truth would be an empty mask, which nothing in the picture tells apart."""
+    seen, *unseen = specks()
+    whole = list(discs(3))
+    views = maker()
+    batch = views.collate(
+        [
+            views.decode(raw([*unseen[:2], seen, *whole], "a"), 0, False),
+            views.decode(raw([unseen[2], whole[0]], "b"), 0, False),
+            views.decode(raw(whole, "c"), 0, False),
+        ]
+    )
+    assert batch.there.sum(1).tolist() == [4, 1, 3]
+    assert torch.equal(batch.masks.flatten(2).any(2), batch.there)
+    assert batch.left_out == [(NO_PIXEL, "a")] * 2 + [(NO_PIXEL, "b")]
+    assert batch.to(torch.device("cpu")).left_out == batch.left_out
+    for epoch in range(20):  # others are chosen in their place
+        few = maker(masks_per_image=2).decode(raw([*unseen, *whole]), epoch, False)
+        assert len(few[3]) == 2 and few[3].any((1, 2)).all()
+    with pytest.raises(BadSample, match=f"^{NO_PIXEL}$"):
+        views.decode(raw(unseen), 0, False)
+    # thin bars at one size of the loss, not at a larger one
+    bars = [np.zeros((HEIGHT, WIDTH), bool) for _ in range(30)]
+    for number, bar in enumerate(bars):
+        bar[10:60, 3 * number] = True
+    coarse = maker().decode(raw(bars), 0, False)
+    fine = Prompted.of(DataConfig(image_size=64), PromptConfig(), 128, 0).decode(
+        raw(bars), 0, False
+    )
+    assert len(coarse[3]) + len(coarse[-1]) == 30 and len(coarse[-1]) > 15
+    assert len(fine[3]) == 30 and not fine[-1]
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (2, 900)])
+@pytest.mark.parametrize("resize", ["square", "longest"])
+def test_a_picture_may_be_a_line(size, resize):
+    views = maker(resize=resize)
+    sample = raw([(np.arange(size[0] * size[1]) < 1500).reshape(size)], size=size)
+    try:
+        made = views.decode(sample, 0, False)
+    except BadSample as error:
+        assert str(error) in (NO_PIXEL, "no usable mask")
+    else:
+        assert made[3].any() and np.isfinite(made[4]).all()
+
+
 def test_mirrored_prompts():
     points = np.array([[[2, 5], [8, 9], [-1, -1]], [[4, 7], [-1, -1], [-1, -1]]], np.float32)
     labels = np.array([[2, 3, -1], [1, -1, -1]])
-    once, _ = mirror(points, labels, 10)
+    once, _ = mirror(points, labels, 10, 1)
     assert once.tolist() == [[[2, 5], [8, 9], [-1, -1]], [[5, 7], [-1, -1], [-1, -1]]]
-    assert np.array_equal(mirror(once, labels, 10)[0], points)
+    assert np.array_equal(mirror(once, labels, 10, 1)[0], points)
+    # the same for a picture of 20 pixels in these 10: index 8 becomes 11
+    assert mirror(points.astype(int), labels, 10, 0.5)[0][1, 0].tolist() == [5.5, 7]
 
 
 def test_the_stream_of_both_stages(tmp_path):
@@ -203,7 +259,7 @@ def test_real_pictures(tmp_path):
     (source,) = opened(str(real), tmp_path)
     views = maker(image_size=256)
     for sample in read_range(source.shards, range(8), Prompted.fields):
-        _, picture, _, masks, points, labels = views.decode(sample, 0, False)
+        _, picture, _, masks, *_ = views.decode(sample, 0, False)
         told = json.loads(sample.parts["json"])
         size = told["image"]["height"], told["image"]["width"]
         rows, columns, _ = loss_pixels(256, 64, (256, 256), size)

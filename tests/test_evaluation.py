@@ -1,19 +1,22 @@
 """mIoU by box and clicks, against slow and obvious code."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 from pycocotools import mask as coco_mask
+from segment_anything import SamPredictor
 
+from finetune.data import DataConfig, Prompted, loss_pixels
 from finetune.evaluation import (
     PROMPTINGS,
     EvalConfig,
     Pictures,
     Prompting,
     ShardSource,
-    centre_of,
     evaluate,
     masks_of,
     paint,
@@ -22,11 +25,14 @@ from finetune.evaluation import (
 from finetune.losses import mask_iou
 from finetune.pictures import MOST, SIDE, draw_masks, figure_of, overlay, shrink
 from finetune.prompt_encoder import BACKGROUND, FOREGROUND, PADDING
+from finetune.prompts import PromptConfig, centre_of, correction_clicks
 from finetune.rle import decode_counts
 from finetune.sam import ModelShape, Sam
+from sami.core.errors import BadSample
 from sami.core.images import resize_array
 from sami.core.plots import OBJECTS
 from sami.image_encoder import ImageEncoderShape
+from tests.reference import next_click
 from tests.runs import ROOT, opened
 from tests.test_data_stage2 import HEIGHT, WIDTH, discs, raw
 from tests.test_toy_shards import draw
@@ -85,24 +91,12 @@ def test_prompts_of_an_object():
         assert not found[~mask].any() and (found > 0).sum() > min(30, mask.sum() // 2)
 
 
-def farthest(region):
-    """Slow and obvious: the distance of each pixel to each that is not of the region."""
-    around = np.pad(region, 1)
-    out = np.argwhere(~around)
-    best, place = 0.0, None
-    for y, x in np.argwhere(around):
-        distance = ((out - (y, x)) ** 2).sum(1).min() ** 0.5
-        if distance > best:
-            best, place = distance, (x - 1, y - 1)
-    return place
-
-
 def test_the_centre_is_farthest_from_the_boundary():
     rng = np.random.default_rng(0)
     assert centre_of(np.zeros((4, 5), bool)) is None
     for _ in range(30):
         region = rng.random((rng.integers(1, 12), rng.integers(1, 12))) < rng.uniform(0.5, 1)
-        assert centre_of(region) == farthest(region)
+        assert centre_of(region) == next_click(region, region & False)[:2]
     whole = np.ones((9, 5), bool)  # the picture's border is a boundary
     assert centre_of(whole)[0] == 2 and centre_of(whole)[1] in range(2, 7)
 
@@ -191,11 +185,101 @@ def test_later_clicks_go_to_the_middle_of_what_is_wrong(kind):
     for number, ends in enumerate(judged.ends):
         mask = paint(ends, HEIGHT, WIDTH)
         answer = whole(model.answers[number].float() * 8 - 4)
-        wrong = mask != answer if kind == "sam" else mask & ~answer
+        taken = answer & ~mask if kind == "sam" else mask & False
+        x, y, label = next_click(mask & ~answer, taken)
         clicks = (points[0, number] * scale).round().int().tolist()
-        assert tuple(clicks[0]) == farthest(mask)
-        assert tuple(clicks[1]) == farthest(wrong) == tuple(clicks[2])
-        assert labels[0, number].tolist()[1:] == [mask[clicks[1][1], clicks[1][0]]] * 2
+        assert tuple(clicks[0]) == next_click(mask, mask & False)[:2]
+        assert clicks[1] == clicks[2] == [x, y]
+        assert labels[0, number].tolist()[1:] == [label] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(70, 100), (150, 61)])  # smaller and larger than the input
+@pytest.mark.parametrize("resize", ["square", "longest"])
+@pytest.mark.parametrize("kind", ["efficientsam", "sam"])
+def test_a_pixel_is_at_one_coordinate_everywhere(kind, resize, size, monkeypatch):
+    """Training, its mirror and its corrections, evaluation, SamPredictor, the released interface.
+
+    The released code's: a pixel's index times the scale, plus half a pixel in the prompt encoder.
+    """
+    monkeypatch.setattr("finetune.prompts.BOX_NOISE", 0.0)
+    torch.manual_seed(0)
+    shape = ModelShape(replace(SHAPE.encoder, channels=32), kind, resize)
+    model, seen = Sam(shape).eval(), []
+    layer = model.prompt_encoder.pe_layer
+    plain = layer.forward_with_coords
+
+    def watched(coordinates, input_size):
+        seen.append(coordinates.reshape(-1, 2).tolist())
+        return plain(coordinates, input_size)
+
+    layer.forward_with_coords = watched
+
+    def asked():
+        """The corners or the click of the last prompt, without what fills it up."""
+        told = [point for point in seen[-1] if point not in ([-0.5, -0.5], [0, 0])]
+        seen.clear()
+        return np.array(told)
+
+    height, width = frame = shape.frame(*size)
+    scale = np.array([width / size[1], height / size[0]])
+    rows, columns, _ = loss_pixels(64, 16, frame, size)
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    embeddings = model.get_image_embeddings(torch.from_numpy(image).permute(2, 0, 1)[None])
+    predictor = SamPredictor(model)
+    predictor.set_image(image)
+    for row, column in ((1, 2), (7, 5)):
+        x, y = int(columns[column]), int(rows[row])
+        mask = np.zeros(size, bool)
+        mask[y, x] = True
+        corners = np.array([[x, y], [x + 1, y + 1]])
+        for clicked in (True, False):
+            index = np.array([[x, y]]) if clicked else corners
+            label = np.array([1] if clicked else [2, 3])
+            expected = index * scale + 0.5
+            told = [torch.from_numpy(one)[None, None] for one in (index, label)]
+            model.predict_masks(embeddings, *told, True, *size)
+            np.testing.assert_allclose(asked(), expected, atol=1e-4)
+            if clicked:
+                predictor.predict(index, label)
+            else:
+                predictor.predict(box=corners.ravel())
+            np.testing.assert_allclose(asked(), expected, atol=1e-4)
+            for prompting in (
+                (Prompting("random", 1), Prompting("centre", 1)) if clicked else (Prompting("box"),)
+            ):
+                (judged,) = Pictures(Given([raw([mask], size=size)]), shape, (prompting,))
+                score(model, judged, CPU, (prompting,))
+                np.testing.assert_allclose(asked(), expected, atol=1e-4)
+            views = Prompted.of(
+                DataConfig(image_size=64, resize=resize, hflip=True),
+                PromptConfig(boxes=0.0 if clicked else 1.0, clicks=1),
+                16,
+                0,
+            )
+            # what is drawn in the mirrored picture is where the mirrored pixel is
+            other = mask[:, ::-1][np.ix_(rows, columns)].any()
+            flips = {False} | ({True} if other else set())
+            for epoch in range(40):
+                try:
+                    batch = views.collate([views.decode(raw([mask], size=size), epoch, False)])
+                except BadSample:
+                    assert not other  # the mirrored pixel is between those of the loss
+                    continue
+                model.predict_low_resolution(embeddings, batch.points, batch.labels)
+                found = asked()
+                flipped = not np.allclose(found, expected, atol=1e-4)
+                mirrored = size[1] - (1 if clicked else 0) - index[::-1, 0]
+                there = np.stack([mirrored, index[:, 1]], 1) * scale + 0.5
+                np.testing.assert_allclose(found, there if flipped else expected, atol=1e-4)
+                flips.discard(flipped)
+                if not flipped:
+                    nothing = torch.zeros_like(batch.masks)
+                    more, _ = correction_clicks(nothing, batch.masks, batch.places, False)
+                    np.testing.assert_allclose(more[0, 0], index[:1] * scale, atol=1e-4)
+                if not flips:
+                    break
+            assert not flips
 
 
 def test_pictures_in_fixed_order_without_bad_ones(tmp_path):

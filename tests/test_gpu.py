@@ -76,6 +76,7 @@ def test_a_step_of_stage_two_does_not_wait_for_the_device():
         torch.ones(1, 256, 256, dtype=torch.bool),
         torch.rand(1, 8, 6, 2) * 1024,
         torch.ones(1, 8, 6, dtype=torch.int64),
+        torch.arange(0, 1024, 4.0).repeat(1, 2, 1),
     ).pin_memory()
 
     def step() -> None:

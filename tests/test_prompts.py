@@ -1,9 +1,20 @@
 """Boxes with SAM's noise, clicks, and corrections where the prediction is wrong."""
 
 import numpy as np
+import pytest
 import torch
 
-from finetune.prompts import append_clicks, as_box, as_clicks, correction_clicks, noisy_box
+from finetune.prompts import (
+    _depths_by_scipy,
+    _depths_on_device,
+    append_clicks,
+    as_box,
+    as_clicks,
+    correction_clicks,
+    depths,
+    noisy_box,
+)
+from tests.reference import next_click
 
 
 def test_the_noise_is_sams():
@@ -29,46 +40,69 @@ def test_prompts_fill_their_slots():
     assert labels.tolist() == [1, 1, 1, -1, -1, -1] and points[2].tolist() == [9, 9]
 
 
-def masks():
-    truth = torch.zeros(2, 3, 8, 8, dtype=torch.bool)
-    truth[:, :, 2:6, 2:6] = True
-    logits = torch.where(truth, 1.0, -1.0)
-    logits[0, 0, 2:4, 2:6] = -1  # missed
-    logits[0, 1, 0, :] = 1  # wrongly taken
-    logits[1, 2] = -1
-    return logits, truth
+def blots(rng, shape):
+    """A random region with some depth."""
+    coarse = rng.random((-(-shape[0] // 3), -(-shape[1] // 3))) < rng.uniform(0.2, 0.9)
+    region = np.kron(coarse, np.ones((3, 3), bool))[: shape[0], : shape[1]]
+    return region ^ (rng.random(shape) < 0.03)
 
 
-def test_corrections_fall_uniformly_on_what_is_wrong():
-    logits, truth = masks()
-    generator = torch.Generator().manual_seed(0)
-    hits = torch.zeros(2, 3, 8, 8)
-    for _ in range(2000):
-        points, labels = correction_clicks(logits, truth, 32, background=True, generator=generator)
+@pytest.mark.parametrize("background", [True, False])
+def test_the_deeper_of_missed_and_taken_is_clicked(background):
+    """Every object of a batch against a literal loop over all pixels."""
+    rng, labels_seen = np.random.default_rng(0), set()
+    for _ in range(12):
+        shape = (2, 3, *rng.integers(1, 14, 2))
+        mask, truth = (np.array([blots(rng, shape[2:]) for _ in range(6)]) for _ in range(2))
+        mask, truth = mask.reshape(shape), truth.reshape(shape)
+        mask[0, 0] = truth[0, 0]  # nothing is wrong
+        inside = np.ones((2, *shape[2:]), bool)
+        inside[1, -(shape[2] // 3) - 1 :] = False
+        places = torch.from_numpy(rng.random((2, 2, max(shape[2:]))).astype(np.float32))
+        points, labels = correction_clicks(
+            *map(torch.from_numpy, (mask, truth)), places, background, torch.from_numpy(inside)
+        )
         assert points.shape == (2, 3, 1, 2) and labels.shape == (2, 3, 1)
         for b in range(2):
             for k in range(3):
-                x, y = ((points[b, k, 0] + 0.5) / 4 - 0.5).tolist()
-                if labels[b, k, 0] >= 0:
-                    hits[b, k, round(y), round(x)] += 1
-                    assert labels[b, k, 0] == truth[b, k, round(y), round(x)]
-    wrong = (logits > 0) != truth
-    assert torch.equal(hits > 0, wrong)
-    for b, k, count in ((0, 0, 8), (0, 1, 8), (1, 2, 16)):
-        expected = 2000 / count
-        assert (hits[b, k][wrong[b, k]] - expected).abs().max() < 5 * expected**0.5
+                missed, taken = truth[b, k] & ~mask[b, k], mask[b, k] & ~truth[b, k]
+                expected = next_click(missed & inside[b], taken & inside[b] & background)
+                labels_seen.add(labels[b, k].item())
+                if expected is None:
+                    assert labels[b, k].item() == -1 and points[b, k].tolist() == [[-1, -1]]
+                    continue
+                x, y, label = expected
+                assert labels[b, k].item() == label
+                assert points[b, k, 0].tolist() == [places[b, 0, x], places[b, 1, y]]
+    assert labels_seen == ({-1, 0, 1} if background else {-1, 1})
 
 
-def test_without_background_only_what_was_missed_is_clicked():
-    logits, truth = masks()
-    generator = torch.Generator().manual_seed(0)
-    points, labels = correction_clicks(logits, truth, 32, False, generator=generator)
-    assert labels.squeeze(2).tolist() == [[1, -1, -1], [-1, -1, 1]]
-    assert points[0, 1].tolist() == [[-1, -1]]
-    inside = torch.ones(2, 8, 8, dtype=torch.bool)
-    inside[0, :4] = False
-    _, labels = correction_clicks(logits, truth, 32, False, inside, generator)
-    assert labels[0, 0].item() == -1
+def test_a_click_is_never_on_the_border_between_a_miss_and_a_false_area():
+    """Their union would be a square with its middle there."""
+    truth, mask = torch.zeros(2, 1, 1, 11, 11, dtype=torch.bool)
+    truth[..., 1:10, 1:6] = True
+    mask[..., 1:10, 6:10] = True
+    places = torch.arange(11.0).expand(1, 2, -1)
+    for background in (True, False):
+        points, labels = correction_clicks(mask, truth, places, background)
+        assert points.flatten().tolist() == [3, 3] and labels.item() == 1
+    mask[..., 1:10, 6:11] = True  # equally deep: what was wrongly taken, as SAM 2 and RITM
+    points, labels = correction_clicks(mask, truth, places, True)
+    assert points.flatten().tolist() == [8, 3] and labels.item() == 0
+    mask[..., 1:10, 6:11] = False  # deeper by far, but only if the border of the picture counts
+    truth[:] = False
+    truth[..., :, :3], truth[..., 3:8, 5:10] = True, True
+    points, _ = correction_clicks(mask, truth, places, True)
+    assert points.flatten().tolist() == [7, 5]
+
+
+def test_distances_on_a_device_are_scipys():
+    """Squares of distances are whole numbers: no tolerance is needed."""
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (1, 9), (9, 1), (2, 2), (13, 40), (40, 13), (33, 32)):
+        regions = torch.from_numpy(np.stack([blots(rng, shape), np.ones(shape, bool)]))
+        assert torch.equal(_depths_on_device(regions), _depths_by_scipy(regions)), shape
+        assert torch.equal(depths(regions[:, None])[:, 0], _depths_by_scipy(regions))
 
 
 def test_clicks_go_into_the_first_free_slot():

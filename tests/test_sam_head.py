@@ -163,7 +163,9 @@ def batch():
     masks[:, :, 10:24, 10:24] = True
     images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
     inside = torch.ones(2, 32, 32, dtype=torch.bool)
-    return Batch(images, masks, there, inside, points, labels)
+    return Batch(
+        images, masks, there, inside, points, labels, torch.arange(0, 128, 4.0).repeat(2, 2, 1)
+    )
 
 
 @pytest.mark.parametrize("single_mask", [False, True])

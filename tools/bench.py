@@ -542,6 +542,7 @@ def draw_batch(batch: int, masks: int, size: int, device: torch.device) -> Batch
         inside=torch.ones(batch, size // 4, size // 4, dtype=torch.bool),
         points=torch.from_numpy(np.stack([[p for p, _ in row] for row in prompts])),
         labels=torch.from_numpy(np.stack([[label for _, label in row] for row in prompts])),
+        places=torch.arange(0, size, 4.0).repeat(batch, 2, 1),
     ).to(device)
 
 

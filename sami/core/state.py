@@ -57,7 +57,7 @@ class State:
         self.optimizer = optimizer or build_optimizer(model, optim, height)
         self.ema = Ema(model, optim.ema) if optim.ema else None
         self.window, self.guard, self.clock = Window(run.device), Guard(run.device), Clock()
-        self.bad = BadSamples()  # of this rank
+        self.bad, self.left_out = BadSamples(), BadSamples()  # of this rank; objects of samples
 
     # -- one step -----------------------------------------------------------------------------
 
@@ -87,6 +87,11 @@ class State:
             if self.bad.add(reason, key):
                 words = f"bad sample {key}: {reason}; the next good one takes its place"
                 self.run.say(words, any_rank=True)
+
+    def note_left_out(self, objects: list[tuple[str, str]]) -> None:
+        """Count objects that a good sample had to do without, given as (reason, key)."""
+        for reason, key in objects:
+            self.left_out.add(reason, key)
 
     # -- when it is due -----------------------------------------------------------------------
 
@@ -130,7 +135,7 @@ class State:
                 f"loss or gradient was not finite in {int(worst_row)} updates in a row before "
                 f"step {step}; lower optim.lr, set optim.clip 1.0 or train.precision fp32; {last}"
             )
-        counts, seen = self.all_bad().counts, step * self.train.batch_size
+        counts, seen = self._of_all(self.bad).counts, step * self.train.batch_size
         allowed = max_bad_fraction * seen
         if counts.total() > allowed + (0 if whole else 3 * math.sqrt(allowed)):
             self.run.summarise(**self.bad_summary())  # every rank comes here
@@ -139,17 +144,22 @@ class State:
                 f"data.max_bad_fraction {max_bad_fraction}; mend the shards or raise it; {last}"
             )
 
-    def all_bad(self) -> BadSamples:
-        """The unusable samples of all ranks. Collective."""
-        bad = BadSamples()
-        for part in self.run.gather(self.bad.state()):
-            bad.merge(part)
-        return bad
-
     def bad_summary(self) -> dict[str, Any]:
-        """The same for ``summary.json``. Collective."""
-        bad = self.all_bad()
+        """The unusable samples of all ranks, for ``summary.json``. Collective."""
+        bad = self._of_all(self.bad)
         return {"bad_samples": dict(bad.counts), "bad_sample_keys": bad.keys}
+
+    def left_out_summary(self) -> dict[str, Any]:
+        """The objects left out of good samples on all ranks, for ``summary.json``. Collective."""
+        left_out = self._of_all(self.left_out)
+        return {"objects_left_out": dict(left_out.counts), "left_out_of": left_out.keys}
+
+    def _of_all(self, mine: BadSamples) -> BadSamples:
+        """What all ranks counted. Collective."""
+        whole = BadSamples()
+        for part in self.run.gather(mine.state()):
+            whole.merge(part)
+        return whole
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -172,6 +182,7 @@ class State:
             position: this rank's place in the data, from :meth:`Batches.position`.
         """
         mine = {"window": self.window.state(), "bad": self.bad.state()}
+        mine["left_out"] = self.left_out.state()
         ranks, positions = zip(*self.run.gather((mine, position)), strict=True)
         if self.run.is_main:
             tensors = {
@@ -248,10 +259,15 @@ class State:
         if len(stored["ranks"]) == self.run.processes:
             mine = stored["ranks"][self.run.rank]
             self.window.load(mine["window"])
-            self.bad.merge(mine["bad"])
+            self._count_on(mine)
         elif self.run.is_main:
             for rank in stored["ranks"]:
-                self.bad.merge(rank["bad"])
+                self._count_on(rank)
+
+    def _count_on(self, stored: dict[str, Any]) -> None:
+        """From what a rank had counted in a checkpoint; older ones have no ``left_out``."""
+        self.bad.merge(stored["bad"])
+        self.left_out.merge(stored.get("left_out", BadSamples().state()))
 
 
 def _machine() -> dict[str, Any]:
