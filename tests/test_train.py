@@ -1,16 +1,21 @@
 """Stage 2 as it is run: it learns, is killed and goes on, with one process and with two."""
 
+import io
 import json
 import shutil
+import tarfile
 
 import pytest
 import torch
 
+from finetune.data import NO_PIXEL
 from finetune.model import load_model
 from finetune.train import main
+from sami.core.shards import PICTURE
 from sami.encoder import load_encoder
 from tests.runs import ROOT, kill, numbers, run, start, summary
 from tests.runs import command as stage1
+from tests.test_data_stage2 import raw, specks
 from tests.test_processes import launch, wait_for_step
 from tests.test_toy_shards import draw
 
@@ -75,6 +80,27 @@ def test_run_folder(shards, tmp_path, call, kind):
     model = load_model(tmp_path)
     assert model.shape.image_size == 64 and not model.training
     assert model.shape.decoder == kind and model.shape.encoder.channels == 64
+
+
+def test_objects_without_a_pixel_of_loss_are_told(tmp_path, call):
+    """In the summary, and once each, also where a run goes on."""
+    seen, *unseen = specks(140, 200)  # a loss of 16 x 16
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for number in range(4):
+            parts = raw([seen, *unseen[:2]], size=(140, 200)).parts
+            for kind, data in (("png", parts[PICTURE]), ("json", parts["json"])):
+                member = tarfile.TarInfo(f"p{number}.{kind}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    options = {"encoder.patch_size": 16, "run.save_every": 2, "train.steps": 4}
+    words = arguments(tmp_path / "run", tmp_path / "s.tar", **options)
+    for _ in range(2):
+        code, error = call(words)
+        assert code == 0, error
+        told = summary(tmp_path / "run")
+        assert told["objects_left_out"] == {NO_PIXEL: 4 * 4 * 2} and not told["bad_samples"]
+        assert sorted(told["left_out_of"][NO_PIXEL]) == [f"s/p{n}" for n in range(4)]
+        shutil.rmtree(tmp_path / "run/checkpoints/step-4")
 
 
 def test_masks_larger_than_the_decoders(shards, tmp_path, call):
