@@ -7,12 +7,14 @@ import io
 import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from finetune.coco import CocoSource, read_coco
 from sami.core.checkpoint import list_checkpoints, read_meta, read_state, save_checkpoint
@@ -29,6 +31,7 @@ from sami.core.images import open_image
 from sami.core.metrics import MetricsFile
 from sami.core.shards import expand, open_sources, read_samples, read_whole, scan, stored_index
 from sami.core.stream import HANDING_OVER, Batches, make_loader
+from sami.core.weights import Takes, find_weights, read_summary, read_weights
 from sami.features import MANIFEST, read_manifest
 from sami.pretrain import PretrainConfig, main
 from tests.runs import ROOT, arguments, opened, summary, write_shards
@@ -52,6 +55,8 @@ class Broken(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    seekable = readable
 
     def refuse(self, *_) -> int:
         raise OSError(self.number, os.strerror(self.number))
@@ -224,6 +229,63 @@ def test_files_of_the_tools(monkeypatch, tmp_path, number):
             sentence = user_error(caught.value)
             assert isinstance(sentence, MachineError), (name, when, caught.value)
             assert told(number) in str(sentence) and str(path.parent) in str(sentence), (name, when)
+
+
+@pytest.mark.parametrize("number", FEW)
+@pytest.mark.parametrize("when", ["open", "read"])
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "zip", "old"])
+def test_weights(monkeypatch, tmp_path, number, when, kind):
+    """None is cut short, not there or of another kind."""
+    file = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
+    if kind == "safetensors":
+        save_file({"a": torch.ones(3)}, file)
+    else:
+        torch.save({"a": torch.ones(3)}, file, _use_new_zipfile_serialization=kind != "old")
+    if kind == "zip":
+        with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
+            archive.write(file, "w.pt")
+        file = tmp_path / "w.zip"
+    takes = Takes(("encoder",), "x")
+    assert read_weights(file, takes).tensors["a"].tolist() == [1, 1, 1]
+    with (
+        failing(monkeypatch, number, lambda path: path == str(file), when),
+        pytest.raises((UserError, OSError)) as caught,
+    ):
+        read_weights(file, takes)
+    sentence = user_error(caught.value)
+    assert isinstance(sentence, MachineError), caught.value
+    assert told(number) in str(sentence) and str(file) in str(sentence)
+
+
+@pytest.mark.parametrize("number", FEW)
+@pytest.mark.parametrize("name", ["meta.json", "summary.json"])
+def test_weights_of_a_run_that_cannot_be_read(monkeypatch, tmp_path, number, name):
+    """No earlier checkpoint's weights are taken, and it is not called a run without any."""
+    for step in (1, 2):
+        save_checkpoint(
+            tmp_path / "checkpoints",
+            step,
+            {"a": torch.ones(1)},
+            {},
+            keep=2,
+            leave=_leave,
+        )
+    takes = Takes(("encoder",), "x")
+    assert find_weights(tmp_path, takes).step == 2
+    (tmp_path / "checkpoints" / "step-2" / "encoder.safetensors").write_bytes(b"damage")
+    assert find_weights(tmp_path, takes).step == 1
+    with failing(monkeypatch, number, lambda path: path.endswith(name)):
+        if name == "meta.json":
+            with pytest.raises(MachineError, match=os.strerror(number)):
+                find_weights(tmp_path, takes)
+        elif name == "summary.json":
+            with pytest.raises(MachineError, match=os.strerror(number)):
+                read_summary(tmp_path)
+
+
+def _leave(folder: pathlib.Path) -> str:
+    save_file({"a": torch.ones(1)}, folder / "encoder.safetensors")
+    return "encoder.safetensors"
 
 
 def test_a_finished_run_that_cannot_be_looked_at_is_not_begun_anew(

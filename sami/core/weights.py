@@ -62,6 +62,7 @@ OTHERS = (
     (b"\x89HDF", "an HDF5 file, as Keras writes it, and not torch's weights"),
     (b"\x93NUMPY", "a NumPy array, and not torch's weights"),
 )
+ZIP_END = 65_557  # bytes at the end of a zip in which its table begins
 BROKEN = (  # what torch, pickle and zipfile raise on bytes that are not what they should be
     *(RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, TypeError),
     *(AttributeError, AssertionError, OverflowError, ImportError, struct.error, SafetensorError),
@@ -183,6 +184,7 @@ def find_weights(path: str | Path, takes: Takes, option: str = "") -> Found:
         try:
             found = _of_checkpoint(checkpoint, names, str(checkpoint), remedy)
         except UserError as error:
+            raise_if_machine(error)
             spoilt.append(str(error))
             continue
         note = f"{path} has not ended: the weights of its step {found.step} are taken"
@@ -236,8 +238,9 @@ def _describe(place: Path, takes: Takes, spoilt: list[str]) -> str:
 def read_summary(folder: Path) -> dict[str, Any]:
     """A run's summary.json; empty where there is none that can be read."""
     try:
-        told = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        told = json.loads((folder / "summary.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise_if_machine(error, folder / "summary.json")
         return {}
     return told if isinstance(told, dict) else {}
 
@@ -256,7 +259,8 @@ def entry_of(folder: Path) -> str | None:
         return entry
     try:  # a run of an earlier version, or without its summary
         groups = re.findall(r"^(\w+):", (folder / "config.yaml").read_text(encoding="utf-8"), re.M)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        raise_if_machine(error, folder / "config.yaml")
         groups = []
     of_group = (("mask", "encoder"), ("prompt", "model"), ("augment", "classifier"))
     told = [EXPORTS[kind][2] for group, kind in of_group if group in groups]
@@ -293,8 +297,14 @@ def read_weights(file: Path, takes: Takes, option: str = "") -> Weights:
         OSError: the machine cannot read it.
     """
     what, remedy = f"{option} {file}".strip(), takes.remedy(option)
-    with file.open("rb") as stream:
-        weights = _read(stream, file, what, remedy)
+    try:
+        with file.open("rb") as stream:
+            weights = _read(stream, file, what, remedy)
+    except OSError as error:
+        if error.errno is None:  # safetensors calls a file not there, whatever the reason
+            file.open("rb").close()
+        raise_if_machine(error, file)
+        raise
     takes.refuse(weights.kind, what, option)
     return weights
 
@@ -336,6 +346,8 @@ def _identify(stream: BinaryIO, file: Path, what: str, remedy: str) -> str:
     if text.startswith(b"<"):
         raise no("is XML, as a server answers with an error; look into it, and fetch it again")
     if head.startswith(b"PK\x03\x04"):
+        stream.seek(max(0, size - ZIP_END))
+        stream.read()  # what is_zipfile looks at, and takes an error of the disk for no zip
         if not zipfile.is_zipfile(stream):
             raise no(cut)
         stream.seek(0)
