@@ -4,9 +4,11 @@ accelerate launch finetune/classify.py --config configs/classify/sami_ti.yaml [-
 """
 
 import contextlib
+import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from finetune.classification import (
     build_classifier,
     build_groups,
 )
-from sami.core.checkpoint import write_weights
+from sami.core.checkpoint import Export
 from sami.core.config import load_config, require, to_dict
 from sami.core.errors import BadSample
 from sami.core.exits import FINISHED, run_entry
@@ -33,9 +35,11 @@ from sami.core.processes import exact
 from sami.core.progress import follow
 from sami.core.run import Run, RunConfig, is_due
 from sami.core.shards import Shard, fingerprint, read_range
+from sami.core.starts import Start, find_starts
 from sami.core.state import State
 from sami.core.stream import Batches, make_loader, open_data, take_up
-from sami.encoder import EncoderConfig
+from sami.core.weights import entry_of_groups
+from sami.encoder import TAKES, EncoderConfig
 from sami.sam_encoder import SAM_SHAPES
 
 BATCH = 64  # pictures per forward of the evaluation
@@ -102,11 +106,14 @@ class ClassifyConfig:
 
 def main(argv: list[str] | None = None) -> int:
     cfg = load_config(ClassifyConfig, argv)
-    with Run(cfg.run, cfg.train.precision) as run:
+    with Run(cfg.run, cfg.train.precision, entry_of_groups(vars(cfg))) as run:
         return train(cfg, run)
 
 
 def train(cfg: ClassifyConfig, run: Run) -> int:
+    # ---- What it starts from
+    files, started_from = find_starts(run, cfg, {"encoder.checkpoint": Start(TAKES)})
+
     # ---- What it is trained on
     sources, held_out = open_data(cfg.data, run)
     order = Order(
@@ -142,7 +149,8 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
             check_names(order.shards, held_out, ("data.shards", "data.val_shards"))
 
     # ---- What is trained
-    model = build_classifier(cfg.encoder, cfg.data, cfg.augment)
+    start = replace(cfg.encoder, checkpoint=files["encoder.checkpoint"])
+    model = build_classifier(start, cfg.data, cfg.augment)
     objective = Classification(model, cfg.augment, cfg.data.classes).to(run.device)
     state = State(
         objective,
@@ -153,13 +161,16 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
     )
     samples = Labelled(cfg.data, cfg.augment, cfg.run.seed)
     facts = {
+        "started_from": started_from,
         "data": {
             "pictures": order.samples,
             "shards": len(order.shards),
             "fingerprint": fingerprint(sources),
             "weights": [source.weight for source in sources],
-        }
+        },
     }
+
+    export = partial(make_export, model)
 
     # ---- Where training stands
     identity = {"config": to_dict(cfg), "facts": facts}
@@ -224,12 +235,12 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
         state.clock.pause()
         stop, by_clock = run.stop_and_save()
         if is_due(step, cfg.run.save_every, last) or by_clock or stop:
-            state.save(step, identity, batches.position(step))
+            state.save(step, identity, batches.position(step), export)
             if stop and not last:
                 return run.leave_asked(step, **state.bad_summary())
 
     # ---- What is left behind
-    finish(cfg, run, steps, model, state)
+    finish(run, steps, state, export)
     return FINISHED
 
 
@@ -290,15 +301,18 @@ def evaluate(
     }
 
 
-def finish(
-    cfg: ClassifyConfig, run: Run, steps: int, model: VisionTransformer, state: State
-) -> None:
+def make_export(model: VisionTransformer, step: int, weights: str) -> Export:
+    """The classifier under timm's names, at every checkpoint and at the end."""
+    told = {"format": "timm", "weights": weights, "training": {"steps": step}}
+    return Export("classifier.safetensors", model.state_dict(), {"classifier": json.dumps(told)})
+
+
+def finish(run: Run, steps: int, state: State, export: Callable[[int, str], Export]) -> None:
     """Export the classifier under timm's names and close the summary."""
     bad = state.bad_summary()
     if not run.is_main:
         return
-    with state.averaged():
-        write_weights(run.dir / "classifier.safetensors", model.state_dict(), {"format": "timm"})
+    state.leave(run.dir, steps, export)
     final = next((line for line in reversed(run.metrics.read()) if line["step"] == steps), {})
     held_out = {k.removeprefix("val_"): v for k, v in final.items() if k.startswith("val_")}
     run.summarise(

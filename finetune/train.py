@@ -6,28 +6,39 @@ accelerate launch finetune/train.py --config configs/finetune/efficient_sam_ti.y
 
 import contextlib
 import sys
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import torch
 
 from finetune.data import DataConfig, Prompted
 from finetune.evaluation import EvalConfig, Pictures, ShardSource, evaluate
 from finetune.losses import LossConfig
-from finetune.model import DecoderConfig, build_model, export_header, height_of
+from finetune.model import (
+    TAKES,
+    TAKES_ENCODER,
+    DecoderConfig,
+    build_model,
+    export_header,
+    height_of,
+)
 from finetune.objective import Objective
 from finetune.pictures import draw_masks
 from finetune.prompt_encoder import MAX_POINTS
 from finetune.prompts import PromptConfig
 from finetune.sam import Sam
-from sami.core.checkpoint import write_weights
+from sami.core.checkpoint import Export
 from sami.core.config import load_config, require, to_dict
 from sami.core.exits import FINISHED, run_entry
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Layout, Order
 from sami.core.run import Run, RunConfig, is_due
 from sami.core.shards import Shard, fingerprint
+from sami.core.starts import Start, find_starts
 from sami.core.state import State
 from sami.core.stream import Batches, open_data, take_up
+from sami.core.weights import entry_of_groups, find_weights
 from sami.encoder import EncoderConfig
 
 SHOWN, NAMED = 4, 8  # pictures in a picture, modules in a sentence
@@ -94,11 +105,18 @@ class FinetuneConfig:
 
 def main(argv: list[str] | None = None) -> int:
     cfg = load_config(FinetuneConfig, argv)
-    with Run(cfg.run, cfg.train.precision) as run:
+    with Run(cfg.run, cfg.train.precision, entry_of_groups(vars(cfg))) as run:
         return train(cfg, run)
 
 
 def train(cfg: FinetuneConfig, run: Run) -> int:
+    # ---- What it starts from
+    starts = {"encoder.checkpoint": Start(TAKES_ENCODER), "decoder.checkpoint": Start(TAKES)}
+    files, started_from = find_starts(run, cfg, starts)
+    if cfg.encoder.checkpoint and not files["encoder.checkpoint"]:  # gone: its grid of positions
+        own = find_weights(run.dir / "checkpoints", TAKES, "encoder.checkpoint").file
+        files["encoder.checkpoint"] = str(own)
+
     # ---- What it is trained on
     sources, held_out = open_data(cfg.data, run)
     order = Order(
@@ -124,8 +142,8 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
 
     # ---- What is trained
     model = build_model(
-        cfg.encoder,
-        cfg.decoder,
+        replace(cfg.encoder, checkpoint=files["encoder.checkpoint"]),
+        replace(cfg.decoder, checkpoint=files["decoder.checkpoint"]),
         cfg.data.image_size,
         cfg.data.resize,
         cfg.train.checkpointing,
@@ -138,13 +156,16 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
         cfg.data, cfg.prompt, cfg.loss.size or model.shape.mask_size, cfg.run.seed
     )
     facts = {
+        "started_from": started_from,
         "data": {
             "pictures": order.samples,
             "shards": len(order.shards),
             "fingerprint": fingerprint(sources),
             "weights": [source.weight for source in sources],
-        }
+        },
     }
+
+    export = partial(make_export, model)
 
     # ---- Where training stands
     identity = {"config": to_dict(cfg), "facts": facts}
@@ -203,13 +224,13 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
                 draw(run, model, held_out or order.shards, step)
         stop, by_clock = run.stop_and_save()
         if is_due(step, cfg.run.save_every, last) or by_clock or stop:
-            state.save(step, identity, batches.position(step))
+            state.save(step, identity, batches.position(step), export)
             if stop and not last:
                 counted = state.bad_summary() | state.left_out_summary()
                 return run.leave_asked(step, **counted)
 
     # ---- What is left behind
-    finish(cfg, run, steps, model, state)
+    finish(run, steps, state, export)
     return FINISHED
 
 
@@ -266,15 +287,18 @@ def announce(
         run.say("no data.val_shards: nothing will be measured")
 
 
-def finish(cfg: FinetuneConfig, run: Run, steps: int, model: Sam, state: State) -> None:
+def make_export(model: Sam, step: int, weights: str) -> Export:
+    """The model as it is opened by others, at every checkpoint and at the end."""
+    header = export_header(model, weights=weights, training={"steps": step})
+    return Export("model.safetensors", model.state_dict(), header)
+
+
+def finish(run: Run, steps: int, state: State, export: Callable[[int, str], Export]) -> None:
     """Export the model and close the summary."""
     bad, left_out = state.bad_summary(), state.left_out_summary()
     if not run.is_main:
         return
-    weights = "last" if state.ema is None else "ema"
-    with state.averaged():
-        header = export_header(model, weights=weights, training={"steps": steps})
-        write_weights(run.dir / "model.safetensors", model.state_dict(), header)
+    state.leave(run.dir, steps, export)
     final = next((line for line in reversed(run.metrics.read()) if line["step"] == steps), {})
     held_out = {k.removeprefix("val_"): v for k, v in final.items() if k.startswith("val_")}
     run.summarise(
@@ -282,7 +306,7 @@ def finish(cfg: FinetuneConfig, run: Run, steps: int, model: Sam, state: State) 
         exit_code=FINISHED,
         steps=steps,
         loss=final.get("loss"),
-        weights=weights,
+        weights=state.weights,
         evaluation=held_out or None,
         **bad,
         **left_out,

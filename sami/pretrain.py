@@ -6,13 +6,13 @@ accelerate launch sami/pretrain.py --config configs/pretrain/sami_ti.yaml [--gro
 import contextlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from sami.core.checkpoint import write_weights
+from sami.core.checkpoint import Export
 from sami.core.config import load_config, require, to_dict
 from sami.core.exits import FINISHED, run_entry
 from sami.core.labels import check_names, require_labels, tell_neighbours
@@ -20,10 +20,12 @@ from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Layout, Order
 from sami.core.run import Run, RunConfig, is_due
 from sami.core.shards import Shard, Source, fingerprint
+from sami.core.starts import RANDOM, Start, find_starts
 from sami.core.state import State
 from sami.core.stream import Batches, open_data, take_up
+from sami.core.weights import entry_of_groups
 from sami.data import Batch, DataConfig, HeldOut, MaskConfig, Views, visible_count
-from sami.encoder import Encoder, EncoderConfig, build_encoder, export_header
+from sami.encoder import TAKES, Encoder, EncoderConfig, build_encoder, export_header
 from sami.features import Cache, open_cache
 from sami.heldout import EvalConfig, measure
 from sami.model import (
@@ -42,6 +44,7 @@ from sami.teacher import (
     checkpoint_sha256,
     describe_teacher,
     load_teacher,
+    takes_of,
     to_grid,
 )
 
@@ -116,14 +119,20 @@ class PretrainConfig:
 
 def main(argv: list[str] | None = None) -> int:
     cfg = load_config(PretrainConfig, argv)
-    with Run(cfg.run, cfg.train.precision) as run:
+    with Run(cfg.run, cfg.train.precision, entry_of_groups(vars(cfg))) as run:
         return train(cfg, run)
 
 
 def train(cfg: PretrainConfig, run: Run) -> int:
+    # ---- What it starts from
+    files, started_from = find_starts(run, cfg, starts_of(cfg))
+
     # ---- What it is trained on
     sources, held_out = open_data(cfg.data, run)
-    cache = find_cache(cfg, run, sources, held_out) if cfg.teacher.cached else None
+    cache = None
+    if cfg.teacher.cached:
+        sha256 = (started_from.get("teacher.checkpoint") or {}).get("sha256")
+        cache = find_cache(cfg, run, sources, held_out, sha256)
     views = make_views(cfg, cache)
     order = Order(
         sources,
@@ -153,12 +162,13 @@ def train(cfg: PretrainConfig, run: Run) -> int:
         check_names(order.shards, held_out, ("data.shards", "data.val_shards"))
 
     # ---- What is trained
-    encoder = build_encoder(cfg.encoder, cfg.data.image_size)
+    start = replace(cfg.encoder, checkpoint=files["encoder.checkpoint"])
+    encoder = build_encoder(start, cfg.data.image_size)
     teacher, told = None, None
     if cache is not None:
         channels, told = cache.channels, cached_teacher(cache)
     elif cfg.target.kind == "teacher":
-        teacher = load_teacher(cfg.teacher)
+        teacher = load_teacher(replace(cfg.teacher, checkpoint=files["teacher.checkpoint"]))
         channels = teacher.channels
         told = describe_teacher(cfg.teacher, teacher) if run.is_main else None
     else:
@@ -167,6 +177,7 @@ def train(cfg: PretrainConfig, run: Run) -> int:
     state = State(model.to(run.device), cfg.optim, cfg.train, run)
     facts = {
         "teacher": told,
+        "started_from": started_from,
         "data": {
             "pictures": order.samples,
             "shards": len(order.shards),
@@ -174,6 +185,7 @@ def train(cfg: PretrainConfig, run: Run) -> int:
             "weights": [source.weight for source in sources],
         },
     }
+    export = partial(make_export, cfg, encoder, facts)
     targets = make_targets(cfg, run, model, teacher and teacher.to(run.device))
 
     # ---- Where training stands
@@ -241,26 +253,39 @@ def train(cfg: PretrainConfig, run: Run) -> int:
                 draw(cfg, run, model, targets, shown, step)
         stop, by_clock = run.stop_and_save()
         if is_due(step, cfg.run.save_every, last) or by_clock or stop:
-            state.save(step, identity, batches.position(step))
+            state.save(step, identity, batches.position(step), export)
             if stop and not last:
                 return run.leave_asked(step, **state.bad_summary())
 
     # ---- What is left behind
-    finish(cfg, run, steps, encoder, state, facts)
+    finish(run, steps, state, facts, export)
     return FINISHED
 
 
+def starts_of(cfg: PretrainConfig) -> dict[str, Start]:
+    """The options that name weights, and what they take."""
+    starts = {"encoder.checkpoint": Start(TAKES)}
+    if cfg.target.kind == "teacher":
+        needed = "never" if cfg.teacher.cached else "always"
+        starts["teacher.checkpoint"] = Start(takes_of(cfg.teacher), needed)
+    return starts
+
+
 def find_cache(
-    cfg: PretrainConfig, run: Run, sources: list[Source], held_out: list[Shard]
+    cfg: PretrainConfig,
+    run: Run,
+    sources: list[Source],
+    held_out: list[Shard],
+    sha256: str | None,
 ) -> Cache:
-    """The features that the shards hold; the ranks read the shards for their checksums, once."""
+    """The features that the shards hold; the ranks read the shards for their checksums, once.
+
+    Args:
+        sha256: of the teacher's weights, as far as they are here.
+    """
     shards = [shard for source in sources for shard in source.shards] + held_out
-    sha256 = None
-    if run.is_main and cfg.teacher.checkpoint != "":
-        there = cfg.teacher.checkpoint == "random" or Path(cfg.teacher.checkpoint).exists()
-        sha256 = checkpoint_sha256(cfg.teacher) if there else None
-        if not there:
-            run.say(f"teacher.checkpoint {cfg.teacher.checkpoint} is not here to be compared")
+    if run.is_main and cfg.teacher.checkpoint == RANDOM:
+        sha256 = checkpoint_sha256(cfg.teacher)
     verified = run.dir / "index" / "verified"
     cache = open_cache(shards, cfg.teacher, sha256, verified, run.say, (run.rank, run.processes))
     run.gather(None)  # all have looked at their part
@@ -381,28 +406,32 @@ def announce(
         )
         if teacher["random"]:
             run.say(
-                "*** THE TEACHER IS RANDOM (teacher.checkpoint=random): what is learnt here is "
+                "*** THE TEACHER IS RANDOM (--teacher.checkpoint random): what is learnt here is "
                 "not SAM ***"
             )
 
 
+def make_export(
+    cfg: PretrainConfig, encoder: Encoder, facts: dict[str, Any], step: int, weights: str
+) -> Export:
+    """The student as the next stage takes it, at every checkpoint and at the end."""
+    training = {"steps": step, "target": cfg.target.kind, "teacher": facts["teacher"]}
+    header = export_header(encoder, weights=weights, training=training)
+    return Export("encoder.safetensors", encoder.state_dict(), header)
+
+
 def finish(
-    cfg: PretrainConfig,
     run: Run,
     steps: int,
-    encoder: Encoder,
     state: State,
     facts: dict[str, Any],
+    export: Callable[[int, str], Export],
 ) -> None:
     """Export the encoder and close the summary."""
     bad = state.bad_summary()
     if not run.is_main:
         return
-    weights = "last" if state.ema is None else "ema"
-    training = {"steps": steps, "target": cfg.target.kind, "teacher": facts["teacher"]}
-    with state.averaged():
-        header = export_header(encoder, weights=weights, training=training)
-        write_weights(run.dir / "encoder.safetensors", encoder.state_dict(), header)
+    state.leave(run.dir, steps, export)
     final = next((line for line in reversed(run.metrics.read()) if line["step"] == steps), {})
     held_out = {k.removeprefix("val_"): v for k, v in final.items() if k.startswith("val_")}
     run.summarise(
@@ -410,7 +439,7 @@ def finish(
         exit_code=FINISHED,
         steps=steps,
         loss=final.get("loss"),
-        weights=weights,
+        weights=state.weights,
         **bad,
         evaluation=held_out or None,
     )

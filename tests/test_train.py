@@ -170,6 +170,14 @@ def test_the_encoder_of_stage_one(shards, tmp_path, call):
     assert torch.equal(
         model.image_encoder.blocks[0].attn.qkv.weight, encoder.blocks[0].attn.qkv.weight
     )
+    # Gone, they are not missed: the checkpoint tells the grid of positions.
+    (tmp_path / "sami").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "summary.json").unlink()
+    code, error = call(arguments(tmp_path / "run", shards, **more, **{"train.steps": 1}))
+    assert code == 0, error
+    start = summary(tmp_path / "run")["started_from"]["encoder.checkpoint"]
+    assert start["path"] == str(tmp_path / "sami") and len(start["sha256"]) == 64
+    (tmp_path / "elsewhere").rename(tmp_path / "sami")
     code, error = call(arguments(tmp_path / "b", shards, **more, **{"encoder.width": 64}))
     assert code == 2 and "does not fit the configuration" in error
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from sami.core.metrics import MetricsFile
 from sami.core.processes import choose_device, is_launched, make_accelerator
 from sami.core.progress import Progress, duration
 from sami.core.stop import StopSignal
+from sami.core.weights import entry_of
 
 VERSIONS = (
     "torch",
@@ -102,16 +104,20 @@ def is_due(step: int, every: int, last: bool = False) -> bool:
 class Run:
     """One process's view of a run. Use as a context: leaving it writes how the run ended."""
 
-    def __init__(self, config: RunConfig, precision: str = "auto") -> None:
+    def __init__(
+        self, config: RunConfig, precision: str = "auto", entry: str | None = None
+    ) -> None:
         """Folder, lock, Accelerator, seed, signal handlers.
 
         Args:
             precision: auto, fp32 or bf16; auto is bf16 where a GPU has it.
+            entry: whose run it is, such as sami/pretrain.py.
 
         Raises:
-            UserError: another process holds the folder, or it cannot be written.
+            UserError: the folder holds a run of another entry, another process holds it, or it
+                cannot be written.
         """
-        self.config = config
+        self.config, self.entry = config, entry
         self.dir = Path(config.dir)
         device = choose_device(config.device, "run.device")
         self.bf16 = precision == "bf16" or (
@@ -129,7 +135,8 @@ class Run:
         self._wandb: Any = None
         self._lock: Any = None
         self._summary: dict[str, Any] = {}
-        self._may_write = False
+        self._may_write, self._begun = False, False
+        self._before = _names(self.dir)  # None: there is no folder yet
         self._last_save = time.monotonic()
         if self.is_main:
             self._take_folder()
@@ -154,7 +161,7 @@ class Run:
             step: where the run stands; metrics behind it are cut off.
             facts: what else the summary shall hold from the start.
         """
-        self._may_write = True
+        self._may_write = self._begun = True
         if not self.is_main:
             return
         self.metrics.cut_back(step)
@@ -164,7 +171,7 @@ class Run:
         for note in self._overruled:
             self.say(note)
         told = environment(self.device, self.bf16, self.processes)
-        self.summarise(status="running", exit_code=None, **facts, **told)
+        self.summarise(status="running", exit_code=None, entry=self.entry, **facts, **told)
         if self.config.wandb != "disabled":
             import wandb
 
@@ -200,6 +207,8 @@ class Run:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
         if self._lock is not None:
+            if self._may_write and not self._begun:
+                self._clear_away()
             self._lock.close()
         if error is None and distributed.is_initialized():
             distributed.destroy_process_group()
@@ -225,6 +234,7 @@ class Run:
             mendable = user_error(error)
             sentence = str(mendable or f"{type(error).__name__}: {error}")
             self._summary = told | {
+                "entry": self.entry,
                 "status": "failed",
                 "exit_code": USER_ERROR if mendable else 1,
                 "error": sentence,
@@ -360,7 +370,29 @@ class Run:
         except OSError:
             return None
 
+    def _clear_away(self) -> None:
+        """Of a start that did not begin, leave no folder that looks like a run's.
+
+        summary.json stays, in which scripts read why; what was there before stays too.
+        """
+        made = set(_names(self.dir) or ()) - set(self._before or ())
+        with contextlib.suppress(OSError):
+            for name in made & {"lock", "log.txt"}:
+                (self.dir / name).unlink()
+            if "index" in made:
+                shutil.rmtree(self.dir / "index")
+            if "checkpoints" in made:
+                (self.dir / "checkpoints").rmdir()
+            if self._before is None and not _names(self.dir):
+                self.dir.rmdir()
+
     def _take_folder(self) -> None:
+        held = entry_of(self.dir)
+        if None not in (held, self.entry) and held != self.entry:
+            raise UserError(
+                f"run.dir {self.dir} holds a run of {held}, and this is {self.entry}; name another "
+                "folder with --run.dir"
+            )
         import fcntl  # not on Windows
 
         try:
@@ -398,6 +430,14 @@ class TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
         left = task.time_remaining
         return Text("-:--:--" if left is None else duration(left), "progress.remaining")
+
+
+def _names(folder: Path) -> list[str] | None:
+    """What lies in a folder; None if there is none."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return None
 
 
 def environment(device: torch.device, bf16: bool, processes: int = 1) -> dict[str, Any]:

@@ -7,6 +7,7 @@ random about a sample are functions of the step, and the step is in the checkpoi
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from sami.core.checkpoint import (
     Damaged,
+    Export,
     list_checkpoints,
     read_meta,
     read_state,
@@ -174,12 +176,36 @@ class State:
 
     # -- checkpoints --------------------------------------------------------------------------
 
-    def save(self, step: int, identity: dict[str, Any], position: dict[str, Any]) -> None:
+    def leave(self, folder: Path, step: int, export: Callable[[int, str], Export]) -> str:
+        """Write the weights as others take them, the averaged ones where an average is kept.
+
+        Args:
+            export: from the step and which weights they are (ema, last) to the file.
+
+        Returns:
+            Its name.
+        """
+        with self.averaged():
+            return export(step, self.weights).write(folder)
+
+    @property
+    def weights(self) -> str:
+        """Which weights are exported: ema or last."""
+        return "last" if self.ema is None else "ema"
+
+    def save(
+        self,
+        step: int,
+        identity: dict[str, Any],
+        position: dict[str, Any],
+        export: Callable[[int, str], Export],
+    ) -> None:
         """Write ``checkpoints/step-<step>``. Collective; rank 0 writes.
 
         Args:
             identity: ``config`` and ``facts`` of the run; see :meth:`resume`.
             position: this rank's place in the data, from :meth:`Batches.position`.
+            export: as :meth:`leave` takes it.
         """
         mine = {"window": self.window.state(), "bad": self.bad.state()}
         mine["left_out"] = self.left_out.state()
@@ -197,8 +223,11 @@ class State:
                 "legs": position["legs"],
                 "readers": [reader for of_rank in positions for reader in of_rank["readers"]],
             }
-            meta = {**identity, "data": data, "machine": _machine()}
-            save_checkpoint(folder, step, tensors, meta, self.run.config.keep)
+            meta = {**identity, "entry": self.run.entry, "data": data, "machine": _machine()}
+            keep = self.run.config.keep
+            save_checkpoint(
+                folder, step, tensors, meta, keep, lambda place: self.leave(place, step, export)
+            )
         self.run.saved()
 
     def resume(self, identity: dict[str, Any], free: set[str]) -> tuple[int, list[Leg]]:
@@ -238,7 +267,7 @@ class State:
         run = self.run
         changed = differences(meta["config"], identity["config"], free)
         if run.is_main:  # only rank 0 hashed the teacher
-            changed += differences({"facts": meta["facts"]}, {"facts": identity["facts"]}, free)
+            changed += _other_facts(meta["facts"], identity["facts"], free)
         if changed:
             raise UserError(
                 f"{run.dir} holds a run of another configuration: {'; '.join(changed[:3])}; "
@@ -268,6 +297,31 @@ class State:
         """From what a rank had counted in a checkpoint; older ones have no ``left_out``."""
         self.bad.merge(stored["bad"])
         self.left_out.merge(stored.get("left_out", BadSamples().state()))
+
+
+def _other_facts(before: dict[str, Any], now: dict[str, Any], free: set[str]) -> list[str]:
+    """What a run depends on beside its configuration and has changed, in words."""
+    words = []
+    old, new = before.get("data") or {}, now.get("data") or {}
+    if any(old.get(name) != new.get(name) for name in ("fingerprint", "pictures", "shards")):
+        there, here = (
+            f"{told.get('pictures')} pictures in {told.get('shards')} shards, fingerprint "
+            f"{str(told.get('fingerprint'))[:12]}"
+            for told in (old, new)
+        )
+        words.append(
+            f"data.shards hold other samples than those this run was begun with ({there} there; "
+            f"{here} here)"
+        )
+    elif old.get("weights") != new.get("weights"):
+        words.append(
+            f"data.shards had the weights {old.get('weights')} and have {new.get('weights')}"
+        )
+    known = free | {"facts.data", "facts.started_from"}
+    for change in differences({"facts": before}, {"facts": now}, known):
+        group, _, rest = change.removeprefix("facts.").partition(".")
+        words.append(f"the {group}'s {rest}" if rest else change.removeprefix("facts."))
+    return words
 
 
 def _machine() -> dict[str, Any]:

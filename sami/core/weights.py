@@ -15,6 +15,7 @@ import stat
 import struct
 import zipfile
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -262,9 +263,13 @@ def entry_of(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         raise_if_machine(error, folder / "config.yaml")
         groups = []
+    return entry_of_groups(groups) or next(iter(exported), None)
+
+
+def entry_of_groups(groups: Collection[str]) -> str | None:
+    """The entry that has these groups of fields."""
     of_group = (("mask", "encoder"), ("prompt", "model"), ("augment", "classifier"))
-    told = [EXPORTS[kind][2] for group, kind in of_group if group in groups]
-    return next(iter(told + exported), None)
+    return next((EXPORTS[kind][2] for group, kind in of_group if group in groups), None)
 
 
 def check_weights(path: str | Path | None, takes: Takes, option: str) -> str | None:
