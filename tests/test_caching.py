@@ -218,8 +218,8 @@ def test_verify(made, copied, in_process, capsys):
     [
         (["--slice", "2/2"], "--slice 2/2 must be I/N with I from 0 to N - 1"),
         (["--grid", "5"], "--grid 5 must divide the teacher's 8 tokens at --image-size 128"),
-        (["--checkpoint", ""], "teacher.checkpoint is empty"),
-        (["--checkpoint", "nowhere.pth"], "teacher.checkpoint nowhere.pth does not exist"),
+        (["--checkpoint", ""], "--checkpoint is empty"),
+        (["--checkpoint", "nowhere.pth"], "--checkpoint nowhere.pth does not exist"),
         (["--depth", "2"], "holds features with sha256"),
         (["--dtype", "fp16"], "holds features with dtype int8, and fp16 is asked for"),
         (["--batch", "0"], "--batch 0 must be positive"),
