@@ -42,6 +42,7 @@ from sami.core.weights import entry_of_groups
 from sami.encoder import TAKES, EncoderConfig
 from sami.sam_encoder import SAM_SHAPES
 
+STARTS = {"encoder.checkpoint": Start(TAKES)}
 BATCH = 64  # pictures per forward of the evaluation
 # What may change between two starts of one run; see sami/pretrain.py.
 FREE = {f"run.{item.name}" for item in fields(RunConfig) if item.name != "seed"} | {
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(cfg: ClassifyConfig, run: Run) -> int:
     # ---- What it starts from
-    files, started_from = find_starts(run, cfg, {"encoder.checkpoint": Start(TAKES)})
+    files, started_from = find_starts(run, cfg, STARTS)
 
     # ---- What it is trained on
     sources, held_out = open_data(cfg.data, run)

@@ -41,6 +41,7 @@ from sami.core.stream import Batches, open_data, take_up
 from sami.core.weights import entry_of_groups, find_weights
 from sami.encoder import EncoderConfig
 
+STARTS = {"encoder.checkpoint": Start(TAKES_ENCODER), "decoder.checkpoint": Start(TAKES)}
 SHOWN, NAMED = 4, 8  # pictures in a picture, modules in a sentence
 # What may change between two starts of one run; see sami/pretrain.py.
 FREE = {f"run.{item.name}" for item in fields(RunConfig) if item.name != "seed"} | {
@@ -111,8 +112,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(cfg: FinetuneConfig, run: Run) -> int:
     # ---- What it starts from
-    starts = {"encoder.checkpoint": Start(TAKES_ENCODER), "decoder.checkpoint": Start(TAKES)}
-    files, started_from = find_starts(run, cfg, starts)
+    files, started_from = find_starts(run, cfg, STARTS)
     if cfg.encoder.checkpoint and not files["encoder.checkpoint"]:  # gone: its grid of positions
         own = find_weights(run.dir / "checkpoints", TAKES, "encoder.checkpoint").file
         files["encoder.checkpoint"] = str(own)

@@ -129,10 +129,8 @@ def train(cfg: PretrainConfig, run: Run) -> int:
 
     # ---- What it is trained on
     sources, held_out = open_data(cfg.data, run)
-    cache = None
-    if cfg.teacher.cached:
-        sha256 = (started_from.get("teacher.checkpoint") or {}).get("sha256")
-        cache = find_cache(cfg, run, sources, held_out, sha256)
+    sha256 = (started_from.get("teacher.checkpoint") or {}).get("sha256")
+    cache = find_cache(cfg, run, sources, held_out, sha256) if cfg.teacher.cached else None
     views = make_views(cfg, cache)
     order = Order(
         sources,
@@ -170,7 +168,7 @@ def train(cfg: PretrainConfig, run: Run) -> int:
     elif cfg.target.kind == "teacher":
         teacher = load_teacher(replace(cfg.teacher, checkpoint=files["teacher.checkpoint"]))
         channels = teacher.channels
-        told = describe_teacher(cfg.teacher, teacher) if run.is_main else None
+        told = describe_teacher(cfg.teacher, teacher, sha256) if run.is_main else None
     else:
         channels = 3 * cfg.encoder.patch_size**2
     model = MaskedReconstruction(encoder, cfg.decoder, cfg.loss, channels, cfg.mask.ratio)

@@ -204,13 +204,19 @@ def load_teacher(
     return teacher
 
 
-def describe_teacher(config: TeacherConfig, teacher: Teacher) -> dict[str, object]:
-    """Name, sha256 and whether random, for the summary of a run."""
+def describe_teacher(
+    config: TeacherConfig, teacher: Teacher, sha256: str | None = None
+) -> dict[str, object]:
+    """Name, sha256 and whether random, for the summary of a run.
+
+    Args:
+        sha256: of the teacher's file, where it is known already.
+    """
     file = teacher.file
     return {
         "name": config.name,
         "checkpoint": config.checkpoint,
-        "sha256": tensors_sha256(teacher.encoder) if file is None else sha256_of(file),
+        "sha256": tensors_sha256(teacher.encoder) if file is None else sha256 or sha256_of(file),
         "random": file is None,
         "image_size": config.image_size,
         "layer": config.layer,

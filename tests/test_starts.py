@@ -1,6 +1,7 @@
 """What a run starts from and what it leaves: provenance by content, weights before its end."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -13,7 +14,9 @@ from finetune.train import main as finetune
 from sami.core.checkpoint import write_weights
 from sami.encoder import Encoder, EncoderShape, export_header, load_encoder
 from sami.pretrain import main as pretrain
+from sami.sam_encoder import SamEncoder
 from tests.runs import arguments, summary, write_shards
+from tools.cache_teacher import main as cache
 
 SHAPE = EncoderShape(32, 2, 2, 16, 64)
 
@@ -170,3 +173,56 @@ def test_a_start_that_fails_leaves_no_run(shards, tmp_path, in_process, spoilt, 
         assert in_process(finetune, [f"--run.dir={run}", "--data.shards=x"])[0] == 2
     code, error = in_process(pretrain, arguments(run, shards, **{"train.steps": 1}))
     assert code == 0, error
+
+
+def test_a_run_of_an_earlier_version_goes_on(begun):
+    """It recorded no content: the path has to be the same."""
+    folder, again = begun
+    meta = folder / "run" / "checkpoints" / "step-2" / "meta.json"
+    told = json.loads(meta.read_text())
+    del told["entry"], told["facts"]["started_from"]
+    meta.write_text(json.dumps(told))
+    write_encoder(folder / "b", 1)
+    code, error = again(**{"encoder.checkpoint": folder / "b"})
+    assert code == 2 and f"was begun with encoder.checkpoint {folder}/a, and now it" in error
+    assert again() == (0, "")
+
+
+def test_a_teacher_may_move_and_not_change(shards, tmp_path, in_process):
+    torch.manual_seed(0)
+    for name in ("t.pth", "other.pth"):
+        encoder = SamEncoder(32, 1, 4)
+        for parameter in encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        state = {f"image_encoder.{n}": t for n, t in encoder.state_dict().items()}
+        torch.save(state, tmp_path / name)
+
+    def again(path):
+        options = {"train.steps": 1, "teacher.checkpoint": path}
+        return in_process(pretrain, arguments(tmp_path / "run", shards, **options))
+
+    assert again(tmp_path / "t.pth") == (0, "")
+    (tmp_path / "run" / "summary.json").unlink()
+    code, error = again(tmp_path / "other.pth")
+    assert code == 2 and "t.pth (sha256 " in error and "other.pth (sha256 " in error
+    assert again("random")[0] == 2
+    (tmp_path / "t.pth").rename(tmp_path / "moved.pth")
+    assert again(tmp_path / "moved.pth") == (0, "")
+    assert checkpoint_of(tmp_path / "run", "teacher") == str(tmp_path / "moved.pth")
+    told = summary(tmp_path / "run")
+    assert told["started_from"]["teacher.checkpoint"]["sha256"] == told["teacher"]["sha256"]
+
+
+def test_all_files_of_a_run_follow_the_umask(shards, tmp_path, in_process):
+    before = os.umask(0o027)
+    try:
+        assert in_process(pretrain, arguments(tmp_path / "r", shards, **{"train.steps": 1}))[0] == 0
+        words = ["--out", str(tmp_path / "c"), "--teacher", "custom", "--checkpoint", "random"]
+        assert in_process(cache, [shards, *words, "--image-size", "64"])[0] == 0
+    finally:
+        os.umask(before)
+    for folder in ("r", "c"):
+        files = [path for path in (tmp_path / folder).rglob("*") if path.is_file()]
+        assert len(files) > 4
+        for path in files:
+            assert path.stat().st_mode & 0o777 == 0o640, path

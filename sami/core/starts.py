@@ -7,7 +7,7 @@ from typing import Any, Literal
 from sami.core.checkpoint import Damaged, list_checkpoints, read_meta, sha256_of
 from sami.core.errors import MachineError, UserError
 from sami.core.run import Run
-from sami.core.weights import Takes, find_weights
+from sami.core.weights import Takes, check_weights, find_weights
 
 RANDOM = "random"  # a path that asks for weights by name
 
@@ -152,3 +152,22 @@ def _words(record: dict[str, Any] | None) -> str:
     sha256 = f" (sha256 {record['sha256'][:12]})" if record["sha256"] else ""
     step = f", step {record['step']}" if record["step"] is not None else ""
     return f"{record['path']}{step}{sha256}"
+
+
+def starts_missing(config: Any, options: dict[str, Start]) -> list[str | None]:
+    """What is wrong with each path that a run needs, without loading anything; None if nothing is.
+
+    A run that goes on from its checkpoint needs no more than what is needed always.
+    """
+    going_on = bool(list_checkpoints(Path(config.run.dir) / "checkpoints"))
+    needed = {"always"} if going_on else {"always", "begin"}
+    paths = {
+        option: getattr(getattr(config, option.split(".")[0]), option.split(".")[1])
+        for option, start in options.items()
+        if start.needed in needed
+    }
+    return [
+        check_weights(path, options[option].takes, option)
+        for option, path in paths.items()
+        if path != RANDOM
+    ]
