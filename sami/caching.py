@@ -238,7 +238,7 @@ def _exclusive(path: Path, wanted: Path) -> Iterator[BinaryIO]:
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+            mine = exists(path) and os.path.samestat(path.stat(), os.fstat(file.fileno()))
         except BlockingIOError:
             mine = False
         require(mine, f"{wanted} is being written by another process; are there two of one slice?")
@@ -341,7 +341,7 @@ def require_room(folder: Path, needed: int) -> None:
     Raises:
         UserError: the disk has less.
     """
-    while not folder.exists():
+    while not exists(folder):
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     require(

@@ -31,7 +31,7 @@ from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
-from sami.core.paths import local_path, path_pattern
+from sami.core.paths import exists, local_path, path_pattern
 from sami.core.shipped import shipped
 
 INITS = ("sami", "mae", "random")
@@ -124,7 +124,7 @@ class Chain:
     def evaluation(self, name: str) -> tuple | None:
         """A model's evaluation, for :meth:`together`; None if it is there."""
         out = self.out / name / "evaluation"
-        if (out / "evaluation.json").exists():
+        if exists(out / "evaluation.json"):
             return None
         words = [str(self.out / name), "--shards", self.args.val, "--prompts", "box", "1", "3"]
         words += ["--out", str(out), "--workers", "0"]
@@ -179,7 +179,7 @@ class Chain:
     def long_steps(self, random: list[str]) -> int:
         """Steps of the random start in the time of SAMI's pretraining and as much finetuning."""
         stored = self.out / "long_steps.json"  # the same when the chain goes on after a stop
-        if not stored.exists():
+        if not exists(stored):
             tuned = statistics.mean(self.seconds(name) for name in random)
             steps = self.metrics(random[0])[-1]["step"]
             write_text(stored, json.dumps(round((self.seconds("sami") / tuned + 1) * steps)))
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     args.inits = [init for init in INITS if init in args.inits]
     for file in (f"finetune/{args.config}_teacher", f"pretrain/{args.config}"):
         path = shipped(f"configs/{file}.yaml")
-        require(path.exists(), f"--config {args.config}: there is no {path}")
+        require(exists(path), f"--config {args.config}: there is no {path}")
 
     chain = Chain(args)
     found = chain.compare(chain.train())
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     show(found)
     runs = ["teacher", *(init for init in args.inits if init != "random")]
     runs += [f"{init}-0" for init in args.inits]
-    runs += ["random_long-0"] * (args.out / "random_long-0").exists()
+    runs += ["random_long-0"] * exists(args.out / "random_long-0")
     words = [str(args.out / name) for name in runs]
     words += ["--comparison", str(args.out / "comparison.json")]
     report = args.out / "report.html"

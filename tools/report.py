@@ -29,7 +29,7 @@ from sami.core.config import require
 from sami.core.errors import UserError, raise_if_machine
 from sami.core.exits import run_entry
 from sami.core.metrics import MetricsFile
-from sami.core.paths import local_path
+from sami.core.paths import exists, is_file, local_path
 
 # The group of fields that only one entry has.
 GROUPS = {"pretrain": "mask", "finetune": "prompt", "classify": "augment"}
@@ -65,9 +65,9 @@ class RunFolder:
         self.metrics: list[dict[str, Any]] = []
         self.kind = "evaluate"
         own = path / "evaluation.json"
-        self.drawn = path if own.exists() else path / "evaluation"
+        self.drawn = path if exists(own) else path / "evaluation"
         try:
-            if not own.exists():
+            if not exists(own):
                 self.summary = json.loads((path / "summary.json").read_bytes())
                 groups = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
                 self.config = {f"{g}.{f}": v for g, told in groups.items() for f, v in told.items()}
@@ -75,7 +75,7 @@ class RunFolder:
                 named = [kind for kind, group in GROUPS.items() if group in groups]
                 self.kind = named[0]
             self.evaluation = None
-            if (self.drawn / "evaluation.json").exists():
+            if exists(self.drawn / "evaluation.json"):
                 self.evaluation = json.loads(
                     (self.drawn / "evaluation.json").read_text(encoding="utf-8")
                 )
@@ -100,7 +100,7 @@ class RunFolder:
         places = [round(i * (len(drawn) - 1) / max(count - 1, 1)) for i in range(count)]
         found = [(self._when(drawn[place]), drawn[place]) for place in places or ()]
         masks = self.drawn / "masks.png"
-        return found + [("evaluated", masks)] * masks.exists()
+        return found + [("evaluated", masks)] * exists(masks)
 
     def _when(self, picture: Path) -> str:
         """The step, and the epoch where the run knows its epochs, of a picture's name."""
@@ -388,7 +388,7 @@ def main() -> int:
     require(args.pictures >= 0, f"--pictures {args.pictures} must be 0 or more")
     found = None
     if args.comparison is not None:
-        require(args.comparison.is_file(), f"--comparison {args.comparison} does not exist")
+        require(is_file(args.comparison), f"--comparison {args.comparison} does not exist")
         found = json.loads(args.comparison.read_bytes())
     runs = [RunFolder(path) for path in args.runs]
     write_text(args.out, page(runs, found, args.pictures))

@@ -48,7 +48,7 @@ from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError, not_written, raise_if_machine
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, run_entry
-from sami.core.paths import expand_path, local_path
+from sami.core.paths import exists, expand_path, is_file, local_path
 from sami.core.shipped import HOME, find, shipped, short
 
 SKIP = "skip"
@@ -153,7 +153,7 @@ class Sweep:
             )
             for file in (stage.entry, stage.config):
                 require(
-                    file is None or shipped(file).is_file(),
+                    file is None or is_file(shipped(file)),
                     f"{path}: stages.{name}: there is no {file}",
                 )
         self.more = more or self._stored().get("set", [])
@@ -361,10 +361,10 @@ class Sweep:
             UserError: there are none, or they are another sweep's, or of other settings.
         """
         file = self.out / SWEEP
-        require(file.exists(), f"{self.out} holds no results yet; run one of the sweep's runs")
+        require(exists(file), f"{self.out} holds no results yet; run one of the sweep's runs")
         self._check(file, self.identity())
         for run in self.runs:
-            if (self.folder(run) / PLAN).exists():
+            if exists(self.folder(run) / PLAN):
                 self._check(self.folder(run) / PLAN, self.plan(run))
 
     def _bind(self, file: Path, told: dict[str, Any]) -> None:
@@ -372,7 +372,7 @@ class Sweep:
 
         Of several tasks that start together one is first; the others find its file.
         """
-        replaces = file.exists()
+        replaces = exists(file)
         if replaces and self._holds_results(file.parent):
             return
         mine = file.with_name(f"{file.name}.{secrets.token_hex(8)}")
@@ -386,9 +386,7 @@ class Sweep:
 
     def _holds_results(self, folder: Path) -> bool:
         """Whether a stage below runs, has begun to learn, or has ended."""
-        runs = (
-            [folder] if (folder / PLAN).exists() else [p.parent for p in folder.glob(f"*/{PLAN}")]
-        )
+        runs = [folder] if exists(folder / PLAN) else [p.parent for p in folder.glob(f"*/{PLAN}")]
         return any(
             _is_locked(run / "lock")
             or any(run.glob(f"*/{DONE}"))
@@ -448,7 +446,7 @@ class Sweep:
 
     def is_finished(self, run: Run, name: str) -> bool:
         if self.stages[name].config is None:
-            return (self.folder(run, name) / DONE).exists()
+            return exists(self.folder(run, name) / DONE)
         return self.summary(run, name).get("status") == "finished"
 
     def run(self, run: Run, launch: list[str]) -> int:
@@ -462,7 +460,7 @@ class Sweep:
                 if self.is_finished(run, name):
                     print(f"{run.name}: {name} is finished", flush=True)
                     continue
-                if stop.exists():
+                if exists(stop):
                     return ASKED_TO_STOP
                 code = self._run_stage(run, name, stage, stop, launch)
                 if code != FINISHED:
@@ -653,12 +651,12 @@ def _call(words: list[str], stop: Path, folder: Path | None) -> tuple[int, str]:
             code = process.wait(1)
             break
         except subprocess.TimeoutExpired:
-            if stop.exists() and folder is None:
+            if exists(stop) and folder is None:
                 process.terminate()
-            elif stop.exists() and folder.is_dir():
+            elif exists(stop) and folder.is_dir():
                 (folder / "stop").touch()
     listener.join(5)
-    if folder is None and code != FINISHED and stop.exists():
+    if folder is None and code != FINISHED and exists(stop):
         code = ASKED_TO_STOP
     return code, sentences[-1] if sentences else ""
 
@@ -687,7 +685,7 @@ def _is_locked(path: Path) -> bool:
         with path.open("r+b") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # or it is not there, not ours, or not on a file system with locks
-        return path.exists() and os.access(path, os.W_OK) and error.errno in HELD
+        return exists(path) and os.access(path, os.W_OK) and error.errno in HELD
     return False
 
 
@@ -705,11 +703,7 @@ def list_runs(sweep: Sweep) -> int:
 
 def show_status(sweep: Sweep) -> int:
     names = {run.name for run in sweep.runs} | {SWEEP}
-    if (
-        (sweep.out / SWEEP).exists()
-        or sweep.out.is_dir()
-        and names.isdisjoint(os.listdir(sweep.out))
-    ):
+    if exists(sweep.out / SWEEP) or sweep.out.is_dir() and names.isdisjoint(os.listdir(sweep.out)):
         sweep.check_results()
     counts: dict[str, int] = {}
     for number, run in enumerate(sweep.runs):

@@ -74,7 +74,7 @@ def save_checkpoint(
         (temporary / META).write_text(json.dumps(told, indent=1), encoding="utf-8")
         for name in (STATE, META):
             _sync(temporary / name)
-        if final.exists():  # of a run that was cut back behind it
+        if exists(final):  # of a run that was cut back behind it
             shutil.rmtree(final)
         temporary.rename(final)
         _sync(folder)

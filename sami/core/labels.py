@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from sami.core.config import require
-from sami.core.errors import UserError
+from sami.core.errors import UserError, raise_if_machine
 from sami.core.order import Layout, Order
+from sami.core.paths import is_file
 from sami.core.shards import BAD_LABEL, FIELDS, NO_LABEL, Shard, is_url, key_of
 
 CLASSES = "classes.json"  # what tools/make_shards.py calls the list of names beside its shards
@@ -197,13 +198,14 @@ def _name_of(shards: list[Shard], number: int) -> str:
 def _lists_beside(shards: list[Shard]) -> list[Path]:
     """The classes.json in the folders of local shards."""
     folders = dict.fromkeys(Path(shard.url).parent for shard in shards if not is_url(shard.url))
-    return [folder / CLASSES for folder in folders if (folder / CLASSES).is_file()]
+    return [folder / CLASSES for folder in folders if is_file(folder / CLASSES)]
 
 
 def _read_names(path: Path) -> list[str]:
     """The list in a classes.json; empty if it is another kind of file."""
     try:
         told = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        raise_if_machine(error, path)
         return []
     return [name for name in told if isinstance(name, str)] if isinstance(told, list) else []

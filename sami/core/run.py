@@ -32,6 +32,7 @@ from sami.core.config import PATH, require, to_dict, to_yaml
 from sami.core.errors import UserError, not_written, raise_if_machine
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, user_error
 from sami.core.metrics import MetricsFile
+from sami.core.paths import exists
 from sami.core.processes import choose_device, is_launched, make_accelerator
 from sami.core.progress import Progress, duration
 from sami.core.stop import StopSignal
@@ -176,7 +177,7 @@ class Run:
             import wandb
 
             name_file = self.dir / "wandb_id"
-            if not name_file.exists():
+            if not exists(name_file):
                 write_text(name_file, secrets.token_hex(4))
             try:
                 self._wandb = wandb.init(

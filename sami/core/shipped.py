@@ -6,9 +6,11 @@ other in both.
 
 from pathlib import Path
 
+from sami.core.paths import exists, is_file
+
 _PACKAGES = Path(__file__).parents[2]  # holds sami/ and finetune/
 _SHARED = ("configs", "tools", "slurm")
-IS_CHECKOUT = (_PACKAGES / "pyproject.toml").is_file()
+IS_CHECKOUT = is_file(_PACKAGES / "pyproject.toml")
 # What the relative paths of a sweep file, such as its `out`, are below.
 HOME = _PACKAGES if IS_CHECKOUT else Path()
 
@@ -23,13 +25,13 @@ def shipped(name: str) -> Path:
         return _PACKAGES / name
     if Path(name).parts[0] not in _SHARED:
         return _PACKAGES / name
-    return Path(name) if Path(name).exists() else _PACKAGES / "sami" / "share" / name
+    return Path(name) if exists(name) else _PACKAGES / "sami" / "share" / name
 
 
 def find(path: str | Path) -> Path:
     """A file that a user named: theirs, or, where they have none, the project's of that name."""
     theirs, ours = Path(path), shipped(str(path))
-    return ours if not theirs.exists() and ours.is_file() else theirs
+    return ours if not exists(theirs) and is_file(ours) else theirs
 
 
 def short(text: str) -> str:

@@ -28,7 +28,7 @@ from torch import nn
 
 from sami.core.checkpoint import META, STATE, Damaged, check_file, list_checkpoints, read_meta
 from sami.core.errors import UserError, raise_if_machine
-from sami.core.paths import NOT_THERE
+from sami.core.paths import NOT_THERE, exists, is_file
 
 # What the entries leave behind: the key of the file's header, what it is, and who writes it.
 EXPORTS = {
@@ -165,7 +165,7 @@ def find_weights(path: str | Path, takes: Takes, option: str = "") -> Found:
             link = f" (a link to {place.readlink()})"
         raise UserError(f"{what} does not exist{link}; {remedy}") from error
     if stat.S_ISREG(mode):
-        if place.name == STATE and (place.parent / META).exists():
+        if place.name == STATE and exists(place.parent / META):
             raise UserError(
                 f"{what} is what a run goes on from, with the optimizer's state; name its folder "
                 f"{place.parent}, whose weights are taken"
@@ -174,10 +174,10 @@ def find_weights(path: str | Path, takes: Takes, option: str = "") -> Found:
     if not stat.S_ISDIR(mode):
         raise UserError(f"{what} is neither a file nor a folder; {remedy}")
     names = [EXPORTS[kind][0] for kind in takes.kinds]
-    if (place / META).exists():  # one checkpoint
+    if exists(place / META):  # one checkpoint
         return _of_checkpoint(place, names, what, remedy)
     for name in names:
-        if (place / name).is_file():
+        if is_file(place / name):
             return Found(place / name)
     folder = place if place.name == "checkpoints" else place / "checkpoints"
     spoilt: list[str] = []
@@ -201,9 +201,9 @@ def _of_checkpoint(place: Path, names: list[str], what: str, remedy: str) -> Fou
     Raises:
         UserError: damaged, of an earlier version, or of another kind.
     """
-    name = next((name for name in names if (place / name).is_file()), None)
+    name = next((name for name in names if is_file(place / name)), None)
     if name is None:
-        other = next((one for one in EXPORTS.values() if (place / one[0]).is_file()), None)
+        other = next((one for one in EXPORTS.values() if is_file(place / one[0])), None)
         if other is not None:
             raise UserError(f"{what} is a checkpoint of {other[2]} and holds {other[1]}; {remedy}")
         raise UserError(
@@ -252,8 +252,8 @@ def entry_of(folder: Path) -> str | None:
     A start that failed before it began leaves a summary.json alone, and is no run.
     """
     checkpoints = list_checkpoints(folder / "checkpoints")
-    exported = [who for name, _, who in EXPORTS.values() if (folder / name).exists()]
-    if not (checkpoints or exported or (folder / "config.yaml").exists()):
+    exported = [who for name, _, who in EXPORTS.values() if exists(folder / name)]
+    if not (checkpoints or exported or exists(folder / "config.yaml")):
         return None
     entry = read_summary(folder).get("entry")
     if isinstance(entry, str):
@@ -326,7 +326,7 @@ def _identify(stream: BinaryIO, file: Path, what: str, remedy: str) -> str:
     stream.seek(0)
     for ending in BESIDE:
         beside = file.with_name(file.name + ending)
-        if ending == ".aria2" and beside.exists():
+        if ending == ".aria2" and exists(beside):
             raise UserError(f"{what} is still being downloaded ({beside.name} lies beside it)")
     cut = f"is cut short: {AGAIN}, after the download or copy has ended"
     if any(file.with_name(file.name + ending).exists() for ending in BESIDE) or (
