@@ -392,9 +392,14 @@ def open_cache(
     caches = [Cache(**manifest["cache"]) for manifest in found.values()]
     folders = list(found)
     for folder, cache in zip(folders, caches, strict=True):
+        differing = [
+            f"{name} {value} and {getattr(cache, name)}"
+            for name, value in vars(caches[0]).items()
+            if value != getattr(cache, name)
+        ]
         require(
-            cache == caches[0],
-            f"{folders[0]} and {folder} hold features of different kinds: {caches[0]} and {cache}; "
+            not differing,
+            f"{folders[0]} and {folder} hold features of different kinds ({', '.join(differing)}); "
             "cache both alike",
         )
     _check_sums(shards, found, verified, say, part)

@@ -274,9 +274,13 @@ class State:
                 "give the old values, or another --run.dir"
             )
         if meta["machine"] != _machine():
+            before, now = (
+                f"torch {told.get('torch')} on {told.get('threads')} thread(s)"
+                for told in (meta["machine"], _machine())
+            )
             run.say(
-                f"saved under {meta['machine']}, resumed under {_machine()}: "
-                "losses will not be bit-equal to an uninterrupted run's"
+                f"saved with {before}, resumed with {now}: losses will not be bit-equal to an "
+                "uninterrupted run's"
             )
 
     def _load(self, stored: dict[str, Any]) -> None:
