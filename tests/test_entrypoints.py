@@ -291,7 +291,7 @@ def test_sources_with_weights(tmp_path, call):
     (tmp_path / "b").rename(tmp_path / "c")  # the same shards elsewhere are the same run
     moved = b.replace("/b/", "/c/")
     code, error = call(arguments(tmp_path / "run", json.dumps({a: 1, moved: 1})))
-    assert code == 2 and "weights was [0.75, 0.25] and is now [0.5, 0.5]" in error
+    assert code == 2 and "weights of data.shards were [0.75, 0.25] and are now [0.5, 0.5]" in error
     code, error = call(arguments(tmp_path / "other", json.dumps({a: 1, b: -1})))
     assert code == 2 and "must be positive" in error
 

@@ -307,7 +307,10 @@ def _other_facts(before: dict[str, Any], now: dict[str, Any], free: set[str]) ->
     """What a run depends on beside its configuration and has changed, in words."""
     words = []
     old, new = before.get("data") or {}, now.get("data") or {}
-    if any(old.get(name) != new.get(name) for name in ("fingerprint", "pictures", "shards")):
+    weights = old.get("weights"), new.get("weights")
+    if weights[0] != weights[1]:
+        words.append(f"the weights of data.shards were {weights[0]} and are now {weights[1]}")
+    if old.get("fingerprint") != new.get("fingerprint") or (old != new and not words):
         there, here = (
             f"{told.get('pictures')} pictures in {told.get('shards')} shards, fingerprint "
             f"{str(told.get('fingerprint'))[:12]}"
@@ -316,10 +319,6 @@ def _other_facts(before: dict[str, Any], now: dict[str, Any], free: set[str]) ->
         words.append(
             f"data.shards hold other samples than those this run was begun with ({there} there; "
             f"{here} here)"
-        )
-    elif old.get("weights") != new.get("weights"):
-        words.append(
-            f"data.shards had the weights {old.get('weights')} and have {new.get('weights')}"
         )
     known = free | {"facts.data", "facts.started_from"}
     for change in differences({"facts": before}, {"facts": now}, known):
