@@ -376,8 +376,8 @@ class Run:
 
         summary.json stays, in which scripts read why; what was there before stays too.
         """
-        made = set(_names(self.dir) or ()) - set(self._before or ())
         with contextlib.suppress(OSError):
+            made = set(_names(self.dir) or ()) - set(self._before or ())
             for name in made & {"lock", "log.txt"}:
                 (self.dir / name).unlink()
             if "index" in made:
@@ -437,7 +437,7 @@ def _names(folder: Path) -> list[str] | None:
     """What lies in a folder; None if there is none."""
     try:
         return os.listdir(folder)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

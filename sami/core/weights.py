@@ -329,7 +329,7 @@ def _identify(stream: BinaryIO, file: Path, what: str, remedy: str) -> str:
         if ending == ".aria2" and exists(beside):
             raise UserError(f"{what} is still being downloaded ({beside.name} lies beside it)")
     cut = f"is cut short: {AGAIN}, after the download or copy has ended"
-    if any(file.with_name(file.name + ending).exists() for ending in BESIDE) or (
+    if any(exists(file.with_name(file.name + ending)) for ending in BESIDE) or (
         file.suffix.lower() in UNFINISHED
     ):
         cut = "is a download that has not ended; wait for it, or fetch it again"
