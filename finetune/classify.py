@@ -1,6 +1,8 @@
 """ImageNet finetuning of a pretrained encoder: what the paper measures stage 1 by.
 
-accelerate launch finetune/classify.py --config configs/classify/sami_ti.yaml [--group.field v ...]
+python finetune/classify.py --config configs/classify/sami_ti.yaml [--group.field v ...] [--check]
+
+On several GPUs: accelerate launch --config_file configs/accelerate/gpu_8.yaml finetune/classify.py
 """
 
 import contextlib
@@ -25,7 +27,8 @@ from finetune.classification import (
     build_groups,
 )
 from sami.core.checkpoint import Export
-from sami.core.config import load_config, require, to_dict
+from sami.core.checks import start_entry, tell_checked
+from sami.core.config import require, to_dict
 from sami.core.errors import BadSample
 from sami.core.exits import FINISHED, run_entry
 from sami.core.labels import check_labels, check_names, tell_held_out, tell_neighbours
@@ -38,7 +41,6 @@ from sami.core.shards import Shard, fingerprint, read_range
 from sami.core.starts import Start, find_starts
 from sami.core.state import State
 from sami.core.stream import Batches, make_loader, open_data, take_up
-from sami.core.weights import entry_of_groups
 from sami.encoder import TAKES, EncoderConfig
 from sami.sam_encoder import SAM_SHAPES
 
@@ -106,12 +108,10 @@ class ClassifyConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = load_config(ClassifyConfig, argv)
-    with Run(cfg.run, cfg.train.precision, entry_of_groups(vars(cfg))) as run:
-        return train(cfg, run)
+    return start_entry(ClassifyConfig, argv, lambda cfg: STARTS, train)
 
 
-def train(cfg: ClassifyConfig, run: Run) -> int:
+def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
     # ---- What it starts from
     files, started_from = find_starts(run, cfg, STARTS)
 
@@ -140,7 +140,7 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
     require(
         not mixed or layout.micro_batch_size % 2 == 0,
         f"augment.mixup needs an even micro-batch, and it has {layout.micro_batch_size} pictures; "
-        "set train.micro_batch_size even, or augment.mixup and cutmix 0",
+        "set --train.micro_batch_size even, or --augment.mixup 0 --augment.cutmix 0",
     )
     steps = cfg.train.total_steps(order.steps_per_epoch)
     if run.is_main:
@@ -172,6 +172,11 @@ def train(cfg: ClassifyConfig, run: Run) -> int:
     }
 
     export = partial(make_export, model)
+
+    if only_check:
+        origin = cfg.encoder.checkpoint or "random weights"
+        made = {"classifier": f"{cfg.encoder.name}, from {origin}, {cfg.data.classes} classes"}
+        return tell_checked(order, held_out, samples, cfg.train.batch_size, made)
 
     # ---- Where training stands
     identity = {"config": to_dict(cfg), "facts": facts}

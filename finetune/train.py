@@ -1,7 +1,9 @@
 """Stage 2: finetune EfficientSAM on masks of SA-1B's layout, and measure it.
 
-accelerate launch finetune/train.py --config configs/finetune/efficient_sam_ti.yaml
-                                    [--group.field value ...]
+python finetune/train.py --config configs/finetune/efficient_sam_ti.yaml [--group.field value ...]
+                         [--check]
+
+On several GPUs: accelerate launch --config_file configs/accelerate/gpu_8.yaml finetune/train.py ...
 """
 
 import contextlib
@@ -29,7 +31,8 @@ from finetune.prompt_encoder import MAX_POINTS
 from finetune.prompts import PromptConfig
 from finetune.sam import Sam
 from sami.core.checkpoint import Export
-from sami.core.config import load_config, require, to_dict
+from sami.core.checks import start_entry, tell_checked
+from sami.core.config import require, to_dict
 from sami.core.exits import FINISHED, run_entry
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Layout, Order
@@ -38,7 +41,7 @@ from sami.core.shards import Shard, fingerprint
 from sami.core.starts import Start, find_starts
 from sami.core.state import State
 from sami.core.stream import Batches, open_data, take_up
-from sami.core.weights import entry_of_groups, find_weights
+from sami.core.weights import find_weights
 from sami.encoder import EncoderConfig
 
 STARTS = {"encoder.checkpoint": Start(TAKES_ENCODER), "decoder.checkpoint": Start(TAKES)}
@@ -100,17 +103,15 @@ class FinetuneConfig:
         require(
             self.decoder.kind == "sam" or self.prompt.corrections < MAX_POINTS,
             f"prompt.corrections {self.prompt.corrections} must be under {MAX_POINTS}, which is "
-            "all that a prompt of EfficientSAM holds; or set decoder.kind sam",
+            "all that a prompt of EfficientSAM holds; or set --decoder.kind sam",
         )
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = load_config(FinetuneConfig, argv)
-    with Run(cfg.run, cfg.train.precision, entry_of_groups(vars(cfg))) as run:
-        return train(cfg, run)
+    return start_entry(FinetuneConfig, argv, lambda cfg: STARTS, train)
 
 
-def train(cfg: FinetuneConfig, run: Run) -> int:
+def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
     # ---- What it starts from
     files, started_from = find_starts(run, cfg, STARTS)
     if cfg.encoder.checkpoint and not files["encoder.checkpoint"]:  # gone: its grid of positions
@@ -166,6 +167,13 @@ def train(cfg: FinetuneConfig, run: Run) -> int:
     }
 
     export = partial(make_export, model)
+
+    if only_check:
+        made = {
+            "encoder": f"{cfg.encoder.name}, from {cfg.encoder.checkpoint or 'random weights'}",
+            "decoder": f"{cfg.decoder.kind}, from {cfg.decoder.checkpoint or 'random weights'}",
+        }
+        return tell_checked(order, held_out, samples, cfg.train.batch_size, made)
 
     # ---- Where training stands
     identity = {"config": to_dict(cfg), "facts": facts}

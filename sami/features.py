@@ -316,7 +316,7 @@ def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(
             f"{path} does not exist, so these shards hold no cached features; make them with "
-            "tools/cache_teacher.py, or set teacher.cached false"
+            "tools/cache_teacher.py, or set --teacher.cached false"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise_if_machine(error, path)
@@ -339,7 +339,7 @@ def open_cache(
     sha256: str | None,
     verified: Path,
     say: Callable[[str], None] = print,
-    part: tuple[int, int] = (0, 1),
+    part: tuple[int, int] | None = (0, 1),
 ) -> Cache:
     """The cache that some shards hold, if it is what a configuration asks for.
 
@@ -350,7 +350,7 @@ def open_cache(
             for that only once.
         say: told when shards are read for it.
         part: (number, of): look only at every ``of``-th checksum, from ``number`` on: the ranks
-            share the work.
+            share the work. None: at none.
 
     Raises:
         UserError: no manifest, or one that tells of another teacher, or of other shards.
@@ -362,7 +362,7 @@ def open_cache(
         require(
             not is_url(shard.url),
             f"{shard.url}: cached features are read from local shards; fetch it, or set "
-            "teacher.cached false",
+            "--teacher.cached false",
         )
         path = Path(shard.url)
         if path.parent not in found:
@@ -402,7 +402,8 @@ def open_cache(
             f"{folders[0]} and {folder} hold features of different kinds ({', '.join(differing)}); "
             "cache both alike",
         )
-    _check_sums(shards, found, verified, say, part)
+    if part is not None:
+        _check_sums(shards, found, verified, say, part)
     return caches[0]
 
 

@@ -1,6 +1,8 @@
 """Stage 1, SAMI: pretrain a small ViT to reconstruct SAM's features of what it does not see.
 
-accelerate launch sami/pretrain.py --config configs/pretrain/sami_ti.yaml [--group.field value ...]
+python sami/pretrain.py --config configs/pretrain/sami_ti.yaml [--group.field value ...] [--check]
+
+On several GPUs: accelerate launch --config_file configs/accelerate/gpu_8.yaml sami/pretrain.py ...
 """
 
 import contextlib
@@ -13,7 +15,8 @@ from typing import Any
 import torch
 
 from sami.core.checkpoint import Export
-from sami.core.config import load_config, require, to_dict
+from sami.core.checks import start_entry, tell_checked
+from sami.core.config import require, to_dict
 from sami.core.exits import FINISHED, run_entry
 from sami.core.labels import check_names, require_labels, tell_neighbours
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
@@ -23,7 +26,6 @@ from sami.core.shards import Shard, Source, fingerprint
 from sami.core.starts import RANDOM, Start, find_starts
 from sami.core.state import State
 from sami.core.stream import Batches, open_data, take_up
-from sami.core.weights import entry_of_groups
 from sami.data import Batch, DataConfig, HeldOut, MaskConfig, Views, visible_count
 from sami.encoder import TAKES, Encoder, EncoderConfig, build_encoder, export_header
 from sami.features import Cache, open_cache
@@ -101,11 +103,11 @@ class PretrainConfig:
         )
         require(
             self.mask.ratio > 0 or self.loss.tokens == "all",
-            "loss.tokens masked needs masked tokens; set loss.tokens all or mask.ratio above 0",
+            "loss.tokens masked needs masked tokens; set --loss.tokens all, or --mask.ratio over 0",
         )
         require(
             self.target.kind == "pixels" or self.teacher.name != "none",
-            "target.kind teacher needs a teacher; set teacher.name, or target.kind pixels",
+            "target.kind teacher needs a teacher; set --teacher.name, or --target.kind pixels",
         )
         require(
             self.target.kind == "teacher" or not self.teacher.cached,
@@ -118,19 +120,19 @@ class PretrainConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = load_config(PretrainConfig, argv)
-    with Run(cfg.run, cfg.train.precision, entry_of_groups(vars(cfg))) as run:
-        return train(cfg, run)
+    return start_entry(PretrainConfig, argv, starts_of, train)
 
 
-def train(cfg: PretrainConfig, run: Run) -> int:
+def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
     # ---- What it starts from
     files, started_from = find_starts(run, cfg, starts_of(cfg))
 
     # ---- What it is trained on
     sources, held_out = open_data(cfg.data, run)
     sha256 = (started_from.get("teacher.checkpoint") or {}).get("sha256")
-    cache = find_cache(cfg, run, sources, held_out, sha256) if cfg.teacher.cached else None
+    cache = None
+    if cfg.teacher.cached:
+        cache = find_cache(cfg, run, sources, held_out, sha256, not only_check)
     views = make_views(cfg, cache)
     order = Order(
         sources,
@@ -185,6 +187,12 @@ def train(cfg: PretrainConfig, run: Run) -> int:
     }
     export = partial(make_export, cfg, encoder, facts)
     targets = make_targets(cfg, run, model, teacher and teacher.to(run.device))
+
+    if only_check:
+        made = {"student": f"{cfg.encoder.name}, from {cfg.encoder.checkpoint or 'random weights'}"}
+        if told is not None:
+            made["teacher"] = f"{told['name']}, sha256 {told['sha256'][:12]}"
+        return tell_checked(order, held_out, views, cfg.train.batch_size, made)
 
     # ---- Where training stands
     identity = {"config": to_dict(cfg), "facts": facts}
@@ -275,17 +283,20 @@ def find_cache(
     sources: list[Source],
     held_out: list[Shard],
     sha256: str | None,
+    sums: bool,
 ) -> Cache:
-    """The features that the shards hold; the ranks read the shards for their checksums, once.
+    """The features that the shards hold.
 
     Args:
         sha256: of the teacher's weights, as far as they are here.
+        sums: read the shards for their checksums, if they have not been; the ranks share it.
     """
     shards = [shard for source in sources for shard in source.shards] + held_out
     if run.is_main and cfg.teacher.checkpoint == RANDOM:
         sha256 = checkpoint_sha256(cfg.teacher)
     verified = run.dir / "index" / "verified"
-    cache = open_cache(shards, cfg.teacher, sha256, verified, run.say, (run.rank, run.processes))
+    part = (run.rank, run.processes) if sums else None
+    cache = open_cache(shards, cfg.teacher, sha256, verified, run.say, part)
     run.gather(None)  # all have looked at their part
     return cache
 

@@ -266,7 +266,7 @@ def _load(config: TeacherConfig, weights: Weights, what: str, remedy: str) -> nn
         )
     require(
         config.name == "custom" or own == config.shape,
-        f"{what} is no {config.name}; set teacher.name custom for a model of your own",
+        f"{what} is no {config.name}; set --teacher.name custom for a model of your own",
     )
     require(
         config.image_size % encoder.patch_size == 0,

@@ -43,12 +43,13 @@ def test_the_resolved_config_is_a_config(tmp_path):
     assert to_dict(config)["data"]["shards"] == ["a.tar", "b-{0..1}.tar"]
 
 
-def test_check_alone(tmp_path):
-    done = run(command([f"--run.dir={tmp_path / 'run'}", "--mask.ratio=2", "--check"]))
-    assert done.returncode == 2 and "mask.ratio 2.0 must be" in done.stderr
-    config = f"--config={ROOT / 'configs/pretrain/sami_ti.yaml'}"
-    done = run(command([config, f"--run.dir={tmp_path / 'run'}", "--check"]))
-    assert (done.returncode, done.stdout, (tmp_path / "run").exists()) == (0, "", False)
+def test_check_alone():
+    """Of the values, as a sweep asks for them before the inputs are there."""
+    with pytest.raises(UserError, match="mask.ratio 2.0 must be"):
+        load("--mask.ratio=2", "--check=values")
+    with pytest.raises(SystemExit) as left:
+        load("--config", str(ROOT / "configs/pretrain/sami_ti.yaml"), "--check=values")
+    assert left.value.code == 0
 
 
 def test_print_config(tmp_path):
@@ -71,7 +72,7 @@ def test_print_config(tmp_path):
         ("decoder: {predict_fraction: 0.5, kind: self}", "goes with decoder.kind cross"),
         ("decoder: {kind: crosss}", "decoder.kind must be one of cross, self, got crosss"),
         ("optim: {betas: [1, 2, 3]}", "optim.betas must be a list of 2 numbers, got [1, 2, 3]"),
-        ("optim: [", "flow node"),
+        ("optim: [", "line 1: expected the node content"),
         ("just text", ""),
     ],
 )
@@ -123,7 +124,7 @@ def test_shipped_configs_are_the_papers(path):
     config = load("--config", str(path))
     assert path.read_text().startswith("#")  # its head is its record
     assert config.run.dir == f"runs/{path.stem}"
-    if path.stem != "toy":
+    if path.stem not in ("toy", "try"):
         assert (config.optim.lr, config.optim.base_batch, config.train.batch_size) == (
             2.4e-3,
             4096,

@@ -1,5 +1,7 @@
 """What a run costs: counts against the flop counter on real tensors, and by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,7 +11,7 @@ from sami.encoder import EncoderConfig, build_encoder
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
 from sami.teacher import TeacherConfig, load_teacher
 from tests.runs import ROOT
-from tools.cost import BATCH, find_parts, main
+from tools.cost import BATCH, find_parts, main, resolve
 
 
 def config(**changes):
@@ -34,7 +36,10 @@ def counted(call):
     "decoder", [{}, {"memory": "visible"}, {"kind": "self"}, {"predict_fraction": 0.5}]
 )
 def test_the_counts_are_the_flop_counters(decoder):
-    told = {part.name.split()[0]: part for part in find_parts("pretrain", config(decoder=decoder))}
+    told = {
+        part.name.split()[0]: part
+        for part in find_parts("sami/pretrain.py", config(decoder=decoder))
+    }
     wanted = config(decoder=decoder)
     encoder = build_encoder(EncoderConfig(**wanted["encoder"]), 64)
     model = MaskedReconstruction(
@@ -61,7 +66,7 @@ def test_by_hand():
     """A ViT-Ti that sees 49 of 196 patches, and SAM's ViT-H at 1024 px as published (2973 G)."""
     wide = {"encoder": {"name": "vit_ti", "width": None, "depth": None, "heads": None}}
     parts = find_parts(
-        "pretrain",
+        "sami/pretrain.py",
         config(
             **wide,
             data={"image_size": 224},
@@ -95,11 +100,33 @@ def test_what_it_prints(capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["nowhere.yaml"], "nowhere.yaml does not exist"),
         (["configs/pretrain/sami_ti.yaml", "--share", "2"], "--share 2.0 must be over 0"),
         (["configs/pretrain/sami_ti.yaml", "--mask.ratioo", "2"], "mask.ratioo"),
+        (
+            ["configs/sweeps/mask_ratio.yaml"],
+            "is a sweep; name the configuration of one stage: configs/pretrain/sami_b_cached.yaml "
+            "or configs/classify/sami_b.yaml",
+        ),
+        (["configs/accelerate/cpu.yaml"], "is the launcher's"),
+        (["README.md"], "README.md is no YAML"),
     ],
 )
 def test_bad_words(in_process, words, says):
     code, said = in_process(main, [str(ROOT / words[0]), *words[1:]])
     assert code == 2 and says in said and said.count("\n") == 1
+
+
+def test_classification(capsys):
+    """A ViT-Ti over all 197 tokens, by hand; and its 1000 classes."""
+    config = str(ROOT / "configs/classify/sami_ti.yaml")
+    assert main([config, "--pictures", "1024", "--train.epochs", "10"]) == 0
+    said = capsys.readouterr().out
+    assert "10 steps of 1024 pictures" in said and "1000 classes" in said
+    entry, told = resolve(Path(config), [])
+    encoder, head = find_parts(entry, told)
+    tokens, width = 197, 192
+    block = 12 * tokens * width**2 + 2 * tokens**2 * width
+    assert encoder.macs == 196 * 768 * width + 12 * block
+    assert (head.macs, head.parameters) == (1000 * width, 1001 * width - width + 1000)
+    assert encoder.parameters + head.parameters == pytest.approx(5.72e6, rel=1e-3)  # published

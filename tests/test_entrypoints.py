@@ -217,7 +217,7 @@ BAD_INPUT = {
     ),
     "batch": (
         ["--train.batch_size=9", "--train.micro_batch_size=2"],
-        "try train.batch_size 8 or 10",
+        "try --train.batch_size 8 or 10",
     ),
     "too large a batch": (["--train.batch_size=512"], "less than one train.batch_size of 512"),
     "mask": (["--mask.ratio=1.0"], "mask.ratio 1.0"),

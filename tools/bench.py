@@ -39,6 +39,7 @@ from sami.core.config import require
 from sami.core.exits import run_entry
 from sami.core.images import Normalise, open_image, upright_size
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
+from sami.core.options import Options
 from sami.core.order import Layout, Order
 from sami.core.paths import path_pattern
 from sami.core.processes import DEVICES, choose_device
@@ -675,9 +676,7 @@ def stage2(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Options(description=__doc__)
     parser.add_argument("stage", choices=["stage1", "stream", "cache", "stage2"])
     parser.add_argument("--device", default="auto", help=f"{DEVICES}; default: auto")
     parser.add_argument("--rounds", type=int, default=11)
@@ -692,7 +691,8 @@ def main() -> int:
     parser.add_argument(
         "--shards",
         type=path_pattern,
-        default="",
+        nargs="+",
+        default=[],
         help="pattern for the data path; drawn pictures if none",
     )
     parser.add_argument("--workers", type=int, default=2, help="of cache, for each stream")

@@ -27,6 +27,7 @@ from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.exits import run_entry
 from sami.core.images import Box, cut, open_image
+from sami.core.options import Options
 from sami.core.order import sample_rng
 from sami.core.paths import path_pattern
 from sami.core.processes import DEVICES, choose_device
@@ -110,9 +111,7 @@ def ways(teacher: Teacher, told: dict[str, object]) -> dict[str, tuple[Cache, st
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Options(description=__doc__)
     parser.add_argument("shards", type=path_pattern, nargs="+")
     parser.add_argument("--teacher", choices=(*SAM_SHAPES, "custom"), default="sam_vit_h")
     parser.add_argument("--checkpoint", type=path_pattern, default="")

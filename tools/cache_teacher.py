@@ -41,6 +41,7 @@ from sami.caching import (
 from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.exits import run_entry
+from sami.core.options import Options
 from sami.core.paths import local_path, path_pattern
 from sami.core.processes import DEVICES, check_launch, choose_device
 from sami.core.run import TimeLeft, environment
@@ -51,9 +52,7 @@ from sami.teacher import TeacherConfig, describe_teacher, load_teacher
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Options(description=__doc__)
     parser.add_argument(
         "shards", type=path_pattern, nargs="+", help="such as 'data/imagenet/train-*.tar'"
     )

@@ -31,6 +31,7 @@ from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
+from sami.core.options import Options
 from sami.core.paths import exists, local_path, path_pattern
 from sami.core.shipped import shipped
 
@@ -99,8 +100,8 @@ class Chain:
         options = [
             f"run.dir={self.out / name}",
             f"run.seed={seed}",
-            f"data.shards={self.args.train}",
-            f"data.val_shards={self.args.val}",
+            f"data.shards={json.dumps(self.args.train)}",
+            f"data.val_shards={json.dumps(self.args.val)}",
             *more,
         ]
         return ["--config", str(shipped(f"configs/{config}")), *(f"--{word}" for word in options)]
@@ -126,7 +127,7 @@ class Chain:
         out = self.out / name / "evaluation"
         if exists(out / "evaluation.json"):
             return None
-        words = [str(self.out / name), "--shards", self.args.val, "--prompts", "box", "1", "3"]
+        words = [str(self.out / name), "--shards", *self.args.val, "--prompts", "box", "1", "3"]
         words += ["--out", str(out), "--workers", "0"]
         words += ["--overlays", "4" if name == "teacher" or name.endswith("-0") else "0"]
         if self.args.val_masks:
@@ -261,14 +262,14 @@ def show(found: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Options(description=__doc__)
     parser.add_argument("out", type=local_path, help="folder for all runs and the report")
     parser.add_argument(
-        "--train", type=path_pattern, required=True, help="shards of SA-1B's layout"
+        "--train", type=path_pattern, nargs="+", required=True, help="shards of SA-1B's layout"
     )
-    parser.add_argument("--val", type=path_pattern, required=True, help="held-out shards")
+    parser.add_argument(
+        "--val", type=path_pattern, nargs="+", required=True, help="held-out shards"
+    )
     parser.add_argument("--config", default="toy", help="name of the configs; default: toy")
     parser.add_argument("--inits", nargs="+", default=["sami", "random"], choices=INITS)
     parser.add_argument("--seeds", type=int, default=3, help="of the finetuning")

@@ -2,23 +2,21 @@
 
 python tools/cost.py CONFIG [--pictures N] [--card A100] [--share 0.3] [--group.field value ...]
 
-CONFIG is one of configs/ or a run folder's config.yaml, of either stage; further options are those
+CONFIG is one of configs/ or a run folder's config.yaml, of any entry; further options are those
 of its entry. Printed are, of each part, the parameters and multiply-adds per picture, attention
 included, as torch's flop counter finds them; the bytes of a feature cache; the steps; and hours on
 --card, if it does --share of its peak (dense bf16, as its maker has it). A backward pass counts as
 two forward ones, and a teacher has none. What a card really reaches, tools/bench.py measures.
 """
 
-import argparse
-import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -26,14 +24,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from finetune.classification import AugmentConfig, build_classifier
+from finetune.classification import DataConfig as LabelledConfig
 from finetune.model import DecoderConfig as HeadConfig
 from finetune.model import build_model
-from sami.core.config import require
-from sami.core.errors import UserError, raise_if_machine
+from sami.core.config import load_config, require, to_dict
+from sami.core.configfile import ENTRIES, config_class_of, entry_of, meant_for, read_yaml
+from sami.core.errors import UserError
 from sami.core.exits import run_entry
+from sami.core.options import Options
 from sami.core.paths import local_path
 from sami.core.shards import expand, is_url, open_sources
-from sami.core.shipped import find, shipped
+from sami.core.shipped import find
 from sami.data import visible_count
 from sami.encoder import EncoderConfig, build_encoder
 from sami.features import DTYPES, Cache
@@ -99,28 +101,28 @@ def parameters(module: nn.Module) -> int:
 
 
 def resolve(config: Path, options: list[str]) -> tuple[str, dict[str, Any]]:
-    """The stage, and the whole configuration as its entry understands it.
+    """The entry, and the whole configuration as it understands it.
 
     Raises:
         UserError: what the entry refuses.
     """
-    try:
-        groups = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise_if_machine(error, config)
-        raise UserError(f"{config} cannot be read ({error}); name one of configs/") from error
-    require(isinstance(groups, dict), f"{config} is no configuration; name one of configs/")
-    first = {"teacher", "mask", "target"} & set(groups)
-    entry = "sami/pretrain.py" if first else "finetune/train.py"
-    done = subprocess.run(
-        [sys.executable, shipped(entry), "--config", config, *options, "--print_config"],
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
-    if done.returncode:
-        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
-    return "pretrain" if first else "finetune", yaml.safe_load(done.stdout)
+    content = read_yaml(config, "")
+    if "stages" in content:
+        stages = content["stages"].values() if isinstance(content["stages"], dict) else []
+        named = [one["config"] for one in stages if isinstance(one, dict) and "config" in one]
+        raise UserError(
+            f"{config} is a sweep; name the configuration of one stage: {_either(named)}"
+        )
+    entry = entry_of(content)
+    if entry is None:
+        words = meant_for(content, str(config)) or f"has keys that none of {_either(ENTRIES)} knows"
+        raise UserError(f"{config} {words}")
+    words = ["--config", str(config), *options, "--run.device=cpu"]
+    return entry, to_dict(load_config(config_class_of(entry), words))
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(dict.fromkeys(names)) or "it has none"
 
 
 def teacher_shape(config: TeacherConfig) -> ImageEncoderShape | None:
@@ -202,18 +204,33 @@ def finetune_parts(config: dict[str, Any]) -> list[Part]:
     ]
 
 
-def find_parts(stage: str, config: dict[str, Any]) -> list[Part]:
+def classify_parts(config: dict[str, Any]) -> list[Part]:
+    """Classification: the whole picture through the encoder, and one linear layer."""
+    encoder, data = EncoderConfig(**config["encoder"]), LabelledConfig(**config["data"])
+    encoder.checkpoint = None
+    model = build_classifier(encoder, data, AugmentConfig(**config["augment"]))
+    images = torch.zeros(BATCH, 3, data.image_size, data.image_size)
+    counter = count(lambda: model(images))
+    head = macs(counter, "VisionTransformer.head") / BATCH
+    own = parameters(model) - parameters(model.head)
+    return [
+        Part("encoder", own, macs(counter) / BATCH - head),
+        Part(f"{data.classes} classes", parameters(model.head), head),
+    ]
+
+
+def find_parts(entry: str, config: dict[str, Any]) -> list[Part]:
     """What a step consists of; in shapes alone: nothing is computed, and no memory is taken."""
-    if stage != "pretrain":
-        with FakeTensorMode():
-            return finetune_parts(config)
-    of_teacher = config["target"]["kind"] == "teacher"
+    of_teacher = entry == "sami/pretrain.py" and config["target"]["kind"] == "teacher"
     shape = teacher_shape(TeacherConfig(**config["teacher"])) if of_teacher else None
-    with FakeTensorMode():
-        return pretrain_parts(config, shape)
+    # timm reads numbers off a tensor while it builds a model, which a fake one does not have.
+    with torch.device("meta") if entry == "finetune/classify.py" else FakeTensorMode():
+        if entry == "sami/pretrain.py":
+            return pretrain_parts(config, shape)
+        return finetune_parts(config) if entry == "finetune/train.py" else classify_parts(config)
 
 
-def count_pictures(config: dict[str, Any], stage: str, given: int | None) -> int:
+def count_pictures(config: dict[str, Any], entry: str, given: int | None) -> int:
     """What an epoch has, as far as that can be known here."""
     if given is not None:
         return given
@@ -228,7 +245,7 @@ def count_pictures(config: dict[str, Any], stage: str, given: int | None) -> int
                 return found
         except UserError:
             pass
-    assumed, name = (IMAGENET, "ImageNet-1K") if stage == "pretrain" else (SA1B, "SA-1B")
+    assumed, name = (SA1B, "SA-1B") if entry == "finetune/train.py" else (IMAGENET, "ImageNet-1K")
     print(f"data.shards are not here: {assumed} pictures assumed ({name}); --pictures tells others")
     return assumed
 
@@ -253,11 +270,7 @@ def cache_bytes(teacher: TeacherConfig) -> dict[str, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Options(description=__doc__)
     parser.add_argument("config", type=local_path)
     parser.add_argument("--pictures", type=int, help="of an epoch; default: those of data.shards")
     parser.add_argument("--card", choices=tuple(CARDS), default="A100")
@@ -267,11 +280,11 @@ def main(argv: list[str] | None = None) -> int:
     require(
         args.pictures is None or args.pictures > 0, f"--pictures {args.pictures} must be positive"
     )
-    stage, config = resolve(find(args.config), options)
-    parts = find_parts(stage, config)
+    entry, config = resolve(find(args.config), options)
+    parts = find_parts(entry, config)
 
     train = config["train"]
-    pictures = count_pictures(config, stage, args.pictures)
+    pictures = count_pictures(config, entry, args.pictures)
     pictures = min(pictures, config["data"]["epoch_samples"] or pictures)
     an_epoch = pictures // train["batch_size"]
     lengths = [train["steps"], train["epochs"] and train["epochs"] * an_epoch]
@@ -303,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{hours_of(hours)} hours of one {args.card} at {args.share:.0%} of its {CARDS[args.card]} "
         "TFLOP/s, if the data keeps up"
     )
-    if stage == "pretrain" and config["target"]["kind"] == "teacher":
+    if entry == "sami/pretrain.py" and config["target"]["kind"] == "teacher":
         teacher = TeacherConfig(**config["teacher"])
         print("a feature cache of them, at 4:3, without the pictures:")
         for name, size in cache_bytes(teacher).items():

@@ -38,6 +38,7 @@ from sami.core.checkpoint import sha256_of, write_text
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
+from sami.core.options import Options
 from sami.core.paths import local_path, path_pattern
 from sami.core.processes import DEVICES, choose_device
 from sami.core.progress import track
@@ -133,9 +134,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Options(description=__doc__)
     parser.add_argument("model", type=path_pattern, metavar="MODEL")
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument(

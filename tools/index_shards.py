@@ -7,7 +7,6 @@ system that takes a while, and a sweep would repeat it. Finished indexes stay; a
 is indexed again.
 """
 
-import argparse
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from sami.core.config import require
 from sami.core.errors import not_written
 from sami.core.exits import run_entry
+from sami.core.options import Options
 from sami.core.paths import path_pattern
 from sami.core.progress import track
 from sami.core.shards import expand, index_beside, is_url, scan, stamp_of, stored_index
@@ -35,9 +35,7 @@ def index(url: str) -> tuple[int, list[str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Options(description=__doc__)
     parser.add_argument(
         "patterns", type=path_pattern, nargs="+", help="such as 'data/sa1b/sa_*.tar'"
     )

@@ -10,7 +10,6 @@ are left out and counted. Killed, the same command goes on: finished shards stay
 of <number>.<extension> and <number>.cls or <number>.json.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -36,6 +35,7 @@ from sami.core.config import require
 from sami.core.errors import BadSample, UserError, not_written, raise_if_machine
 from sami.core.exits import run_entry
 from sami.core.images import IMAGE_EXTENSIONS, open_image, upright_size
+from sami.core.options import Options
 from sami.core.paths import local_path
 from sami.core.progress import track
 
@@ -183,9 +183,7 @@ def count_pictures(path: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Options(description=__doc__)
     parser.add_argument(
         "source", type=local_path, help="folder with pictures, or with a folder per class"
     )

@@ -24,6 +24,7 @@ from pycocotools import mask as coco_mask
 
 from sami.core.config import require
 from sami.core.exits import run_entry
+from sami.core.options import Options
 from sami.core.order import sample_rng
 from sami.core.paths import local_path
 from sami.core.progress import track
@@ -185,9 +186,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Options(description=__doc__)
     parser.add_argument("out", type=local_path, help="folder for the shards")
     parser.add_argument("--pictures", type=int, default=1024)
     parser.add_argument("--shards", type=int, default=4)

@@ -9,7 +9,6 @@ them. With eval.probe a pretraining measures the same as it goes. A quick measur
 encoders; the paper's numbers are those of finetune/classify.py.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.exits import run_entry
 from sami.core.labels import check_names, require_labels
+from sami.core.options import Options
 from sami.core.overlap import refuse_overlap
 from sami.core.paths import local_path, path_pattern
 from sami.core.processes import DEVICES, choose_device
@@ -30,9 +30,7 @@ from sami.probe import compare, embed, spread
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Options(description=__doc__)
     parser.add_argument("run", type=path_pattern, metavar="RUN")
     parser.add_argument(
         "--shards", type=path_pattern, nargs="+", required=True, help="training pictures"

@@ -8,7 +8,6 @@ runs/sweeps/NAME/*/pretrain, for example. --comparison takes what tools/chain.py
 needs no network.
 """
 
-import argparse
 import base64
 import html
 import io
@@ -29,6 +28,7 @@ from sami.core.config import require
 from sami.core.errors import UserError, raise_if_machine
 from sami.core.exits import run_entry
 from sami.core.metrics import MetricsFile
+from sami.core.options import Options
 from sami.core.paths import exists, is_file, local_path
 
 # The group of fields that only one entry has.
@@ -375,9 +375,7 @@ def page(runs: list[RunFolder], found: dict[str, Any] | None, most: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Options(description=__doc__)
     parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN")
     parser.add_argument("--comparison", type=local_path, help="comparison.json of tools/chain.py")
     parser.add_argument(

@@ -26,6 +26,7 @@ from pathlib import Path
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
+from sami.core.options import Options
 from sami.core.paths import local_path
 from sami.core.shipped import shipped
 
@@ -154,9 +155,7 @@ def finish(words: list[str], log: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Options(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="per process")

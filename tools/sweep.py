@@ -15,7 +15,6 @@ sweep file as it was before are refused, not mixed in; settings and seeds may be
 (SIGTERM, SIGUSR1, Ctrl-C, or a file OUT/RUN/stop); run it again.
 """
 
-import argparse
 import contextlib
 import errno
 import hashlib
@@ -46,8 +45,10 @@ from rich.table import Table
 
 from sami.core.checkpoint import write_text
 from sami.core.config import require
+from sami.core.configfile import meant_for, read_yaml
 from sami.core.errors import UserError, not_written, raise_if_machine
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, run_entry
+from sami.core.options import Options
 from sami.core.paths import exists, expand_path, is_file, local_path
 from sami.core.shipped import HOME, find, shipped, short
 
@@ -67,18 +68,6 @@ FORM: dict[str, Any] = {
     "paper": {str: {str: (int, float, type(None))}},
 }
 HELD = (errno.EACCES, errno.EAGAIN)  # of a lock that another process has
-
-
-class Loader(yaml.SafeLoader):
-    """YAML in which no name stands twice: the first one would vanish."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"'{twice}' stands twice in the map that begins in line {line}")
-        return super().construct_mapping(node, deep)
 
 
 @dataclass
@@ -117,16 +106,12 @@ class Sweep:
         Raises:
             UserError: it cannot be read, or is not what a sweep consists of.
         """
-        try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader)
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise_if_machine(error, path)
-            words = " ".join(str(getattr(error, "strerror", None) or error).split())
-            raise UserError(
-                f"{path} cannot be read ({words}); name one of configs/sweeps/"
-            ) from error
-        require(isinstance(content, dict), f"{path} is no sweep; see configs/sweeps/")
+        content = read_yaml(path, "", "configs/sweeps/")
         unknown = next((key for key in content if key not in FORM), None)
+        if unknown is not None and "stages" not in content:
+            raise UserError(
+                f"{path} {meant_for(content, str(path)) or 'is no sweep; see configs/sweeps/'}"
+            )
         require(unknown is None, f"{path}: {unknown} is none of {', '.join(FORM)}")
         for key in ("stages", "seeds", "measures"):
             require(bool(content.get(key)), f"{path} has no {key}; see configs/sweeps/")
@@ -265,7 +250,8 @@ class Sweep:
         """
         trained = [name for name in names if self.stages[name].config is not None]
         with ThreadPoolExecutor() as pool:
-            commands = [[sys.executable, *self.command(run, name), "--check"] for name in trained]
+            look = "--check=values"  # what an earlier stage makes is not there yet
+            commands = [[sys.executable, *self.command(run, name), look] for name in trained]
             for name, done in zip(trained, pool.map(_ask, commands), strict=True):
                 require(not done.returncode, f"{self.path}: {name}: {_last(done.stderr)}")
         self.check_fields([name for name in names if name not in trained])
@@ -798,9 +784,7 @@ def make_plot(sweep: Sweep) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Options(description=__doc__)
     parser.add_argument("what", choices=("list", "run", "status", "table", "plot", "folder"))
     parser.add_argument("sweep", type=local_path)
     parser.add_argument("number", type=int, nargs="?", help="of run and folder")

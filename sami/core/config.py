@@ -5,6 +5,7 @@ line wins wherever ``--config`` stands, every error is one sentence with the nea
 dataclass may refuse values that its types allow (a method ``check``).
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -12,15 +13,16 @@ import re
 import sys
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from sami.core.errors import UserError, raise_if_machine
-from sami.core.paths import expand_path, is_file
+from sami.core.configfile import flatten, meant_for, read_yaml, types_of
+from sami.core.errors import UserError
+from sami.core.options import QUOTE, join_lists, nearest
+from sami.core.paths import expand_path
 from sami.core.shipped import find
 
 Config = TypeVar("Config")
@@ -31,7 +33,8 @@ def load_config(config_class: type[Config], argv: Sequence[str] | None = None) -
     """The configuration that a command line asks for.
 
     The order of precedence is command line, then the files of ``--config`` (a later one over an
-    earlier one), then the defaults of the dataclasses. ``--print_config`` prints and exits.
+    earlier one), then the defaults of the dataclasses. ``--print_config`` prints and exits,
+    ``--check=values`` exits where nothing is wrong.
 
     Args:
         config_class: dataclass of dataclasses, one per group.
@@ -40,21 +43,21 @@ def load_config(config_class: type[Config], argv: Sequence[str] | None = None) -
     Raises:
         UserError: an unknown key, a value of the wrong type, or one that a ``check`` refuses.
     """
-    parser = _Parser(exit_on_error=False, allow_abbrev=False, description=config_class.__doc__)
+    parser = ArgumentParser(
+        exit_on_error=False, allow_abbrev=False, description=config_class.__doc__
+    )
     parser.add_argument("--config", action="config", help="YAML file; see configs/")
     parser.add_class_arguments(config_class, fail_untyped=True)
-    arguments = _config_first(list(sys.argv[1:] if argv is None else argv))
-    arguments = [_find_config(word) for word in arguments]
-    only_check, only_print = "--check" in arguments, "--print_config" in arguments
-    arguments = [word for word in arguments if word not in ("--check", "--print_config")]
+    files, words = _split_files(list(sys.argv[1:] if argv is None else argv))
+    only_values, only_print = "--check=values" in words, "--print_config" in words
+    words = [word for word in words if word not in ("--check=values", "--print_config")]
+    types = types_of(config_class)
+    words = join_lists(words, {key for key, kind in types.items() if _takes_list(kind)})
+    before = [f"--config={_read_file(file, config_class)}" for file in files]
     try:
-        namespace = parser.instantiate(parser.parse_args(arguments))
+        namespace = parser.instantiate(parser.parse_args([*before, *words]))
     except ArgumentError as error:
         raise UserError(_sentence(str(error), config_class)) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            "--config is not a text file; give a YAML file such as those in configs/"
-        ) from error
     groups = {
         field.name: getattr(namespace, field.name) for field in dataclasses.fields(config_class)
     }
@@ -71,17 +74,9 @@ def load_config(config_class: type[Config], argv: Sequence[str] | None = None) -
     for group in (*groups.values(), config):
         if hasattr(group, "check"):
             group.check()
-    if only_check:
+    if only_values:
         raise SystemExit(0)
     return config
-
-
-class _Parser(ArgumentParser):
-    """Reads its files as UTF-8, whatever the locale."""
-
-    def parse_path(self, path: Any, *more: Any, **options: Any) -> Any:
-        text = Path(str(path)).read_text(encoding="utf-8-sig")
-        return self.parse_string(text, str(path), *more, **options)
 
 
 def to_yaml(config: Any) -> str:
@@ -148,43 +143,49 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _config_first(argv: list[str]) -> list[str]:
-    """Move every --config to the front, so that what else is given wins over the files."""
+def _read_file(path: str, config_class: type) -> str:
+    """A configuration file as YAML that holds known keys only."""
+    content = read_yaml(find(expand_path(path, "--config")), "--config")
+    types = types_of(config_class)
+    flat = flatten(content, types)
+    unknown = next((key for key in flat if key not in types), None)
+    if unknown is not None:
+        other = meant_for(content, path)
+        require(other is None, f"{path} {other}")
+        raise UserError(f"{path}: {unknown} is not a known key{_nearest(unknown, types, '')}")
+    for key, value in flat.items():
+        group = dataclasses.is_dataclass(types[key])
+        require(
+            not group or value in (None, {}),
+            f"{path}: {key} must be a group of keys, got {value}",
+        )
+        require(
+            value is not None or group or type(None) in typing.get_args(types[key]),
+            f"{path}: {key} must be {_type_words(types[key])}, got null",
+        )
+    held = {key: value for key, value in content.items() if value is not None}
+    return yaml.safe_dump(held, sort_keys=False)
+
+
+def _split_files(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The files of every --config, and the other words.
+
+    Raises:
+        UserError: a --config without a file.
+    """
     files, rest = [], []
-    position = 0
-    while position < len(argv):
-        if argv[position] == "--config" and position + 1 < len(argv):
-            files.append(argv[position + 1])
-            position += 1
-        elif argv[position].startswith("--config="):
-            files.append(argv[position].removeprefix("--config="))
+    words = iter(argv)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            file = word.partition("=")[2] if "=" in word else next(words, "")
+            require(
+                bool(file) and not file.startswith("--"),
+                "--config needs a YAML file, such as one of configs/",
+            )
+            files.append(file)
         else:
-            rest.append(argv[position])
-        position += 1
-    files = [expand_path(file, "--config") for file in files]
-    for file in filter(is_file, files):
-        try:  # for what the machine refuses, which jsonargparse would call not there
-            Path(file).read_bytes()
-        except OSError as error:
-            raise_if_machine(error, file)
-            raise
-    return [f"--config={file}" for file in files] + rest
-
-
-def _find_config(word: str) -> str:
-    """``--config=FILE`` with the project's own file where the working directory has none."""
-    option, equals, path = word.partition("=")
-    return f"--config={find(path)}" if option == "--config" and equals and path else word
-
-
-def _types(config_class: type) -> dict[str, Any]:
-    """Dotted key to declared type, the groups themselves included."""
-    keys: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(config_class).items():
-        keys[name] = kind
-        if dataclasses.is_dataclass(kind):
-            keys.update({f"{name}.{key}": inner for key, inner in _types(kind).items()})
-    return keys
+            rest.append(word)
+    return files, rest
 
 
 def _type_words(kind: Any) -> str:
@@ -203,42 +204,73 @@ def _type_words(kind: Any) -> str:
     return "null" if kind is type(None) else words.get(kind, "a group of keys")
 
 
+def _takes_list(kind: Any) -> bool:
+    """Whether several values may stand behind an option of this type."""
+    if typing.get_origin(kind) in (typing.Union, UnionType):
+        return any(map(_takes_list, typing.get_args(kind)))
+    return typing.get_origin(kind) in (list, tuple)
+
+
 def _sentence(message: str, config_class: type) -> str:
     """jsonargparse's message as one sentence that names the key and the remedy."""
-    types = _types(config_class)
-    unknown = re.search(r"unrecognized arguments: (\S+)", message)
+    types = types_of(config_class)
+    unknown = re.search(r"unrecognized arguments: ?(\S*)", message)
     in_group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", message)
     in_file = re.search(
         r"[Kk]ey [\"']([^\"']+)[\"'] is not expected|does not accept option '([^']+)'", message
     )
+    lacking = re.search(r"argument (?:-\w/)?--([^\s/:]+)\S*: expected one argument", message)
+    explicit = re.search(r"argument (?:-\w/)?--([^\s/:]+)\S*: ignored explicit argument", message)
     wrong = re.search(r"Parser key \"([^\"]+)\"", message)
     if unknown:
-        option = unknown.group(1).split("=")[0]
-        if not option.startswith("--"):
-            return f"'{option}' is not an option; options are written --group.field value"
-        return f"{option} is not a known option{_nearest(option.lstrip('-'), types, '--')}"
+        return _unknown_word(unknown.group(1), types)
+    if lacking:
+        key = lacking.group(1)
+        return f"--{key} needs a value: {_type_words(types[key]) if key in types else 'one word'}"
+    if explicit:
+        return f"--{explicit.group(1)} takes no value"
     if in_group or in_file:
         key = ".".join(in_group.groups()) if in_group else next(filter(None, in_file.groups()))
         return f"{key} is not a known key{_nearest(key, types, '')}"
     if wrong and wrong.group(1) in types:
         key = wrong.group(1)
         value = re.findall(r"(?:Got|Given) value: (.*)", message)
-        got = f", got {value[-1].strip()}" if value else ""
-        return f"{key} must be {_type_words(types[key])}{got}"
-    if "does not exist" in message and "config" in message:
-        path = re.search(r"'([^']+)'", message)
-        return f"--config {path.group(1) if path else ''} does not exist; see configs/"
+        got = f", got {'null' if value[-1] == 'None' else value[-1].strip()}" if value else ""
+        return f"{key} must be {_type_words(types[key])}{got}{_remedy(types[key], value)}"
     return " ".join(message.split())
+
+
+def _remedy(kind: Any, values: list[str]) -> str:
+    """How a value is written that was meant well."""
+    if typing.get_origin(kind) is tuple:
+        return "; write it as [0.9, 0.95], or as 0.9 0.95"
+    if int in (kind, *typing.get_args(kind)) and values:
+        with contextlib.suppress(ValueError, OverflowError):
+            if float(values[-1]).is_integer():
+                return f"; write {int(float(values[-1]))}"
+    return ""
+
+
+def _unknown_word(word: str, types: dict[str, Any]) -> str:
+    """What is said of a word that no option takes."""
+    option = word.split("=")[0]
+    if option.startswith("--") and option != "--":
+        return f"{option} is not a known option{_nearest(option.lstrip('-'), types, '--')}"
+    start = f"'{word}' is not an option; "
+    if word.endswith((".yaml", ".yml")):
+        return f"{start}did you mean --config {word}?"
+    if option.lstrip("-") in types:
+        return f"{start}did you mean --{word.lstrip('-')}?"
+    quote = f"; {QUOTE}" if word and not word.startswith("-") else ""
+    return f"{start}options are written --group.field value{quote}"
 
 
 def _nearest(key: str, types: dict[str, Any], prefix: str) -> str:
     known = [name for name, kind in types.items() if not dataclasses.is_dataclass(kind)]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not close:  # the right field in the wrong group, or no group at all
-        last = difflib.get_close_matches(
-            key.split(".")[-1], [k.split(".")[-1] for k in known], n=1, cutoff=0.7
-        )
-        close = [name for name in known if last and name.split(".")[-1] == last[0]]
-    if close:
-        return f"; did you mean {prefix}{close[0]}?"
-    return "; --print_config shows the known ones"
+    told = nearest(key, known, "--print_config")
+    if not told.startswith("; did"):  # the right field in the wrong group, or no group at all
+        last = [name.split(".")[-1] for name in known]
+        close = difflib.get_close_matches(key.split(".")[-1], last, n=1, cutoff=0.7)
+        if close:
+            told = f"; did you mean {known[last.index(close[0])]}?"
+    return told.replace("did you mean ", f"did you mean {prefix}")

@@ -83,7 +83,7 @@ def shared_memory_full() -> str:
         size = "of unknown size"
     return (
         f"{SHARED_MEMORY} ({size}) is too small for what the readers hand over; make it larger "
-        "(docker run --shm-size 8g, or mount -o remount,size=8G /dev/shm), or lower data.workers "
+        "(docker run --shm-size 8g, or mount -o remount,size=8G /dev/shm), or lower --data.workers "
         "(0 needs none of it)"
     )
 

@@ -51,7 +51,8 @@ def user_error(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, torch.OutOfMemoryError):
         return UserError(
-            "the GPU's memory is full; lower train.micro_batch_size (the result stays the same), "
-            "in stage 2 also data.masks_per_image or set train.checkpointing true; a tool's --batch"
+            "the GPU's memory is full; lower --train.micro_batch_size (the result stays the same), "
+            "in stage 2 also --data.masks_per_image, or set --train.checkpointing true; in a tool "
+            "lower --batch"
         )
     return machine_error(error)

@@ -109,7 +109,7 @@ class TrainConfig:
         require(
             not self.compile or device.type != "cpu" or shutil.which(compiler) is not None,
             f"train.compile on a CPU needs a C++ compiler and {compiler} is not there; install one "
-            "or set train.compile false",
+            "or set --train.compile false",
         )
         return self.compile
 
@@ -131,7 +131,7 @@ class TrainConfig:
         require(
             rest == 0 and self.batch_size % whole == 0,
             f"train.batch_size {self.batch_size} is not divisible by {processes} processes x "
-            f"micro_batch_size {micro} = {whole}; try train.batch_size "
+            f"micro_batch_size {micro} = {whole}; try --train.batch_size "
             f"{f'{lower} or ' if lower else ''}{upper}",
         )
         return micro

@@ -192,7 +192,7 @@ class Run:
             except wandb.Error as error:
                 raise UserError(
                     f"wandb does not start ({' '.join(str(error).split())}); run 'wandb login', or "
-                    "set run.wandb offline or disabled"
+                    "set --run.wandb offline or disabled"
                 ) from error
 
     def __exit__(

@@ -135,7 +135,8 @@ class State:
         if worst_row >= self.train.max_bad_steps:
             raise UserError(
                 f"loss or gradient was not finite in {int(worst_row)} updates in a row before "
-                f"step {step}; lower optim.lr, set optim.clip 1.0 or train.precision fp32; {last}"
+                f"step {step}; lower --optim.lr, set --optim.clip 1.0 or --train.precision fp32; "
+                f"{last}"
             )
         counts, seen = self._of_all(self.bad).counts, step * self.train.batch_size
         allowed = max_bad_fraction * seen

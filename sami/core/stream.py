@@ -376,7 +376,7 @@ def _killed(words: str) -> UserError:
         return MachineError(f"a process that reads data could not go on: {refused}")
     return UserError(
         f"a process that reads data was killed ({words[:80]}); if memory ran out, which dmesg "
-        "tells, lower data.workers or data.shuffle_mb"
+        "tells, lower --data.workers or --data.shuffle_mb"
     )
 
 

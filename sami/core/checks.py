@@ -1,0 +1,148 @@
+"""What is looked at before a run: its inputs and, with --check, whether it can begin."""
+
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sami.core.config import load_config, require
+from sami.core.errors import BadSample, UserError
+from sami.core.exits import FINISHED
+from sami.core.order import Order
+from sami.core.run import Run
+from sami.core.shards import Shard, expand, read_range
+from sami.core.starts import Start, starts_missing
+from sami.core.stream import Samples
+from sami.core.weights import entry_of_groups
+
+BATCH = 32  # pictures of the batch that --check reads
+NOT_CHECKED = (
+    "the other pictures, the held-out ones and the checksums of cached features; whether the "
+    "device's memory is enough; several processes; whether {folder}, if it is begun, goes on under "
+    "this configuration"
+)
+
+
+def start_entry(
+    config_class: type,
+    argv: Sequence[str] | None,
+    starts_of: Callable[[Any], dict[str, Start]],
+    train: Callable[[Any, Run, bool], int],
+) -> int:
+    """An entry's start: read the configuration, look for what it names, train; or ``--check``.
+
+    With --check all of it happens in a temporary folder, up to a first batch; ``--check=values``
+    only reads the configuration.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv[1:]`` if None.
+        starts_of: from a configuration to its options that name weights.
+        train: called with the configuration, the run, and whether it only checks.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    only_check = "--check" in words
+    config = load_config(config_class, [word for word in words if word != "--check"])
+    entry, missing = entry_of_groups(vars(config)), partial(find_missing, config, starts_of(config))
+    if not only_check:
+        with Run(config.run, config.train.precision, entry) as run:
+            require_inputs(missing())
+            return train(config, run, False)
+    require(
+        os.environ.get("WORLD_SIZE", "1") == "1",
+        "--check is done by one process; start it with plain python, without a launcher",
+    )
+    print("the configuration: every field is valid", flush=True)
+    own = Path(config.run.dir)
+    with tempfile.TemporaryDirectory() as folder:
+        if (own / "index").is_dir():  # what was read of the shards before
+            shutil.copytree(own / "index", Path(folder) / "index")
+        elsewhere = dataclasses.replace(config.run, dir=folder, wandb="disabled")
+        config = dataclasses.replace(config, run=elsewhere)
+        with Run(config.run, config.train.precision, entry) as run:
+            require_inputs(missing())
+            code = train(config, run, True)
+    print(f"not checked: {NOT_CHECKED.format(folder=own)}")
+    return code
+
+
+def require_inputs(found: list[str | None]) -> None:
+    """
+    Args:
+        found: a sentence for each input of a run that is missing.
+
+    Raises:
+        UserError: what is missing, all of it in one sentence.
+    """
+    missing = [words for words in found if words]
+    numbered = "; ".join(f"({number}) {words}" for number, words in enumerate(missing, 1))
+    many = f"{len(missing)} inputs are missing: {numbered}"
+    require(not missing, missing[0] if len(missing) == 1 else many)
+
+
+def find_missing(config: Any, starts: dict[str, Start]) -> list[str | None]:
+    """What is wrong with each input of a run, if anything."""
+    found: list[str | None] = []
+    for key in ("shards", "val_shards"):
+        patterns = getattr(config.data, key)
+        try:
+            if patterns or key == "shards":
+                expand(patterns, f"data.{key}")
+        except UserError as error:
+            found.append(str(error))
+    return found + starts_missing(config, starts)
+
+
+def tell_checked(
+    order: Order,
+    held_out: list[Shard],
+    samples: Samples,
+    batch_size: int,
+    made: dict[str, str],
+) -> int:
+    """List what was found, and read a first batch; the exit code of ``--check``.
+
+    Args:
+        held_out: its shards.
+        samples: how the batch is decoded.
+        batch_size: train.batch_size.
+        made: what else was made, and of what.
+
+    Raises:
+        UserError: the first pictures cannot be used.
+    """
+    told = {
+        "data.shards": f"{len(order.shards)} shard(s), {order.samples} pictures, "
+        f"{order.steps_per_epoch} steps of {batch_size} an epoch",
+        "data.val_shards": f"{len(held_out)} shard(s), {sum(s.count for s in held_out)} pictures"
+        if held_out
+        else "none given",
+        **made,
+    }
+    for name, words in told.items():
+        print(f"{name}: {words}", flush=True)
+    items, bad = [], Counter()
+    positions = range(min(BATCH, batch_size, order.samples))
+    for sample in read_range(order.shards, positions, samples.fields):
+        try:
+            items.append(samples.decode(sample, 0, False))
+        except BadSample as error:
+            bad[str(error)] += 1
+    reasons = ", ".join(f"{number} {reason}" for reason, number in bad.items())
+    require(
+        bool(items),
+        f"none of the first {len(positions)} pictures of data.shards can be used ({reasons}); does "
+        "it hold what this run reads?",
+    )
+    samples.collate(items)
+    left_out = f"; left out: {reasons}" if bad else ""
+    print(f"a first batch: {len(items)} pictures read and decoded{left_out}")
+    return FINISHED

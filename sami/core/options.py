@@ -1,0 +1,131 @@
+"""Command lines: what stands behind an option, and one sentence for what is wrong with a tool's."""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Collection
+from typing import Any, NoReturn
+
+from sami.core.errors import UserError
+
+QUOTE = "put a pattern such as 'data/*.tar' in quotes"
+
+
+class Options(argparse.ArgumentParser):
+    """argparse whose errors are one sentence each, with the nearest option; no abbreviations."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            prog=f"python {sys.argv[0]}",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **settings,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """
+        Raises:
+            UserError: always.
+        """
+        raise UserError(self._sentence(" ".join(message.split())))
+
+    def _sentence(self, message: str) -> str:
+        known = [name for action in self._actions for name in action.option_strings]
+        unknown = re.match(r"unrecognized arguments: (.*)", message)
+        if unknown:
+            word = unknown[1].split()[0]
+            if not word.startswith("-"):
+                return f"'{word}' is one word too many; {QUOTE}, and see {self.prog} --help"
+            option = word.split("=")[0]
+            return f"{option} is not a known option{nearest(option, known, f'{self.prog} --help')}"
+        lacking = re.match(r"the following arguments are required: (.*)", message)
+        either = re.match(r"one of the arguments (.*) is required", message)
+        if lacking or either:
+            names = lacking[1].split(", ") if lacking else either[1].split()
+            names = [name if name.startswith("-") else name.upper() for name in names]
+            verb = "are" if lacking and len(names) > 1 else "is"
+            names = (", " if lacking else " or ").join(names)
+            return f"{names} {verb} missing; {self.prog} --help shows how it is used"
+        about = re.match(r"argument ([^:]+): (.*)", message)
+        if about is None:
+            return message
+        name, words = about[1].split("/")[-1], about[2]
+        value = re.search(r"invalid (\w+) value: '?(.*?)'?$", words)
+        choice = re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$", words)
+        other = re.search(r"not allowed with argument (\S+)", words)
+        if value:
+            kind = {"int": "an integer", "float": "a number"}.get(value[1], f"a {value[1]}")
+            return f"{name} must be {kind}, got {value[2] or 'nothing'}"
+        if choice:
+            return f"{name} must be one of {choice[2].replace(chr(39), '')}, got {choice[1]}"
+        if other:
+            return f"{name} and {other[1]} exclude each other; give one of them"
+        if words.startswith("expected "):
+            return f"{name} needs {'one value or more' if 'at least' in words else 'a value'}"
+        if words.startswith("ignored explicit argument"):
+            return f"{name} takes no value"
+        return f"{name}: {words}"
+
+
+def nearest(word: str, known: Collection[str], shown: str) -> str:
+    """The end of a sentence about an unknown word: the nearest known one, or where they are."""
+    bare = {name.lstrip("-"): name for name in known}
+    close = difflib.get_close_matches(word.lstrip("-"), bare, n=1, cutoff=0.5)
+    if not close:
+        close = [name for name in bare if len(word) > 4 and name.startswith(word.lstrip("-"))][:1]
+    return f"; did you mean {bare[close[0]]}?" if close else f"; {shown} shows the known ones"
+
+
+def join_lists(words: list[str], lists: Collection[str]) -> list[str]:
+    """The words of a command line with several values behind an option put together to a list.
+
+    So ``--data.shards a.tar b.tar``, which a shell makes of a pattern without quotes, is a list;
+    and so is one option several times on end, as in ``--data.shards=a.tar --data.shards=b.tar``,
+    which it makes of braces.
+
+    Args:
+        lists: dotted names of the options that take a list.
+    """
+    joined: list[str] = []
+    before: str | None = None
+    values: list[str] = []
+
+    def close() -> None:
+        if before is not None:
+            joined.append(f"--{before}={_list_of(values)}")
+
+    rest = iter(words)
+    waiting = next(rest, None)
+    while waiting is not None:
+        word, waiting = waiting, next(rest, None)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in lists:
+            close()
+            before, values = None, []
+            joined.append(word)
+            continue
+        found = [value] if equals else []
+        while waiting is not None and not waiting.startswith("--"):
+            found.append(waiting)
+            waiting = next(rest, None)
+        if not found:  # nothing stands behind it: the parser says so
+            close()
+            before, values = None, []
+            joined.append(word)
+        elif before == name and all(values) and all(found):
+            values += found
+        else:
+            close()
+            before, values = name, found
+    close()
+    return joined
+
+
+def _list_of(values: list[str]) -> str:
+    """Several words as one value; a list or map that was written with spaces is one already."""
+    whole = " ".join(values)
+    if len(values) == 1 or re.fullmatch(r"\[.*\]|\{[^}]*\}", whole):
+        return whole
+    return json.dumps(values)
