@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sami.core.config import load_config, require
-from sami.core.errors import BadSample, UserError
+from sami.core.errors import BadSample, MachineError, UserError
 from sami.core.exits import FINISHED
 from sami.core.order import Order
 from sami.core.run import Run
@@ -97,6 +97,8 @@ def find_missing(config: Any, starts: dict[str, Start]) -> list[str | None]:
             if patterns or key == "shards":
                 expand(patterns, f"data.{key}")
         except UserError as error:
+            if isinstance(error, MachineError):
+                raise
             found.append(str(error))
     return found + starts_missing(config, starts)
 
