@@ -124,6 +124,7 @@ def test_check_reads_a_cache_without_its_checksums(tmp_path, call):
 
 def test_check_is_done_by_one_process(tmp_path, call, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     code, _, error = call("pretrain", [*arguments(tmp_path, "x.tar"), "--check"])
     assert code == 2 and "--check is done by one process" in error
 

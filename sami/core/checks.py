@@ -15,6 +15,7 @@ from sami.core.config import load_config, require
 from sami.core.errors import BadSample, MachineError, UserError
 from sami.core.exits import FINISHED
 from sami.core.order import Order
+from sami.core.processes import is_launched
 from sami.core.run import Run
 from sami.core.shards import Shard, expand, read_range
 from sami.core.starts import Start, starts_missing
@@ -57,7 +58,7 @@ def start_entry(
             require_inputs(missing())
             return train(config, run, False)
     require(
-        os.environ.get("WORLD_SIZE", "1") == "1",
+        not is_launched() or os.environ.get("WORLD_SIZE", "1") == "1",
         "--check is done by one process; start it with plain python, without a launcher",
     )
     print("the configuration: every field is valid", flush=True)
