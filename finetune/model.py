@@ -17,6 +17,7 @@ from sami.core.config import PATH, require
 from sami.core.errors import UserError
 from sami.core.weights import Takes, Weights, load_strictly
 from sami.encoder import EncoderConfig, encoder_shape
+from sami.grids import GRID
 from sami.image_encoder import ImageEncoderShape, grid_of, image_encoder_shape, read_model
 from sami.sam_encoder import NECK_CHANNELS, SAM_SHAPES
 
@@ -109,10 +110,14 @@ def build_model(
     kind = "sam" if encoder.name in SAM_SHAPES else "vit"
     start = None
     # An encoder of our own keeps stage 1's grid of positions, 14 x 14 as released.
-    grid = 14 if kind == "vit" else image_size // patch
+    grid = encoder.grid or GRID
     if encoder.checkpoint:
         start, what = _load_image_encoder(encoder, say)
         grid = grid_of(start["pos_embed"])
+        encoder.check_grid(grid, f"of {what}")
+    elif kind == "sam":
+        grid = image_size // patch
+        encoder.check_grid(grid, f"of {encoder.name}")
     shape = ModelShape(
         ImageEncoderShape(kind, width, depth, heads, patch, image_size, grid, decoder.width),
         decoder.kind,

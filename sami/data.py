@@ -18,6 +18,7 @@ from sami.core.images import Box, cut, open_image, upright_size
 from sami.core.order import deal, sample_rng
 from sami.core.shards import PICTURE, TEACHER, RawSample, Shard, read_range
 from sami.features import Cache, FeatureBatch, from_bytes, region_weights
+from sami.grids import IMAGE_SIZE
 
 
 @dataclass
@@ -46,7 +47,7 @@ class DataConfig:
     epoch_samples: int | None = None
     max_bad_fraction: float = 0.1
     shuffle_mb: int = 128
-    image_size: int = 224
+    image_size: int = IMAGE_SIZE
     crop_scale: tuple[float, float] = (0.2, 1.0)
     hflip: bool = True
 

@@ -21,6 +21,7 @@ from sami.core.config import PATH, require
 from sami.core.errors import UserError
 from sami.core.images import patchify
 from sami.core.weights import Takes, Weights, find_weights, load_strictly, read_weights
+from sami.grids import PATCH_SIZE
 from sami.sam_encoder import SAM_SHAPES
 
 # width, depth, heads: EfficientSAM's released Ti and S, the paper's B, and SAM's own
@@ -52,14 +53,17 @@ class EncoderConfig:
         checkpoint: encoder.safetensors, or the folder of a run of stage 1, to start from; in
             stage 2 also a model (model.safetensors or its run folder, released .pt, SAM's .pth);
             null or empty for none.
+        grid: side of the grid that positions are stored for; null for the checkpoint's own, and
+            without one for the pictures' in stage 1 and the released model's 14 in stage 2.
     """
 
     name: str = "vit_ti"
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
-    patch_size: int = 16
+    patch_size: int = PATCH_SIZE
     checkpoint: str | None = field(default=None, metadata=PATH)
+    grid: int | None = None
 
     def check(self) -> None:
         self.checkpoint = self.checkpoint or None
@@ -73,11 +77,25 @@ class EncoderConfig:
             "encoder.width, depth, heads and patch_size must be positive",
         )
         require(
+            self.grid is None or self.grid > 0,
+            f"encoder.grid {self.grid} must be positive, such as 14, or null",
+        )
+        require(
             width % heads == 0, f"encoder.width {width} is not divisible by encoder.heads {heads}"
         )
         require(
             width % 4 == 0,
             f"encoder.width {width} must be divisible by 4 for its sine-cosine positions",
+        )
+
+    def check_grid(self, grid: int, whose: str) -> None:
+        """
+        Raises:
+            UserError: ``grid`` asks for another one than there is.
+        """
+        require(
+            self.grid in (None, grid),
+            f"encoder.grid {self.grid} is not the {grid} {whose}; set null",
         )
 
     @property
@@ -202,6 +220,7 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
         f"data.image_size {image_size} is not divisible by encoder.patch_size {config.patch_size}",
     )
     shape = EncoderShape(*config.shape, config.patch_size, image_size)
+    config.check_grid(image_size // config.patch_size, "of data.image_size and encoder.patch_size")
     if config.checkpoint:
         return load_encoder(config.checkpoint, "encoder.checkpoint", shape)
     return Encoder(shape)

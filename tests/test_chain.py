@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from finetune.model import load_model
 from tests.preloaded import Popen
 from tests.test_toy_shards import draw
 from tools.chain import main
@@ -43,6 +44,9 @@ def test_the_chain(chain, tmp_path):
     assert long["steps"] > short["steps"] == 3
     expected = (rows["sami"]["pretraining_seconds"] / short["finetuning_seconds"] + 1) * 3
     assert long["steps"] == round(expected)
+    for start in ("sami-0", "mae-0", "random-0", "random_long-0"):
+        model = load_model(tmp_path / "out" / start)
+        assert model.shape.encoder.grid == 4, start  # positions: 32 px in patches of 8
     for one in found["differences"]:
         a, b = rows["sami"][one["measure"]], rows[one["other"]][one["measure"]]
         assert one["by_seed"] == [a[0] - b[0]] and one["mean"] == one["low"] == one["high"]

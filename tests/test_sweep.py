@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sami.core.errors import UserError
 from tests.runs import LIMIT, ROOT, arguments, start, wait_for, write_shards
 from tools.sweep import Sweep, main
 
@@ -88,6 +89,38 @@ def test_from_the_file_to_the_table(shards, tmp_path, capsys):
     assert "| setting | r2 | r2, paper | loss |" in text and "(1 of 2)" in text and "0.9" in text
     assert main(["plot", path]) == 0
     assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_random_start_has_its_rivals_positions(tmp_path):
+    """Whatever stage 1's pictures and patches; told only where it is not the default's 14."""
+
+    def grids(*more, **changes):
+        content = yaml.safe_load((ROOT / "configs/sweeps/init.yaml").read_text()) | changes
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        runs = Sweep(path, tmp_path / "out", list(more))
+        return {
+            run.setting: [word for word in runs.command(run, "finetune") if "encoder.grid" in word]
+            for run in runs.runs
+        }
+
+    assert grids() == {"SAMI": [], "MAE": [], "random": []}
+    ten = {"SAMI": [], "MAE": [], "random": ["--encoder.grid=10"]}
+    assert grids("pretrain.data.image_size=160") == ten
+    assert grids("pretrain.encoder.patch_size=8")["random"] == ["--encoder.grid=28"]
+    told = grids("pretrain.data.image_size=160", "finetune.encoder.grid=12")
+    assert told["random"] == ["--encoder.grid=12"]
+    both = grids(vary={"pretrain.data.image_size": [160, 96]})
+    assert both["random, data.image_size 96"] == ["--encoder.grid=6"]
+    assert both["random, data.image_size 160"] == ["--encoder.grid=10"]
+    starts = {"finetune.encoder.checkpoint": ["{pretrain}", None]}
+    varied = grids("pretrain.data.image_size=160", vary=starts, settings={})
+    assert varied["encoder.checkpoint None"] == ["--encoder.grid=10"]
+    alone = {"random": {"pretrain": "skip", "finetune.encoder.checkpoint": None}}
+    assert grids("pretrain.data.image_size=160", settings=alone) == {"random": ten["random"]}
+    other = {"SAMI": {}, "SAMI, small": {"pretrain.data.image_size": 96}}
+    with pytest.raises(UserError, match="finetune.encoder.grid"):
+        grids(settings=other | alone)
 
 
 def test_a_chain_of_stages_and_one_that_is_skipped(shards, tmp_path, capsys):

@@ -24,6 +24,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +35,7 @@ from sami.core.exits import run_entry
 from sami.core.options import Options
 from sami.core.paths import exists, local_path, path_pattern
 from sami.core.shipped import shipped
+from sami.grids import grid_of_config
 
 INITS = ("sami", "mae", "random")
 LONG = "random, SAMI's time"
@@ -117,10 +119,19 @@ class Chain:
     def tuning(self, name: str, start: str | None, seed: int, *more: str) -> tuple:
         """A student's finetuning, for :meth:`together`."""
         encoder = "null" if start is None else str(self.out / start)
-        words = (f"encoder.checkpoint={encoder}", f"decoder.checkpoint={self.out / 'teacher'}")
+        words = [f"encoder.checkpoint={encoder}", f"decoder.checkpoint={self.out / 'teacher'}"]
+        if start is None:
+            words.append(f"encoder.grid={self.grid()}")
         config = f"finetune/{self.args.config}.yaml"
         words = self.words(name, config, *words, *self.args.set_finetune, *more, seed=seed)
         return (name, "finetune/train.py", *words)
+
+    def grid(self) -> int | str:
+        """Of the pretrained students' positions: a random start has the same."""
+        pairs = (word.partition("=") for word in self.args.set_pretrain)
+        overrides = {key: yaml.safe_load(value) for key, _, value in pairs}
+        file = shipped(f"configs/pretrain/{self.args.config}.yaml")
+        return grid_of_config(file, overrides) or "null"
 
     def evaluation(self, name: str) -> tuple | None:
         """A model's evaluation, for :meth:`together`; None if it is there."""

@@ -51,8 +51,9 @@ from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, run_entry
 from sami.core.options import Options
 from sami.core.paths import exists, expand_path, is_file, local_path
 from sami.core.shipped import HOME, find, shipped, short
+from sami.grids import GRID, grid_of_config
 
-SKIP = "skip"
+SKIP, START = "skip", "encoder.checkpoint"
 CODES = (FINISHED, USER_ERROR, ASKED_TO_STOP)
 PLAN, SWEEP, DONE, STATE = "plan.json", "sweep.json", "done.json", "state.json"
 BEFORE = "results of the sweep as it was before"
@@ -96,6 +97,11 @@ class Run:
     setting: str
     seed: int
     overrides: dict[str, dict[str, Any]]
+
+    def value(self, key: str) -> Any:
+        """Of STAGE.GROUP.FIELD; None where nothing is overridden."""
+        stage, _, name = key.partition(".")
+        return self.overrides[stage].get(name)
 
 
 class Sweep:
@@ -284,9 +290,42 @@ class Sweep:
             for key, value in options.items():
                 words += [f"--{key}", *(value if isinstance(value, list) else [value])]
             return [str(shipped(stage.entry)), *map(fill, words)]
+        options = self._with_grid(options, run, name)
         options |= {"run.dir": folders[name], "run.seed": run.seed}
         words = [f"--{key}={fill(value)}" for key, value in options.items()]
         return [str(shipped(stage.entry)), "--config", str(shipped(stage.config)), *words]
+
+    def _with_grid(self, options: dict[str, Any], run: Run, name: str) -> dict[str, Any]:
+        """The options of a stage 2; from random weights, with the positions of its rivals' stage 1.
+
+        Raises:
+            UserError: these differ in it.
+        """
+        if options.get(START) or "encoder.grid" in options:
+            return options
+        varied = [key for key in self.vary if key != f"{name}.{START}"]
+        rivals = [r for r in self.runs if all(r.value(key) == run.value(key) for key in varied)]
+        mine = self.stages[name].set.get(START)  # what counts in a file without a rival
+        starts = [(r, r.overrides[name].get(START, mine)) for r in rivals]
+        grids = self._grids(starts) or self._grids([(run, mine)])
+        require(
+            len(grids) < 2,
+            f"{self.path}: {run.setting} starts from random weights beside encoders with positions "
+            f"for {' and '.join(map(str, grids))} patches a side; set {name}.encoder.grid in it",
+        )
+        (grid,) = grids or {None}
+        return options if grid in (None, GRID) else options | {"encoder.grid": grid}
+
+    def _grids(self, starts: list[tuple[Run, Any]]) -> set[int | None]:
+        """For which grids the encoders have positions that runs start from, "{STAGE}"."""
+        grids = set()
+        for run, start in starts:
+            begun = re.fullmatch(r"\{(\w+)\}", str(start))
+            before = begun and self.stages.get(begun[1])
+            if before and before.config:
+                overrides = before.set | run.overrides[begun[1]]
+                grids.add(grid_of_config(shipped(before.config), overrides))
+        return grids
 
     def plan(self, run: Run) -> dict[str, Any]:
         """What a run consists of, wherever its folder is."""
