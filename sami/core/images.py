@@ -148,8 +148,8 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W], uint8 in 0..255 or floating point in 0..1, to float32 [B, 3, H, W]."""
-        scale = 255.0 if images.dtype == torch.uint8 else 1.0
+        """[B, 3, H, W], integers in 0..255 or floating point in 0..1, to float32 [B, 3, H, W]."""
+        scale = 1.0 if images.dtype.is_floating_point else 255.0
         return (images.float() - self.mean * scale) / (self.std * scale)
 
 
