@@ -8,7 +8,7 @@ that the model itself thinks best, and the oracle, the best of three against the
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from finetune.prompt_encoder import BOTTOM_RIGHT, FOREGROUND, TOP_LEFT
 from finetune.prompts import centre_of, correction_clicks
 from finetune.rle import area, box, decode_counts, parse_annotations, random_points
 from finetune.sam import ModelShape, Sam
+from finetune.trivial import RADII, discs, filled_box
 from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.images import open_image, resize_stored
@@ -104,6 +105,8 @@ class Judged:
     ``image`` uint8 [3, h, w], within the model's input; ``size`` the picture's own height and
     width; ``ends`` the run ends of its masks. In pixels of the picture: ``boxes`` [K, 4],
     ``clicks`` [draws, K, P, 2], and ``centres`` [K, 2], NaN if they were not asked for.
+    ``trivial``: IoU of what needs no model, for each prompting that was asked for fp64 [answers,
+    K].
     """
 
     key: str
@@ -113,6 +116,7 @@ class Judged:
     boxes: torch.Tensor
     clicks: torch.Tensor
     centres: torch.Tensor
+    trivial: list[np.ndarray] = field(default_factory=list)
 
     def head(self, count: int) -> "Judged":
         """The same with its first objects alone."""
@@ -122,6 +126,7 @@ class Judged:
             boxes=self.boxes[:count],
             clicks=self.clicks[:, :count],
             centres=self.centres[:count],
+            trivial=[iou[:, :count] for iou in self.trivial],
         )
 
     def prompts(self, prompting: Prompting) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,6 +139,12 @@ class Judged:
             points = self.clicks[prompting.draw, :, : prompting.clicks]
             label = [FOREGROUND] * prompting.clicks
         return points, torch.tensor(label).expand(len(points), -1)
+
+    def trivial_iou(self, prompting: Prompting) -> np.ndarray:
+        """IoU of the answers that need no model, fp64 [answers, K]: the filled box, or discs."""
+        if prompting.kind == "box":
+            return filled_box(self.ends, *self.size)
+        return discs(self.ends, *self.size, self.prompts(prompting)[0].numpy())
 
 
 class Source(Protocol):
@@ -172,6 +183,7 @@ class Pictures(IterableDataset):
     ) -> None:
         """``masks``: at most so many of a picture, drawn with ``seed``; None for all."""
         self.source, self.shape, self.masks, self.seed = source, shape, masks, seed
+        self.promptings = promptings
         random = [prompting for prompting in promptings if prompting.kind == "random"]
         self.draws = max((prompting.draw + 1 for prompting in random), default=1)
         self.clicks = max((prompting.clicks for prompting in random), default=1)
@@ -209,7 +221,7 @@ class Pictures(IterableDataset):
         if self.centres:
             centres = np.array([centre_of(paint(e, *size)) for e in ends], float)
         picture = resize_stored(image, *self.shape.frame(*size)).transpose(2, 0, 1)
-        return Judged(
+        judged = Judged(
             sample.key,
             torch.from_numpy(np.ascontiguousarray(picture)),
             size,
@@ -218,6 +230,8 @@ class Pictures(IterableDataset):
             torch.from_numpy(np.array(clicks, np.float32)),
             torch.from_numpy(centres.astype(np.float32)),
         )
+        judged.trivial += [judged.trivial_iou(prompting) for prompting in self.promptings]
+        return judged
 
 
 @torch.no_grad()
@@ -235,26 +249,33 @@ def evaluate(
         model: unwrapped.
 
     Returns:
-        ``miou_box``, ``miou_1_click``, ``miou_3_clicks``, ``pictures`` and ``objects``; None where
-        nothing could be measured.
+        ``miou_box``, ``miou_1_click`` and ``miou_3_clicks``, each with what needs no model as
+        ``trivial_box`` and so on, ``pictures`` and ``objects``; None where nothing could be
+        measured.
     """
     positions = range(min(config.samples, sum(shard.count for shard in shards)))
     source = ShardSource(shards, deal(positions, run.rank, run.processes))
     dataset = Pictures(source, model.shape, PROMPTINGS, config.masks, seed)
     sums = torch.zeros(len(PROMPTINGS) + 2, dtype=exact(run.device), device=run.device)
+    answers = [1 if p.kind == "box" else len(RADII) for p in PROMPTINGS]
+    trivial = torch.zeros(sum(answers), dtype=exact(run.device), device=run.device)
     model.eval()
     loader = make_loader(dataset, workers, run.device)
     for judged in follow(loader, "held out", len(source), run.say):
         with run.accelerator.autocast():
             iou = score(model, judged, run.device, PROMPTINGS, CHOICES[:1])[:, 0]
         sums += torch.cat([iou.sum(1), iou.new_tensor([1, iou.shape[1]])])
+        trivial += trivial.new_tensor(np.concatenate(judged.trivial).sum(1))
     model.train()
     *totals, pictures, objects = run.accelerator.reduce(sums, "sum").tolist()
+    best = [part.max().item() for part in run.accelerator.reduce(trivial, "sum").split(answers)]
     if pictures < len(positions):
         run.say(f"{len(positions) - int(pictures)} of {len(positions)} held-out pictures unusable")
-    names = [f"miou_{prompting.name.replace(' ', '_')}" for prompting in PROMPTINGS]
+    words = [prompting.name.replace(" ", "_") for prompting in PROMPTINGS]
+    names = [f"{kind}_{word}" for kind in ("miou", "trivial") for word in words]
     means = {
-        n: total / objects if objects else None for n, total in zip(names, totals, strict=True)
+        name: total / objects if objects else None
+        for name, total in zip(names, totals + best, strict=True)
     }
     return means | {"pictures": pictures, "objects": objects}
 

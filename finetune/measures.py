@@ -4,17 +4,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy.stats import t
 
 from finetune.evaluation import CHOICES, Prompting
+from finetune.trivial import RADII
 
 SIZES = {"all": (0, np.inf), "S": (0, 32**2), "M": (32**2, 96**2), "L": (96**2, np.inf)}  # COCO's
 RESAMPLED = 1000
-SOURCE = "EfficientSAM, table 4, on COCO / LVIS"
-PAPER = {
-    "EfficientSAM-Ti": {"box": (75.7, 74.3), "1 click": (45.5, 52.7), "3 clicks": (67.2, 66.8)},
-    "EfficientSAM-S": {"box": (76.9, 75.4), "1 click": (50.0, 56.2), "3 clicks": (69.8, 68.7)},
-    "SAM": {"box": (78.4, 78.9), "1 click": (55.6, 59.8), "3 clicks": (74.1, 75.2)},
+TRIVIAL = ("filled box", "constant disc")  # what needs no model, as tables call it
+SOURCE = "EfficientSAM, table 4"
+PAPER = {  # by data set
+    "COCO val2017": {
+        "EfficientSAM-Ti": {"box": 75.7, "1 click": 45.5, "3 clicks": 67.2},
+        "EfficientSAM-S": {"box": 76.9, "1 click": 50.0, "3 clicks": 69.8},
+        "SAM": {"box": 78.4, "1 click": 55.6, "3 clicks": 74.1},
+    },
+    "LVIS v1 val": {
+        "EfficientSAM-Ti": {"box": 74.3, "1 click": 52.7, "3 clicks": 66.8},
+        "EfficientSAM-S": {"box": 75.4, "1 click": 56.2, "3 clicks": 68.7},
+        "SAM": {"box": 78.9, "1 click": 59.8, "3 clicks": 75.2},
+    },
 }
+# Pictures and annotations, crowds among them, by which a file of annotations is recognised.
+DATA_SETS = {"COCO val2017": (5_000, 36_781), "LVIS v1 val": (19_809, 244_707)}
 
 
 @dataclass
@@ -22,24 +34,28 @@ class Measured:
     """What was found on a set of pictures.
 
     ``iou``: of each picture fp64 [promptings, choices, K]; ``areas``: of each picture [K], in
-    pixels.
+    pixels; ``trivial``: of each picture, for each prompting, fp64 [answers, K].
     """
 
     promptings: tuple[Prompting, ...]
     iou: list[np.ndarray] = field(default_factory=list)
     areas: list[np.ndarray] = field(default_factory=list)
+    trivial: list[list[np.ndarray]] = field(default_factory=list)
 
-    def add(self, iou: np.ndarray, areas: np.ndarray) -> None:
+    def add(self, iou: np.ndarray, areas: np.ndarray, trivial: list[np.ndarray]) -> None:
         """One picture."""
         self.iou.append(iou)
         self.areas.append(areas)
+        self.trivial.append(trivial)
 
     def rows(self, seed: int = 0) -> list[dict[str, Any]]:
         """One for each kind of prompt and each choice: mIoU by size of the object.
 
         The mean is over objects. Random draws of one prompt are averaged for each object first;
         ``draws`` has the mean of each. The interval is that of 95 % of 1,000 bootstrap samples of
-        pictures: objects of one picture are not independent.
+        pictures: objects of one picture are not independent. A prompt's last row, its choice one of
+        TRIVIAL, needs no model; of the discs it has the radius that is best for these objects,
+        ``radius``, as a share of the side of a square with the picture's area.
         """
         groups: dict[str, list[int]] = {}
         for number, prompting in enumerate(self.promptings):
@@ -48,15 +64,25 @@ class Measured:
         areas = np.concatenate(self.areas)
         iou = np.concatenate(self.iou, 2)
         weights = resample(len(self.areas), seed)
+
+        def row(name: str, choice: str, told: np.ndarray) -> dict[str, Any]:
+            by_size = {}
+            for size, (least, most) in SIZES.items():
+                within = (areas >= least) & (areas < most)
+                values = told.mean(0)[within]
+                by_size[size] = mean(values, pictures[within], weights)
+            draws = told.mean(1).tolist()
+            return {"prompt": name, "choice": choice, "miou": by_size, "draws": draws}
+
         rows = []
         for name, numbers in groups.items():
-            for choice, told in zip(CHOICES, iou[numbers].mean(0), strict=True):
-                by_size = {}
-                for size, (least, most) in SIZES.items():
-                    within = (areas >= least) & (areas < most)
-                    by_size[size] = mean(told[within], pictures[within], weights)
-                draws = iou[numbers, CHOICES.index(choice)].mean(1).tolist()
-                rows.append({"prompt": name, "choice": choice, "miou": by_size, "draws": draws})
+            rows += [row(name, c, iou[numbers, place]) for place, c in enumerate(CHOICES)]
+            told = [np.concatenate([one[n] for one in self.trivial], 1) for n in numbers]
+            best = int(np.mean(told, 0).mean(1).argmax())  # of [draws, answers, K]
+            choice = TRIVIAL[self.promptings[numbers[0]].kind != "box"]
+            rows.append(row(name, choice, np.stack([one[best] for one in told])))
+            if choice == TRIVIAL[1]:
+                rows[-1]["radius"] = float(RADII[best])
         return rows
 
 
@@ -87,3 +113,61 @@ def mean(values: np.ndarray, pictures: np.ndarray, weights: np.ndarray) -> dict[
         "high": float(high),
         "objects": len(values),
     }
+
+
+def data_set(pictures: int, annotations: int) -> str | None:
+    """The data set of the paper's with so many pictures and annotations; None if it is none."""
+    return next((name for name, told in DATA_SETS.items() if told == (pictures, annotations)), None)
+
+
+def paired(values: list[float]) -> dict[str, Any]:
+    """What differences of two runs each, one for each seed, say together.
+
+    ``low`` and ``high`` bound the 95 % interval of the mean by Student's t; None for a single seed,
+    which has none. ``ahead``: in how many seeds the first was better.
+    """
+    low = high = None
+    if len(values) > 1:
+        half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+        low, high = float(np.mean(values) - half), float(np.mean(values) + half)
+    ahead = sum(value > 0 for value in values)
+    return {
+        "by_seed": values,
+        "mean": float(np.mean(values)),
+        "low": low,
+        "high": high,
+        "ahead": ahead,
+    }
+
+
+def verdict(told: dict[str, Any], first: float, second: float, trivial: float | None) -> str:
+    """What a paired difference (:func:`paired`) of SAMI and another start allows to say; no more.
+
+    Args:
+        first, second: the means that are compared.
+        trivial: the score that needs no model.
+    """
+    seeds = len(told["by_seed"])
+    if trivial is not None and max(first, second) <= trivial:
+        return "no conclusion: both are below the answer that needs no model"
+    if seeds == 1:
+        return "no conclusion from one seed"
+    if told["low"] > 0:
+        return "SAMI is ahead"
+    if told["high"] < 0:
+        return "SAMI is behind"
+    return f"no conclusion from {seeds} seeds: the interval holds 0"
+
+
+def conclusion(one: dict[str, Any], found: dict[str, Any]) -> str:
+    """A sentence on one of the differences that tools/chain.py found, with what it rests on."""
+    measure, seeds = one["measure"], len(one["by_seed"])
+    means = {row["start"]: float(np.mean(row[measure])) for row in found["rows"]}
+    said = verdict(one, means["sami"], means[one["other"]], found["trivial"][measure])
+    span = ""
+    if one["low"] is not None:
+        span = f", 95 % interval {100 * one['low']:+.1f} to {100 * one['high']:+.1f}"
+    return (
+        f"{measure}, against {one['other']}: {100 * one['mean']:+.1f} points{span}, ahead in "
+        f"{one['ahead']} of {seeds} seed{'s' * (seeds > 1)}: {said}"
+    )

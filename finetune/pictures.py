@@ -15,7 +15,7 @@ from finetune.losses import mask_iou
 from finetune.prompt_encoder import BACKGROUND, FOREGROUND, TOP_LEFT
 from finetune.sam import Sam
 from sami.core.images import resize_array
-from sami.core.plots import OBJECTS, ink_on, object_colour, save_png
+from sami.core.plots import OBJECTS, ink_on, object_colour, plain, save_png
 
 SIDE = 560  # pixels of a panel's longer side
 COLUMNS, GAP, STRIP, HEAD, DPI = 3, 12, 26, 64, 100  # panels in a row; pixels
@@ -55,7 +55,7 @@ def figure_of(
     height = HEAD + sum(rows * (size[0] + STRIP + GAP) for size in sizes)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     FigureCanvasAgg(figure)
-    figure.text(GAP / width, 1 - 14 / height, title, fontsize=13, va="center")
+    figure.text(GAP / width, 1 - 14 / height, plain(title), fontsize=13, va="center")
     figure.text(GAP / width, 1 - 40 / height, KEY, fontsize=9, va="center", wrap=True)
     top = HEAD
     for judged, size in zip(pictures, sizes, strict=True):
@@ -101,12 +101,15 @@ def _draw_picture(
         masks, points, labels = masks_of(model, judged, device, prompting)
         iou = mask_iou(masks, truth).tolist()
         title = f"by {prompting.name}: mean IoU {100 * sum(iou) / count:.1f} %"
+        best = judged.trivial_iou(prompting).mean(1).max()
+        title += f" (without a model {100 * best:.1f} %)"
         _show(axis, image, shrink(masks, size), title)
         taken = []
         for number, (place, kinds) in enumerate(zip(points, labels, strict=True)):
             empty = not masks[number].any()
             text = f"{number + 1}: " + ("empty" if empty else f"{100 * iou[number]:.0f} %")
-            place = _on_panel(place, judged.size, size)
+            half = 0.0 if (kinds == TOP_LEFT).any() else 0.5  # a box's sides lie between pixels
+            place = _on_panel(place, judged.size, size, half)
             _draw_prompt(axis, number, place, kinds)
             _label(axis, number, text, place[0], taken)
 
@@ -114,14 +117,16 @@ def _draw_picture(
 def _show(axis: Axes, image: np.ndarray, masks: np.ndarray, title: str) -> None:
     axis.imshow(overlay(image, masks), interpolation="nearest", aspect="auto")
     axis.set_axis_off()
-    axis.set_title(title, fontsize=11, loc="left", pad=4)
+    axis.set_title(plain(title), fontsize=11, loc="left", pad=4)
     axis.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
 
 
-def _on_panel(points: torch.Tensor, full: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def _on_panel(
+    points: torch.Tensor, full: tuple[int, int], size: tuple[int, int], half: float = 0.5
+) -> np.ndarray:
     """Pixels x, y of the picture as pixels of its panel: a pixel's middle on a pixel's middle."""
     scale = np.array([size[1] / full[1], size[0] / full[0]])
-    return (points.numpy() + 0.5) * scale - 0.5
+    return (points.numpy() + half) * scale - 0.5
 
 
 def shrink(masks: torch.Tensor, size: tuple[int, int]) -> np.ndarray:

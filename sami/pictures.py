@@ -4,11 +4,13 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from sami.core.images import MEAN, STD, patchify, unpatchify
+from sami.core.plots import new_figure, plain, save_png
+
+SIDE = 4.0  # inches of a picture, 400 pixels
 
 
 def pca_basis(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -59,8 +61,28 @@ def pixels_back(patches: torch.Tensor, images: torch.Tensor, patch_size: int) ->
     return (unpatchify(restored, patch_size) * std + mean).clamp(0, 1)
 
 
-def draw_reconstruction(
-    path: Path,
+def explained(target: torch.Tensor, prediction: torch.Tensor, masked: torch.Tensor) -> list[float]:
+    """Of each picture, how much of its masked tokens' variance about their mean is predicted.
+
+    1 is a perfect reconstruction, 0 that of one vector for all; it may be below.
+
+    Args:
+        target, prediction: [B, N, C].
+        masked: [B, M].
+    """
+    places = masked.unsqueeze(-1).expand(-1, -1, target.shape[-1])
+    true, found = (tokens.double().gather(1, places) for tokens in (target, prediction))
+    error = (found - true).square().sum((1, 2))
+    spread = (true - true.mean(1, keepdim=True)).square().sum((1, 2))
+    return (1 - error / spread.clamp(min=1e-12)).tolist()
+
+
+def draw_reconstruction(path: Path, *told: torch.Tensor | int | str) -> None:
+    """Write a PNG of :func:`figure_of`; the arguments are its own."""
+    save_png(figure_of(*told), path)
+
+
+def figure_of(
     images: torch.Tensor,
     masked: torch.Tensor,
     target: torch.Tensor,
@@ -68,8 +90,8 @@ def draw_reconstruction(
     patch_size: int,
     target_kind: str,
     title: str,
-) -> None:
-    """Write a PNG: a row per picture with input, masked input, target and reconstruction.
+) -> Figure:
+    """A row per picture with input, masked input, target and reconstruction.
 
     Features are shown as PCA colours in one basis, fitted on the teacher's; pixels as pixels.
 
@@ -81,32 +103,40 @@ def draw_reconstruction(
     images, masked = images.cpu().float() / 255, masked.cpu()
     target, prediction = target.cpu().float(), prediction.cpu().float()
     if target_kind == "pixels":
-        names = ("target", "reconstruction")
+        names = ("target: pixels of each patch", "reconstruction")
         maps = [
             rearrange(pixels_back(tokens, images, patch_size), "b c h w -> b h w c")
             for tokens in (target, prediction)
         ]
+        key = "Each patch is shown with its true mean and spread, which are not predicted."
     else:
-        names = ("teacher (PCA)", "reconstruction (same PCA)")
+        names = ("target: the teacher's features", "reconstruction of the features")
         basis = pca_basis(target.flatten(0, 1))
         maps = [pca_colours(tokens, basis) for tokens in (target, prediction)]
+        key = (
+            "Features as colours: the three principal directions of the targets shown, the same "
+            "in both columns and all rows; alike in colour is alike to the teacher."
+        )
+    hidden = masked.shape[1] / target.shape[1]
     columns = [
         ("picture", rearrange(images, "b c h w -> b h w c")),
         (
-            "what the student sees",
+            f"what the student sees: {100 * (1 - hidden):.0f} %",
             rearrange(hide(images, masked, patch_size), "b c h w -> b h w c"),
         ),
         *zip(names, maps, strict=True),
     ]
-    figure = Figure(figsize=(2.4 * len(columns), 2.4 * len(images) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(SIDE * len(columns), (SIDE + 0.3) * len(images) + 0.9)
     axes = figure.subplots(len(images), len(columns), squeeze=False)
+    shares = explained(target, prediction, masked) if hidden else [None] * len(images)
     for column, (name, pictures) in enumerate(columns):
-        axes[0][column].set_title(name, fontsize=9)
         for row, picture in enumerate(pictures):
+            told = name
+            if column == len(columns) - 1 and shares[row] is not None:
+                told = f"{name}: {100 * shares[row]:.0f} %"
+            axes[row][column].set_title(told, fontsize=13)
             axes[row][column].imshow(picture.numpy(), interpolation="nearest")
             axes[row][column].set_axis_off()
-    figure.suptitle(title, fontsize=9)
-    temporary = path.with_name(f".{path.name}.writing")
-    figure.savefig(temporary, dpi=100, format="png")
-    temporary.replace(path)
+    below = "%: of the variance of this picture's masked tokens, how much is predicted; 0 is their "
+    figure.suptitle(f"{plain(title)}\n{key}\n{below}mean.", fontsize=13)
+    return figure

@@ -3,11 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sami.core.images import MEAN, STD
 from sami.heldout import Sums
 from sami.model import pixel_target
-from sami.pictures import draw_reconstruction, hide, pca_basis, pca_colours, pixels_back
+from sami.pictures import (
+    draw_reconstruction,
+    explained,
+    figure_of,
+    hide,
+    pca_basis,
+    pca_colours,
+    pixels_back,
+)
 from tests import reference
 
 CPU = torch.device("cpu")
@@ -105,5 +114,27 @@ def test_pictures(tmp_path):
     for kind, channels in (("teacher", 256), ("pixels", 768), ("teacher", 2)):
         target = torch.randn(2, 16, channels)
         path = tmp_path / f"{kind}.png"
-        draw_reconstruction(path, images, masked, target, target, 16, kind, "title")
-        assert path.read_bytes().startswith(b"\x89PNG")
+        told = (images, masked, target, target * 0.5, 16, kind, "runs/x, step 3")
+        draw_reconstruction(path, *told)
+        with Image.open(path) as drawn:
+            assert drawn.format == "PNG" and drawn.width >= 4 * 400 and drawn.height >= 2 * 400
+        figure = figure_of(*told)
+        for row, picture in enumerate(target.double().numpy()):
+            true = picture[masked[row].numpy()]
+            share = 1 - ((true / 2) ** 2).sum() / ((true - true.mean(0)) ** 2).sum()
+            titles = [axes.get_title() for axes in figure.axes[4 * row : 4 * row + 4]]
+            assert titles[0] == "picture" and titles[1] == "what the student sees: 88 %"
+            assert titles[2].startswith("target: ")
+            assert titles[3].endswith(f": {100 * share:.0f} %") and "reconstruction" in titles[3]
+        assert figure.get_suptitle().startswith("runs/x, step 3\n")
+
+
+def test_what_is_explained_of_a_picture():
+    """1 of the target itself, 0 of the masked tokens' mean; what was visible does not count."""
+    target = torch.randn(3, 16, 8)
+    masked = torch.tensor([[0, 5, 7], [1, 2, 3], [4, 8, 15]])
+    places = masked.unsqueeze(-1).expand(-1, -1, 8)
+    constant = target.gather(1, places).mean(1, keepdim=True).expand(-1, 16, -1)
+    assert explained(target, constant, masked) == pytest.approx([0] * 3, abs=1e-6)
+    right = torch.zeros_like(target).scatter(1, places, target.gather(1, places))
+    assert explained(target, right, masked) == pytest.approx([1] * 3)

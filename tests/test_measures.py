@@ -10,25 +10,44 @@ from PIL import Image
 
 from finetune.coco import CocoSource, read_coco
 from finetune.evaluation import Prompting
-from finetune.measures import Measured, mean, resample
+from finetune.measures import DATA_SETS, PAPER, Measured, data_set, mean, paired, resample, verdict
 from finetune.model import DecoderConfig, build_model, export_header
+from finetune.trivial import RADII
 from sami.core.checkpoint import write_weights
 from sami.core.errors import UserError
 from sami.core.shards import PICTURE
 from sami.encoder import EncoderConfig
 from tests.runs import ROOT, run
 from tests.test_toy_shards import draw
+from tools.evaluate import main
 
 
 def test_means_by_size_and_draw():
     promptings = (*Prompting.parse("box", 2), *Prompting.parse("1", 2))
     measured, rng = Measured(promptings), np.random.default_rng(0)
     told = [(rng.random((3, 2, k)), rng.integers(1, 20000, k)) for k in (3, 7, 1)]
-    for iou, areas in told:
-        measured.add(iou, areas)
-    rows = measured.rows()
-    names = [(row["prompt"], row["choice"]) for row in rows]
-    assert names == [(p, c) for p in ("box", "1 click") for c in ("predicted", "oracle")]
+    count = len(RADII)
+    trivial = [[rng.random((n, k)) for n in (1, count, count)] for k in (3, 7, 1)]
+    for (iou, areas), answers in zip(told, trivial, strict=True):
+        measured.add(iou, areas, answers)
+    everything = measured.rows()
+    names = [(row["prompt"], row["choice"]) for row in everything]
+    assert names == [
+        (prompt, choice)
+        for prompt, needs_none in (("box", "filled box"), ("1 click", "constant disc"))
+        for choice in ("predicted", "oracle", needs_none)
+    ]
+    box, disc = everything.pop(2), everything.pop(4)
+    filled = np.concatenate([one[0][0] for one in trivial])
+    assert box["miou"]["all"]["mean"] == pytest.approx(filled.mean()) and "radius" not in box
+    # One radius for all objects and draws, the best.
+    means = [
+        np.mean([one[d][r].mean() * one[d].shape[1] for one in trivial for d in (1, 2)]) * 3 / 11
+        for r in range(count)
+    ]
+    assert disc["miou"]["all"]["mean"] == pytest.approx(max(means))
+    assert disc["radius"] == RADII[np.argmax(means)]
+    rows = everything
     values = [told[p][0][:, 0, k] for p, count in enumerate((3, 7, 1)) for k in range(count)]
     areas = np.concatenate([one[1] for one in told])
     assert rows[0]["miou"]["all"]["mean"] == pytest.approx(np.mean([v[0] for v in values]))
@@ -105,15 +124,20 @@ def test_on_shards(model, tmp_path):
     words = (model, "--shards", shards, "--samples=3", "--masks=2", "--overlays=2")
     done = evaluate(*words, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    for text in ("box", "3 clicks, centre first", "oracle", "75.7 / 74.3", "3 pictures, 6 objects"):
+    for text in ("box", "oracle", "filled box", "constant disc", "3 pictures, 6 objects"):
         assert text in done.stdout
+    table = done.stdout.split("mIoU in %")[1].split(str(model))[0]
+    assert max(map(len, table.splitlines())) <= 80
+    assert "paper" not in done.stdout  # its numbers are not of these pictures
     told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert told["pictures"] == 3 and told["objects"] == 6 and len(told["results"]) == 10
+    assert told["pictures"] == 3 and told["objects"] == 6 and len(told["results"]) == 15
     rows = {(row["prompt"], row["choice"]): row for row in told["results"]}
     assert len(rows["1 click", "oracle"]["draws"]) == 3
     whole = rows["box", "predicted"]["miou"]["all"]
     assert 0 <= whole["low"] <= whole["mean"] <= rows["box", "oracle"]["miou"]["all"]["mean"] <= 1
-    assert told["model"]["decoder"] == "efficientsam" and told["paper"]["figures"]["SAM"]
+    assert told["model"]["decoder"] == "efficientsam"
+    assert told["data"] is None and told["paper"] is None
+    assert 0.3 < rows["box", "filled box"]["miou"]["all"]["mean"] <= 1
     assert (tmp_path / "out" / "masks.png").stat().st_size > 10_000
     again = evaluate(*words, "--out", tmp_path / "out")
     assert again.returncode == 2 and "holds an evaluation already" in again.stderr
@@ -148,6 +172,53 @@ def test_coco_and_its_shards_give_the_same(model, coco, tmp_path):
     ]
     a, b = ([row["miou"]["all"]["mean"] for row in one["results"]] for one in results)
     assert a == pytest.approx(b, abs=1e-6) and max(a) > 0
+
+
+def test_the_papers_figures_stand_on_its_own_data(model, coco, tmp_path, monkeypatch, capsys):
+    """COCO's and LVIS's validation sets, whole, are known by their counts; no part of them is."""
+    assert data_set(5000, 36781) == "COCO val2017" and data_set(19809, 244707) == "LVIS v1 val"
+    assert data_set(5000, 36780) is data_set(4, 12) is None
+    assert PAPER["COCO val2017"]["EfficientSAM-Ti"]["box"] == 75.7
+    assert PAPER["LVIS v1 val"]["SAM"]["3 clicks"] == 75.2
+    monkeypatch.setitem(DATA_SETS, "LVIS v1 val", (4, 12))
+    words = [str(model), "--coco", str(coco / "annotations.json"), "--pictures", str(coco)]
+    words += ["--prompts", "box", "centre-1", "--workers=0", "--device=cpu"]
+    for number, (more, shown) in enumerate(
+        (([], True), (["--samples=3"], False), (["--masks=1"], False))
+    ):
+        out = tmp_path / str(number)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words, *more, "--out", str(out)])
+        assert main() == 0
+        said = capsys.readouterr().out
+        table = said.split("mIoU in %")[1].split(str(model))[0]
+        assert max(map(len, table.splitlines())) <= 80
+        told = json.loads((out / "evaluation.json").read_text())
+        assert ("on LVIS v1 val), not ours" in " ".join(said.split())) == shown
+        found = [line.split() for line in said.splitlines() if "SAM" in line]
+        if shown:  # for the box alone: the paper has no centre first
+            figures = {"EfficientSAM-Ti": "74.3", "EfficientSAM-S": "75.4", "SAM": "78.9"}
+            assert [one[0] for one in found if one[0] in figures] == list(figures)
+            for one in figures.values():
+                assert table.count(f" {one} ") == 1
+            assert told["data"] == told["paper"]["data"] == "LVIS v1 val"
+        else:
+            assert "*" not in table and told["data"] is None and told["paper"] is None
+
+
+def test_what_a_difference_allows_to_say():
+    """The interval is Student's; nothing is concluded from one seed, or where it holds 0."""
+    told = paired([0.02, 0.03, 0.04])
+    assert told["mean"] == pytest.approx(0.03) and told["ahead"] == 3
+    assert told["low"] == pytest.approx(0.03 - 4.302653 * 0.01 / 3**0.5, abs=1e-6)
+    assert told["high"] == pytest.approx(0.03 + 4.302653 * 0.01 / 3**0.5, abs=1e-6)
+    assert verdict(told, 0.5, 0.47, 0.4) == "SAMI is ahead"
+    assert verdict(paired([-0.02, -0.03, -0.04]), 0.47, 0.5, 0.4) == "SAMI is behind"
+    assert "the interval holds 0" in verdict(paired([0.02, -0.01, 0.04]), 0.5, 0.49, 0.4)
+    assert "the interval holds 0" in verdict(paired([0.01, 0.05]), 0.5, 0.49, None)
+    alone = paired([0.3])
+    assert alone["low"] is alone["high"] is None
+    assert verdict(alone, 0.8, 0.5, 0.4) == "no conclusion from one seed"
+    assert "below the answer that needs no model" in verdict(told, 0.3, 0.27, 0.4)
 
 
 def test_what_is_not_there_is_counted(coco, tmp_path, capsys):

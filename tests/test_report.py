@@ -2,15 +2,23 @@
 
 import base64
 import html
+import io
 import json
 import re
 import struct
 import sys
+from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
-from tools.report import main
+from finetune.measures import paired
+from tools import report as report_module
+from tools.report import RunFolder, main, mean_and_std, name_apart, settings_of
 
 # The smallest PNG there is.
 PNG = base64.b64decode(
@@ -44,9 +52,10 @@ def write_run(folder, group="mask", seed=0, **fields):
 
 def write_evaluation(folder):
     mean = {"mean": 0.4321, "low": 0.4, "high": 0.5}
+    needs_none = {"mean": 0.31, "low": 0.3, "high": 0.32}
     rows = [
-        {"prompt": "box", "choice": choice, "miou": {"all": mean}}
-        for choice in ("predicted", "oracle")
+        {"prompt": "box", "choice": choice, "miou": {"all": told}}
+        for choice, told in (("predicted", mean), ("oracle", mean), ("filled box", needs_none))
     ]
     folder.mkdir(parents=True)
     told = {"pictures": 7, "objects": 70, "results": rows}
@@ -76,11 +85,11 @@ def test_several_runs_of_every_kind(report, tmp_path):
     assert code == 0
     for name in ("r0.5/pretrain", "r0.75/pretrain", "r0.5/finetune", "r0.5/classify"):
         assert f"<summary>{name}</summary>" in page
-    # Curves: one picture for each kind, all runs of it over each other.
-    words = "loss, r2 on held-out pictures, learning rate, images/s, data wait"
-    drawn = page.split(f'alt="{words}" src="data:image/png;base64,')[1].split('"')[0]
-    width, height = struct.unpack(">II", base64.b64decode(drawn)[16:24])
-    assert width > 1000 and height > 300
+    # A plot of each number, all runs of a kind over each other.
+    for words in ("loss", "r2, held out", "learning rate", "images/s", "data wait"):
+        drawn = page.split(f'alt="{words}" src="data:image/png;base64,')[1].split('"')[0]
+        width, height = struct.unpack(">II", base64.b64decode(drawn)[16:24])
+        assert width > 700 and height > 400
     # The pictures by epoch, six of the ten, the first and the last among them.
     found = re.findall(r'alt="r0.75/pretrain, ([^"]+)"', page)
     assert len(found) == 6
@@ -90,11 +99,155 @@ def test_several_runs_of_every_kind(report, tmp_path):
     assert "<td>mask.ratio</td><td>0.5</td><td>0.75</td>" in table
     assert "<td>run.seed</td><td>0</td><td>1</td>" in table and "run.dir" not in table
     # Evaluations, of a run and by themselves.
-    assert page.count("43.2 (40.0-50.0)") == 4 and page.count("7 / 70") == 4
+    assert page.count("<td>43.2 (40.0-50.0)</td>") == 4 and page.count("7 / 70") == 6
+    assert page.count("<td>31.0 (30.0-32.0)</td>") == 2 and "without a model 31.0" in page
     assert page.count(", evaluated") == 2 and "0.1235" in page
     for words in ("abc123", "torch 9.9", "sam_vit_h 5ec5ec5ec5ec", "3 damaged picture", "f00"):
         assert words in page
-    assert not re.search(r'(src|href)="(?!data:)', html.unescape(page)) and "http" not in page
+    assert not re.search(r'(src|href)="(?!data:|#)', html.unescape(page)) and "http" not in page
+    # What it is, from when, in which order, and for which screens.
+    now = datetime.now(UTC)
+    dates = [f"Made {day:%Y-%m-%d} " for day in (now, now - timedelta(minutes=5))]
+    assert any(date in page for date in dates)
+    assert '<html lang="en">' in page and '<meta charset="utf-8">' in page
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    anchors = re.findall(r'<a href="#([^"]+)">([^<]+)</a>', page)
+    assert anchors == re.findall(r'<h2 id="([^"]+)">([^<]+)</h2>', page)
+    assert [title for _, title in anchors][:2] == ["Summary", "Stage 1: pretraining"]
+    assert page.index("<h2") < page.index("<img") and "showModal" in page
+    assert page.count("<img ") == len(re.findall(r'<img alt="[^"]+"', page))
+    # It does not say which run is better.
+    assert "one setting is better than another is not concluded here" in page
+    assert "Of 5 of the 5 settings there is one seed" in page
+
+
+def test_runs_that_differ_in_their_seed_are_one_line(tmp_path, report):
+    """Mean and standard deviation, where all of them have measured."""
+    for ratio in (0.5, 0.75):
+        for seed in (0, 1, 2):
+            folder = tmp_path / f"ratio-{ratio}_seed-{seed}" / "finetune"
+            start = f"runs/ratio-{ratio}_seed-{seed}/pretrain"
+            write_run(folder, "prompt", seed, ratio=ratio, checkpoint=start)
+            lines = [{"step": s, "val_miou_box": 0.1 * s + 0.01 * seed} for s in (1, 2, 3)]
+            lines = lines[: 2 if seed == 2 else 3]
+            (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    runs = [RunFolder(path) for path in sorted(tmp_path.glob("*/finetune"))]
+    name_apart(runs)
+    groups = settings_of(runs)
+    assert {name: len(group) for name, group in groups.items()} == {
+        "ratio-0.5/finetune": 3,
+        "ratio-0.75/finetune": 3,
+    }
+    steps, means, spread = mean_and_std(groups["ratio-0.5/finetune"], "val_miou_box")
+    assert steps == [1, 2] and means == pytest.approx([0.11, 0.21])
+    assert spread == pytest.approx([0.01, 0.01])
+    code, page = report(*sorted(tmp_path.glob("*/finetune")))
+    assert code == 0 and "one standard deviation on either side" in page
+    assert "3 seeds" in page and "there is one seed" not in page
+    assert "not concluded here" in page
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, at their end."""
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
+    return drawn
+
+
+def test_plots_say_what_they_show_and_do_not_magnify_noise(tmp_path, report, figures):
+    folders = [tmp_path / f"a-$\\run$-with-a-long-name-{n}" for n in range(9)]
+    rng = np.random.default_rng(0)
+    for number, folder in enumerate(folders):
+        write_run(folder, "prompt", 0, number=number)
+        told = {"val_miou_box": 0.5, "val_trivial_box": 0.55, "data_wait": 0.01, "loss": 1.0}
+        told |= {"images_per_second": 100.0, "lr": 1e-4}
+        lines = [
+            {"step": step, **{n: v * rng.uniform(0.998, 1.002) for n, v in told.items()}}
+            for step in (1, 2, 3)
+        ]
+        for line in lines:
+            line["val_trivial_box"] = 0.55
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    code, _ = report(*folders)
+    assert code == 0
+    axes = {figure.axes[0].get_title(): figure.axes[0] for figure in figures}
+    assert set(axes) == {
+        "loss",
+        "mIoU by box, held out",
+        "learning rate",
+        "images/s",
+        "data wait",
+    }
+    for axis in axes.values():
+        assert axis.get_xlabel() == "step" and axis.get_ylabel()
+        locator = axis.xaxis.get_major_locator()
+        assert isinstance(locator, MaxNLocator) and all(tick % 1 == 0 for tick in locator())
+        (legend,) = axis.figure.legends
+        assert not legend.get_window_extent().overlaps(axis.get_window_extent())
+        names = [text.get_text() for text in legend.get_texts()]
+        assert len(set(names)) == len(names) >= 9
+        styles = {(one.get_color(), one.get_linestyle(), one.get_marker()) for one in axis.lines}
+        assert len(styles) == len(names)
+    miou = axes["mIoU by box, held out"]
+    assert "%" in miou.get_ylabel() and "%" in axes["data wait"].get_ylabel()
+    assert miou.lines[0].get_ydata() == pytest.approx([50] * 3, abs=0.2)
+    low, high = miou.get_ylim()
+    assert high - low >= 5 and low < 50 < 55 < high  # the filled box is on it
+    assert miou.lines[-1].get_ydata() == pytest.approx([55, 55])
+    assert axes["data wait"].get_ylim() == (0, 10) and axes["images/s"].get_ylim()[0] == 0
+    low, high = axes["loss"].get_ylim()
+    assert axes["loss"].get_yscale() == "log" and high / low == pytest.approx(2)
+
+
+def compared(differences):
+    """What tools/chain.py writes, of SAMI's differences from a random start by seed."""
+    seeds = len(differences)
+    rows = [
+        {"start": start, "steps": 3, "pretraining_seconds": 1.0, "finetuning_seconds": 1.0}
+        | {"box": values}
+        for start, values in (("sami", [0.6 + d for d in differences]), ("random", [0.6] * seeds))
+    ]
+    told = [{"other": "random", "measure": "box"} | paired(differences)]
+    found = {"teacher": {"box": 0.7}, "trivial": {"box": 0.5}, "rows": rows, "command": "chain"}
+    return found | {"differences": told}
+
+
+@pytest.mark.parametrize(
+    ("differences", "says"),
+    [
+        ([0.2], "+20.0 points, ahead in 1 of 1 seed: no conclusion from one seed"),
+        ([0.2, 0.21, 0.22], "interval +18.5 to +23.5, ahead in 3 of 3 seeds: SAMI is ahead"),
+        ([-0.02, -0.021, -0.022], "ahead in 0 of 3 seeds: SAMI is behind"),
+        ([0.2, -0.1, 0.3], "ahead in 2 of 3 seeds: no conclusion from 3 seeds"),
+        ([0.1, 0.4], "ahead in 2 of 2 seeds: no conclusion from 2 seeds"),
+    ],
+)
+def test_what_is_concluded(report, tmp_path, differences, says):
+    write_run(tmp_path / "run")
+    (tmp_path / "c.json").write_text(json.dumps(compared(differences)))
+    code, page = report(tmp_path / "run", "--comparison", tmp_path / "c.json")
+    page = html.unescape(page)
+    assert code == 0 and page.count(says) == 2  # at the top, and under the tables
+    assert ("SAMI is" in page) == ("SAMI is" in says)
+    assert "<td>without a model</td><td>-</td><td>-</td><td>50.0</td>" in page
+    assert page.index(says) < page.index("<h2", page.index("Summary</h2>"))
+    assert ("(one seed)" in page) == (len(differences) == 1)
+
+
+def test_large_pictures_become_smaller():
+    """A photograph's PNG goes in as JPEG of the same size."""
+    noise = np.random.default_rng(0).integers(0, 256, (600, 700, 3), dtype=np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(noise).save(data, "PNG")
+    text = report_module.picture(data.getvalue(), "a < b")
+    kind, code = re.search(r'alt="a &lt; b" src="data:image/(\w+);base64,([^"]+)"', text).groups()
+    smaller = base64.b64decode(code)
+    assert kind == "jpeg" and len(smaller) < 0.8 * len(data.getvalue())
+    with Image.open(io.BytesIO(smaller)) as image:
+        assert image.size == (700, 600)
+    assert "image/png" in report_module.picture(PNG, "small")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +257,7 @@ def test_several_runs_of_every_kind(report, tmp_path):
         (["{}/run", "{}/run"], "run is named twice"),
         (["{}/run", "--pictures", "-1"], "--pictures -1 must be 0 or more"),
         (["{}/run", "--comparison", "{}/no.json"], "no.json does not exist"),
+        (["{}/run", "--comparison", "{}/run/summary.json"], "is not what tools/chain.py writes"),
     ],
 )
 def test_bad_words(report, tmp_path, words, says):

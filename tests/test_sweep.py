@@ -8,12 +8,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from sami.core.errors import UserError
 from tests.runs import LIMIT, ROOT, arguments, start, wait_for, write_shards
-from tools.sweep import Sweep, main
+from tools.sweep import Sweep, figure_of, main, make_plot, make_table
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,7 @@ def sweep(folder, shards, **changes):
         "vary": {"pretrain.mask.ratio": [0.5, 0.75]},
         "measures": {"r2": "pretrain.evaluation.r2", "loss": "pretrain.loss"},
         "paper": {"r2": {"mask.ratio 0.75": 0.9}},
+        "paper_on": "ImageNet",
     }
     content.update(changes)
     path = folder / "sweep.yaml"
@@ -86,7 +88,11 @@ def test_from_the_file_to_the_table(shards, tmp_path, capsys):
         "1": None,
     }
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "| setting | r2 | r2, paper | loss |" in text and "(1 of 2)" in text and "0.9" in text
+    assert "| setting | r2 | loss |" in text and "(1 of 2)" in text
+    # The paper's number is not that of 24 drawn pictures.
+    said = capsys.readouterr().out
+    assert "The paper's numbers are of ImageNet, whole, and these runs were not" in said
+    assert rows[1]["measures"]["r2"]["paper"] is None and "paper" not in text
     assert main(["plot", path]) == 0
     assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -121,6 +127,120 @@ def test_a_random_start_has_its_rivals_positions(tmp_path):
     other = {"SAMI": {}, "SAMI, small": {"pretrain.data.image_size": 96}}
     with pytest.raises(UserError, match="finetune.encoder.grid"):
         grids(settings=other | alone)
+
+
+def evaluated(folder, shards, monkeypatch, data, pictures, paper_on, seeds=(0, 1, 2)):
+    """A sweep of made-up results: an mIoU and a top-1 of two settings with very long names."""
+    changes = {"seeds": list(seeds), "vary": {}, "paper_on": paper_on}
+    path = Path(sweep(folder, shards, **changes))
+    content = yaml.safe_load(path.read_text())
+    content["stages"]["evaluate"] = {"entry": "tools/evaluate.py", "words": ["{pretrain}"]}
+    settings = [f"{word} with a name that goes on {'and on ' * 9}" for word in ("SAMI", "MAE")]
+    content["settings"] = {settings[0]: {}, settings[1]: {"pretrain.mask.ratio": 0.5}}
+    content["measures"] = {
+        "box": "evaluate.box",
+        "1 click": "evaluate.1 click",
+        "top-1": "pretrain.evaluation.top1",
+        "r2": "pretrain.evaluation.r2",
+    }
+    content["paper"] = {"box": {settings[0]: 75.7}, "top-1": {settings[0]: 76.8}}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    one = Sweep(path, None, [])
+    for number, run in enumerate(one.runs):
+        one.claim(run)
+        for stage in one.stages:
+            one.folder(run, stage).mkdir()
+        results = [
+            {"prompt": prompt, "choice": choice, "miou": {"all": {"mean": value}}}
+            for prompt in ("box", "1 click")
+            for choice, value in (("predicted", 0.6 + number / 1000), (trivial(prompt), 0.55))
+        ]
+        told = {"data": data, "results": results}
+        (one.folder(run, "evaluate") / "evaluation.json").write_text(json.dumps(told))
+        told = {"top1": 70.0 + number, "pictures": pictures, "r2": 0.5}
+        told = {"status": "finished", "evaluation": told}
+        (one.folder(run, "pretrain") / "summary.json").write_text(json.dumps(told))
+        (one.folder(run, "pretrain") / "config.yaml").write_text("data: {classes: 1000}\n")
+    return one, settings
+
+
+def trivial(prompt):
+    return "filled box" if prompt == "box" else "constant disc"
+
+
+@pytest.mark.parametrize(
+    ("data", "pictures", "paper_on", "shown"),
+    [
+        ("COCO val2017", 50_000, "COCO val2017", ["box"]),
+        ("COCO val2017", 50_000, "ImageNet", ["top-1"]),
+        (None, 49_999, "COCO val2017", []),
+        (None, 49_999, "ImageNet", []),
+        ("COCO val2017", 50_000, None, []),
+    ],
+)
+def test_the_papers_numbers_stand_on_its_own_data(
+    shards, tmp_path, monkeypatch, capsys, data, pictures, paper_on, shown
+):
+    one, settings = evaluated(tmp_path, shards, monkeypatch, data, pictures, paper_on)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert make_table(one) == 0
+    said = capsys.readouterr().out
+    table = said.split("The paper's")[0].split(str(one.out))[0]
+    assert max(map(len, table.splitlines())) <= 80
+    text = (one.out / "table.md").read_text()
+    for name in ("box", "top-1"):
+        assert (f"| {name}, paper, {paper_on} |" in text) == (name in shown)
+    assert ("75.7 |" in text) == ("box" in shown) and ("76.8 |" in text) == ("top-1" in shown)
+    assert ("left out" in said) == (not shown)
+    for whole in ("60.1 ± 0.1", "60.4 ± 0.1", "71 ± 1", "74 ± 1"):
+        assert table.count(whole) == text.count(whole) > 0
+    # mIoU stands over what scores without a model.
+    (row,) = [line for line in text.splitlines() if line.startswith("| without a model |")]
+    assert row.count(" 55 |") == 2 and "| box, mIoU in % |" in text and "| top-1, % |" in text
+    rows = json.loads((one.out / "table.json").read_text())
+    assert rows[0]["measures"]["box"]["trivial"] == pytest.approx(55)
+    assert rows[0]["measures"]["r2"]["trivial"] is None
+
+
+def test_the_plot(shards, tmp_path, monkeypatch, capsys):
+    """Titles, percent, error bars, what to compare with, a legend, and no magnified noise."""
+    one, settings = evaluated(tmp_path, shards, monkeypatch, "COCO val2017", 1, "COCO val2017")
+    figure = figure_of(one, one.results())
+    figure.draw_without_rendering()
+    box, click, top, r2 = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == [
+        "box, mIoU in %",
+        "1 click, mIoU in %",
+        "top-1, %",
+        "r2",
+    ]
+    assert "3 seeds" in figure.get_suptitle()
+    bars = box.containers[0].lines[2][0].get_segments()
+    assert np.allclose(bars[0][:, 1], [60.1 - 0.1, 60.1 + 0.1])  # 60.0, 60.1, 60.2
+    for axes in (box, click, top):
+        low, high = axes.get_ylim()
+        assert high - low >= 5
+    assert np.ptp(r2.get_ylim()) >= 0.05
+    assert any(line.get_ydata()[0] == pytest.approx(55) for line in click.lines)
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert "mean, bars: one standard deviation over seeds" in names
+    assert "the paper's, on COCO val2017" in names and "without a model" in names
+    for axes in figure.axes:
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    assert make_plot(one) == 0
+    assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_along_whole_numbers(shards, tmp_path):
+    path = sweep(tmp_path, shards, vary={"pretrain.decoder.depth": [1, 2, 4]}, paper={})
+    one = Sweep(Path(path), None, [])
+    rows = one.results()
+    for number, row in enumerate(rows):
+        row["measures"]["r2"] |= {"by_seed": {0: number, 1: number}, "mean": number, "std": 0.0}
+    axes = figure_of(one, rows).axes[0]
+    assert axes.get_xlabel() == "decoder.depth"
+    assert all(tick % 1 == 0 for tick in axes.xaxis.get_major_locator()())
 
 
 def test_a_chain_of_stages_and_one_that_is_skipped(shards, tmp_path, capsys):
@@ -191,6 +311,7 @@ def test_asked_to_stop_it_says_75_and_goes_on(shards, tmp_path, capsys):
         ({"settings": {"a": 1}}, ["list"], "settings is not what it should be"),
         ({"settings": {"a": {"pretrain": "Skip"}}}, ["list"], "pretrain can only be skip"),
         ({"paper": ["r2"]}, ["table"], "paper is not what it should be"),
+        ({"paper_on": "COCO"}, ["table"], "paper_on COCO is none of ImageNet, COCO val2017, LVIS"),
         ({}, ["list", "--set", "pretrain.mask.ratio=0.3"], "is what the sweep varies"),
         ({"settings": {"a": {"pretrain.mask.ratio": 1}}}, ["list"], "mask.ratio is varied too"),
         ({}, ["run", "0", "--set", "pretrain.train.steps=abc"], "train.steps must be an integer"),

@@ -53,6 +53,7 @@ from sami.core.shards import (
     read_samples,
 )
 from sami.core.stream import Batches, Samples
+from sami.core.tables import show_table
 from sami.data import Views
 from sami.encoder import EncoderConfig, build_encoder
 from sami.features import Cache, Stored, to_bytes
@@ -182,17 +183,15 @@ def report(
 ) -> None:
     """A table: median, pictures a second, and the ratio to the first row, paired by round."""
     first = next(iter(seconds))
-    print(f"\n{title}")
-    print(
-        f"{'':36} {'median s':>9} {'images/s':>9} {'ratio to the first (range)':>28}"
-        + (f" {'share':>6}" if peak else "")
-    )
+    head = ["", "median s", "images/s", "ratio to the first (range)", *["share"] * bool(peak)]
+    rows = []
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(values, seconds[first], strict=True)]
         median = statistics.median(values)
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
-        share = f" {flops[name] / median / peak:6.1%}" if peak else ""
-        print(f"{name:36} {median:9.3f} {pictures / median:9.1f} {spread:>28}{share}")
+        share = [f"{flops[name] / median / peak:.1%}"] if peak else []
+        rows.append([name, f"{median:.3f}", f"{pictures / median:.1f}", spread, *share])
+    show_table(title, head, rows)
 
 
 def count_flops(steps: dict[str, Step]) -> dict[str, float]:

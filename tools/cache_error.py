@@ -18,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.nn import functional as F
 
 from sami.caching import prepare
@@ -33,6 +31,7 @@ from sami.core.paths import path_pattern
 from sami.core.processes import DEVICES, choose_device
 from sami.core.progress import track
 from sami.core.shards import PICTURE, RawSample, expand, open_sources, read_range
+from sami.core.tables import show_table
 from sami.data import centre_square, random_region
 from sami.features import Cache, FeatureBatch, pack, quantise, region_weights, see_whole
 from sami.sam_encoder import SAM_SHAPES
@@ -172,17 +171,12 @@ def samples_of(args: argparse.Namespace) -> Iterator[RawSample]:
 
 def show(differences: dict[tuple[str, str], Difference], stored: list[str], title: str) -> None:
     """Views downwards, ways across."""
-    table = Table(title=f"squared difference as a share of the variance (cosine); {title}")
-    table.add_column("view")
-    for way in stored:
-        table.add_column(way, justify="right")
+    rows = []
     for view in VIEWS:
-        cells = []
-        for way in stored:
-            share, cosine = differences[view, way].measures()
-            cells.append(f"{share:.4f} ({cosine:.4f})")
-        table.add_row(view, *cells)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        told = [differences[view, way].measures() for way in stored]
+        rows.append([view, *(f"{share:.4f} ({cosine:.4f})" for share, cosine in told)])
+    title = f"squared difference as a share of the variance (cosine); {title}"
+    show_table(title, ["view", *stored], rows)
 
 
 if __name__ == "__main__":

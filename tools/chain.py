@@ -20,14 +20,14 @@ import shlex
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 
+from finetune.measures import TRIVIAL, conclusion, paired
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError
@@ -35,6 +35,7 @@ from sami.core.exits import run_entry
 from sami.core.options import Options
 from sami.core.paths import exists, local_path, path_pattern
 from sami.core.shipped import shipped
+from sami.core.tables import show_table
 from sami.grids import grid_of_config
 
 INITS = ("sami", "mae", "random")
@@ -212,22 +213,25 @@ class Chain:
         ]
         differences = [
             {"other": other, "measure": measure}
-            | spread([s[measure] - o[measure] for s, o in zip(scores["sami"], told, strict=True)])
+            | paired([s[measure] - o[measure] for s, o in zip(scores["sami"], told, strict=True)])
             for other, told in scores.items()
             if "sami" in scores and other != "sami"
             for measure in MEASURES
         ]
-        return {"teacher": self.scores("teacher"), "rows": rows, "differences": differences}
+        return {
+            "teacher": self.scores("teacher"),
+            "trivial": self.scores("teacher", TRIVIAL),
+            "rows": rows,
+            "differences": differences,
+        }
 
-    def scores(self, name: str) -> dict[str, float]:
-        """mIoU of a run by measure."""
-        told = json.loads(
-            (self.out / name / "evaluation" / "evaluation.json").read_text(encoding="utf-8")
-        )
+    def scores(self, name: str, choices: tuple[str, ...] = ("predicted",)) -> dict[str, float]:
+        """mIoU of a run by measure; of TRIVIAL, what needs no model, the same of every run."""
+        told = json.loads((self.out / name / "evaluation" / "evaluation.json").read_bytes())
         return {
             row["prompt"]: row["miou"]["all"]["mean"]
             for row in told["results"]
-            if row["choice"] == "predicted"
+            if row["choice"] in choices
         }
 
 
@@ -237,39 +241,32 @@ def cores() -> int:
     return int(allowed) if allowed.isdigit() and int(allowed) else os.cpu_count() or 1
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean and range of what was found with each seed."""
-    return {
-        "by_seed": values,
-        "mean": statistics.mean(values),
-        "low": min(values),
-        "high": max(values),
-        "ahead": sum(value > 0 for value in values),
-    }
-
-
 def show(found: dict[str, Any]) -> None:
-    """The comparison for a terminal."""
-    table = Table(title="mIoU in %: mean over seeds (lowest-highest)")
-    for column in ("start", "pretraining", "finetuning", *MEASURES):
-        table.add_column(column, justify="left" if column == "start" else "right")
-    table.add_row("teacher", "-", "-", *(f"{100 * found['teacher'][m]:.1f}" for m in MEASURES))
+    """The comparison for a terminal, and what it allows to say."""
+
+    def cells(told: dict[str, float]) -> list[str]:
+        return [f"{100 * told[measure]:.1f}" for measure in MEASURES]
+
+    rows = [["teacher", "-", "-", *cells(found["teacher"])]]
     for row in found["rows"]:
-        cells = []
-        for measure in MEASURES:
-            told = spread(row[measure])
-            low, high = 100 * told["low"], 100 * told["high"]
-            cells.append(f"{100 * told['mean']:.1f} ({low:.1f}-{high:.1f})")
-        times = [f"{row[f'{stage}_seconds']:.0f} s" for stage in ("pretraining", "finetuning")]
-        table.add_row(row["start"], times[0], f"{row['steps']} steps, {times[1]}", *cells)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        told = [row[measure] for measure in MEASURES]
+        scores = [f"{100 * statistics.mean(values):.1f}" for values in told]
+        if len(told[0]) > 1:
+            spans = [f" ({100 * min(v):.1f}-{100 * max(v):.1f})" for v in told]
+            scores = [score + span for score, span in zip(scores, spans, strict=True)]
+        times = [f"{row['pretraining_seconds']:.0f} s", f"{row['finetuning_seconds']:.0f} s"]
+        rows.append([f"{row['start']} ({row['steps']} steps)", *times, *scores])
+    rows.append(["without a model", "-", "-", *cells(found["trivial"])])
+    caption = (
+        f"Mean over {len(found['rows'][0]['box'])} seed(s) of the finetuning (lowest-highest). "
+        "Without a model: the box filled; a disc of one size at the clicks."
+    )
+    head = ["start", "pretrain", "finetune", *MEASURES]
+    show_table("mIoU in %", head, rows, caption)
+    if found["differences"]:
+        print("The SAMI-pretrained student, by")
     for one in found["differences"]:
-        count = len(one["by_seed"])
-        print(
-            f"sami against {one['other']}, {one['measure']}: {100 * one['mean']:+.1f} "
-            f"({100 * one['low']:+.1f} to {100 * one['high']:+.1f}), ahead in {one['ahead']} of "
-            f"{count} seeds"
-        )
+        print(textwrap.fill(conclusion(one, found), 80, subsequent_indent="  "))
 
 
 def main(argv: list[str] | None = None) -> int:

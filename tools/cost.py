@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,6 +34,7 @@ from sami.core.options import Options
 from sami.core.paths import local_path
 from sami.core.shards import expand, is_url, open_sources
 from sami.core.shipped import find
+from sami.core.tables import show_table
 from sami.data import visible_count
 from sami.encoder import EncoderConfig, build_encoder
 from sami.features import DTYPES, Cache
@@ -291,23 +290,23 @@ def main(argv: list[str] | None = None) -> int:
     steps = min(length for length in lengths if length is not None)
     seen = steps * train["batch_size"]
 
-    table = Table(title=f"{args.config}, per picture")
-    for column in ("part", "parameters, M", "forward, GMAC", "step, GFLOP", "hours"):
-        table.add_column(column, justify="left" if column == "part" else "right")
-    rate, hours = args.share * CARDS[args.card] * 1e12, 0.0
+    rate, hours, rows = args.share * CARDS[args.card] * 1e12, 0.0, []
     for part in parts:
         flops = 2 * part.macs * part.passes
         times = seen if part.times is None else part.times * pictures
         own = flops * times / rate / 3600
         hours += own
-        table.add_row(
-            part.name,
-            f"{part.parameters / 1e6:.2f}",
-            f"{part.macs / 1e9:.2f}",
-            f"{flops / 1e9:.1f}" + (" (once per picture)" if part.times else ""),
-            hours_of(own),
+        rows.append(
+            [
+                part.name + " (once per picture)" * bool(part.times),
+                f"{part.parameters / 1e6:.2f}",
+                f"{part.macs / 1e9:.2f}",
+                f"{flops / 1e9:.1f}",
+                hours_of(own),
+            ]
         )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    head = ["part", "parameters, M", "forward, GMAC", "step, GFLOP", "hours"]
+    show_table(f"{args.config}, per picture", head, rows)
     print(
         f"{steps} steps of {train['batch_size']} pictures, {seen / pictures:.4g} epochs of "
         f"{pictures} pictures"

@@ -10,9 +10,10 @@ it, in --seeds draws; centre-N, a click farthest from the mask's boundary and th
 is wrong, as Segment Anything has it.
 
 Scored at the picture's own size are the mask with the highest predicted IoU, and the oracle, the
-best of three. Small, medium and large objects are COCO's: below 32 x 32 and 96 x 96 pixels. The
-brackets hold 95 % of 1,000 bootstrap samples of the pictures. --out gets evaluation.json and masks
-drawn over pictures.
+best of three, and beside them what needs no model: the box filled, or a disc at the clicks. Small,
+medium and large objects are COCO's: below 32 x 32 and 96 x 96 pixels. The brackets hold 95 % of
+1,000 bootstrap samples of the pictures. On the whole of COCO val2017 or LVIS v1 val the paper's
+figures stand below. --out gets evaluation.json and masks drawn over pictures.
 """
 
 import argparse
@@ -24,12 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from finetune.coco import CocoSource, read_coco
-from finetune.evaluation import Pictures, Prompting, ShardSource, Source, score
-from finetune.measures import PAPER, SIZES, SOURCE, Measured
+from finetune.evaluation import CHOICES, Pictures, Prompting, ShardSource, Source, score
+from finetune.measures import PAPER, SIZES, SOURCE, TRIVIAL, Measured, data_set
 from finetune.model import TAKES, load_model
 from finetune.pictures import draw_masks
 from finetune.rle import area
@@ -44,25 +43,30 @@ from sami.core.processes import DEVICES, choose_device
 from sami.core.progress import track
 from sami.core.shards import expand, open_sources
 from sami.core.stream import make_loader
+from sami.core.tables import show_table
 from sami.core.weights import find_weights
 
 RESULT = "evaluation.json"
 
 
-def open_source(args: argparse.Namespace, folder: Path) -> Source:
-    """The samples that a command line names, at most ``--samples`` of them.
+def open_source(args: argparse.Namespace, folder: Path) -> tuple[Source, str | None]:
+    """The samples that a command line names, and which of the paper's data sets they are, whole.
 
     Args:
         folder: where shards without an index are indexed.
     """
     if args.coco is not None:
         require(args.pictures is not None, "--coco needs --pictures, the folder of its pictures")
-        return CocoSource.of(read_coco(args.coco), args.coco, args.pictures, args.samples)
+        told = read_coco(args.coco)
+        source = CocoSource.of(told, args.coco, args.pictures, args.samples)
+        annotations = [len(one) for _, one in told.values()]
+        whole = args.masks is None and len(source) == sum(map(bool, annotations))
+        return source, data_set(len(told), sum(annotations)) if whole else None
     sources = open_sources(expand(args.shards, "--shards"), folder, print)
     shards = [shard for source in sources for shard in source.shards]
     count = sum(shard.count for shard in shards)
     require(count > 0, f"--shards {' '.join(args.shards)} hold no samples")
-    return ShardSource(shards, range(min(count, args.samples or count)))
+    return ShardSource(shards, range(min(count, args.samples or count))), None
 
 
 def promptings_of(words: list[str], seeds: int, model: Sam) -> tuple[Prompting, ...]:
@@ -102,35 +106,37 @@ def measure(
     for judged in track(loader, "evaluating", total=len(source)):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             iou = score(model, judged, device, promptings)
-        measured.add(iou.cpu().numpy(), np.array([area(ends) for ends in judged.ends]))
+        areas = np.array([area(ends) for ends in judged.ends])
+        measured.add(iou.cpu().numpy(), areas, judged.trivial)
         if len(shown) < args.overlays:
             shown.append(judged)
     require(bool(measured.areas), "none of the pictures could be used; are these SA-1B's JSON?")
     return measured, shown
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Ours, and beside it the paper's figures for the same prompt."""
-    table = Table(title="mIoU in %, with 95 % intervals", caption=f"paper: {SOURCE}; not ours")
-    table.add_column("prompt")
-    table.add_column("mask")
-    for size in SIZES:
-        table.add_column(size, justify="right")
-    for model in PAPER:
-        table.add_column(f"paper: {model}", justify="right", style="dim")
+def show(rows: list[dict[str, Any]], data: str | None) -> None:
+    """Ours, under it what needs no model and, on the paper's own data set, the paper's figures."""
+    table = []
     for row in rows:
-        cells = []
-        for told in row["miou"].values():
-            if told["mean"] is None:
-                cells.append("-")
-            else:
-                low, high = 100 * told["low"], 100 * told["high"]
-                cells.append(f"{100 * told['mean']:.1f} ({low:.1f}-{high:.1f})")
-        for told in PAPER.values():
-            figures = told.get(row["prompt"]) if row["choice"] == "predicted" else None
-            cells.append("-" if figures is None else "{:.1f} / {:.1f}".format(*figures))
-        table.add_row(row["prompt"], row["choice"], *cells)
-    Console(width=None if sys.stdout.isatty() else 170).print(table)
+        whole, *sizes = row["miou"].values()
+        cells = ["-" if told["mean"] is None else f"{100 * told['mean']:.1f}" for told in sizes]
+        low, high = 100 * whole["low"], 100 * whole["high"]
+        first = f"{100 * whole['mean']:.1f} ({low:.1f}-{high:.1f})"
+        name = row["prompt"] if row["choice"] == CHOICES[0] else ""
+        table.append([name, row["choice"], first, *cells])
+        if row["choice"] in TRIVIAL and data is not None:
+            for model, told in PAPER[data].items():
+                if row["prompt"] in told:
+                    figure = f"{told[row['prompt']]:.1f}"
+                    table.append(["", f"{model} *", figure, *["-"] * len(sizes)])
+    caption = (
+        "In brackets: 95 % intervals. predicted: the mask that the model thinks best; oracle: the "
+        "best of three. Without a model: the box filled; a disc at the clicks, of the one size "
+        "that is best for these objects."
+    )
+    if data is not None:
+        caption += f" *: the paper's ({SOURCE}, on {data}), not ours."
+    show_table("mIoU in %", ["prompt", "mask", *SIZES], table, caption, words=2)
 
 
 def main() -> int:
@@ -176,11 +182,12 @@ def main() -> int:
     model = load_model(weights.file, "MODEL").to(device)
     promptings = promptings_of(args.prompts, args.seeds, model)
     with tempfile.TemporaryDirectory() as folder:
-        source = open_source(args, Path(folder))
+        source, data = open_source(args, Path(folder))
         measured, shown = measure(model, source, promptings, args, device)
     rows, pictures = measured.rows(args.seed), len(measured.areas)
     objects = sum(map(len, measured.areas))
-    show(rows)
+    data = data if pictures == len(source) else None
+    show(rows, data)
     left_out = f", {len(source) - pictures} unusable" if pictures < len(source) else ""
     print(f"{args.model}: {pictures} pictures{left_out}, {objects} objects")
     if args.out is not None:
@@ -192,11 +199,13 @@ def main() -> int:
             "unusable": len(source) - pictures,
             "objects": objects,
             "results": rows,
-            "paper": {"source": SOURCE, "figures": PAPER},
+            "data": data,
+            "paper": data and {"source": SOURCE, "data": data, "figures": PAPER[data]},
         }
         args.out.mkdir(parents=True, exist_ok=True)
         if shown:
-            draw_masks(args.out / "masks.png", model, shown, device, str(args.model))
+            drawn = tuple(prompting for prompting in promptings if prompting.draw == 0)
+            draw_masks(args.out / "masks.png", model, shown, device, str(args.model), drawn)
         write_text(args.out / RESULT, json.dumps(result, indent=1) + "\n")
         print(f"{args.out}/{RESULT}" + f" and {args.out}/masks.png" * bool(shown))
     return 0

@@ -5,24 +5,26 @@ python tools/report.py RUN [RUN ...] [--comparison FILE] [--pictures N] [--out r
 RUN is a run folder of either stage or of classification; what tools/evaluate.py found below it
 (evaluation/) comes along, or RUN is itself a folder of tools/evaluate.py's. Of a sweep's runs:
 runs/sweeps/NAME/*/pretrain, for example. --comparison takes what tools/chain.py wrote. The page
-needs no network.
+needs no network. Runs that differ in their seed alone are drawn as one, mean and deviation.
 """
 
 import base64
 import html
 import io
 import json
+import os
 import statistics
 import sys
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from PIL import Image
 
+from finetune.measures import TRIVIAL, conclusion
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError, raise_if_machine
@@ -30,17 +32,37 @@ from sami.core.exits import run_entry
 from sami.core.metrics import MetricsFile
 from sami.core.options import Options
 from sami.core.paths import exists, is_file, local_path
+from sami.core.plots import integer_steps, legend_below, line_style, logarithmic, new_figure, widen
 
 # The group of fields that only one entry has.
 GROUPS = {"pretrain": "mask", "finetune": "prompt", "classify": "augment"}
-COLORS, LINES = colormaps["tab10"], ("-", "--", ":", "-.")
+QUALITY = 90  # of the page's JPEG: a tenth of the PNG that lies in the run's folder
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+:root { color-scheme: light }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem;
+  background: #fff; color: #1a1a1a }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
-caption { text-align: left; color: #555 }
+caption { text-align: left; color: #444 }
 td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
-td:first-child, th:first-child { text-align: left } img { max-width: 100% }
-code { background: #f3f3f3; padding: 0 .2rem }
+td:first-child, th:first-child { text-align: left } td, th { white-space: nowrap }
+img { max-width: 100%; height: auto; cursor: zoom-in }
+figure { margin: 1rem 0 } figcaption { color: #444 }
+.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)) }
+.plots figure { margin: 0 }
+nav ul { columns: 16rem } code { background: #f3f3f3; padding: 0 .2rem; overflow-wrap: anywhere }
+dialog { max-width: 100vw; max-height: 100vh; border: 0; padding: 0; overflow: auto }
+dialog img { max-width: none; cursor: zoom-out } pre { overflow-x: auto }
+"""
+# A picture that is clicked is shown in its own size; another click, or Esc, closes it.
+ZOOM = """
+const large = document.querySelector("dialog");
+document.addEventListener("click", (event) => {
+  if (large.open) large.close();
+  else if (event.target.tagName == "IMG") {
+    large.replaceChildren(event.target.cloneNode());
+    large.showModal();
+  }
+});
 """
 
 
@@ -135,47 +157,123 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], caption: str = "")
     return f"<table>{above}{body}</table>"
 
 
-def picture(data: bytes, text: str) -> str:
-    """A PNG within the page."""
+def picture(data: bytes, text: str, caption: str = "") -> str:
+    """A PNG within the page; a drawn photograph, which is large as a PNG, as JPEG."""
+    kind = "png"
+    with Image.open(io.BytesIO(data)) as image:
+        smaller = io.BytesIO()
+        image.convert("RGB").save(smaller, "JPEG", quality=QUALITY, subsampling=0)
+    if len(data) > 10**6 and smaller.tell() < len(data):
+        data, kind = smaller.getvalue(), "jpeg"
     code = base64.b64encode(data).decode()
-    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{code}">'
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    tag = f'<img alt="{html.escape(text)}" src="data:image/{kind};base64,{code}">'
+    return f"<figure>{tag}{below}</figure>"
+
+
+def settings_of(runs: list[RunFolder]) -> dict[str, list[RunFolder]]:
+    """The runs that differ in nothing but their seed, together, by what their names share."""
+    groups: dict[str, list[RunFolder]] = {}
+    for run in runs:
+        seed = run.config.get("run.seed")
+        told = {k: v for k, v in run.config.items() if k not in ("run.dir", "run.seed")}
+        # What they start from lies in folders named by the seed, as a sweep has it.
+        key = json.dumps(told).replace(f"seed-{seed}", "seed")
+        twice = seed in [other.config.get("run.seed") for other in groups.get(key, [])]
+        groups.setdefault(f"{key} {run.name}" if twice else key, []).append(run)
+    named = {}
+    for group in groups.values():
+        names = [run.name for run in group]
+        start = os.path.commonprefix(names)
+        end = os.path.commonprefix([name[len(start) :][::-1] for name in names])[::-1]
+        shared = start.rstrip("-_").removesuffix("seed").rstrip("-_/") + end
+        named[names[0] if len(names) == 1 or shared in named or not shared else shared] = group
+    return named
+
+
+def mean_and_std(group: list[RunFolder], name: str) -> tuple[list[int], list[float], list[float]]:
+    """Steps, mean over seeds and standard deviation (0 of one seed) where all recorded a number."""
+    told = [dict(zip(*run.column(name), strict=True)) for run in group]
+    told = [one for one in told if one]
+    steps = sorted(set.intersection(*map(set, told))) if told else []
+    values = [[one[step] for one in told] for step in steps]
+    spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+    return steps, [statistics.mean(v) for v in values], spread
+
+
+def curve(groups: dict[str, list[RunFolder]], name: str, titled: str, marks: bool) -> str:
+    """A plot of one number, all settings over each other, with a legend under it."""
+    figure = new_figure(6.4, 4.2 + 0.22 * len(groups) / 2)
+    axis = figure.add_subplot()
+    scale = 100 if name in SHARES else 1
+    handles, names, several = [], [], False
+    for number, (label, group) in enumerate(groups.items()):
+        steps, values, spread = mean_and_std(group, name)
+        if not steps:
+            continue
+        values, spread = ([scale * value for value in told] for told in (values, spread))
+        style = line_style(number) | {"marker": line_style(number)["marker"] if marks else ""}
+        every = max(1, len(steps) // 12)
+        (line,) = axis.plot(steps, values, linewidth=1.5, markersize=5, markevery=every, **style)
+        if len(group) > 1:
+            low = [value - one for value, one in zip(values, spread, strict=True)]
+            high = [value + one for value, one in zip(values, spread, strict=True)]
+            axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            several, label = True, f"{label} ({len(group)} seeds)"
+        handles.append(line)
+        names.append(label if len(label) <= 48 else f"…{label[-47:]}")
+    needs_none = needs_no_model(groups, name)
+    if needs_none is not None:
+        text, values = needs_none
+        for value in values:
+            line = axis.axhline(scale * value, color="#666666", linestyle=(0, (1, 1)))
+        handles.append(line)
+        names.append(f"without a model: {text}")
+    unit = " (%)" if scale == 100 or name in PERCENT else ""
+    axis.set(xlabel="step", ylabel=f"{titled}{unit}", title=titled)
+    bound(axis, name, unit)
+    integer_steps(axis)
+    axis.grid(alpha=0.3)
+    legend_below(figure, handles, names, 1 if max(map(len, names)) > 34 else 2)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    band = "Line and band: mean over seeds, one standard deviation on either side." * several
+    return picture(buffer.getvalue(), titled, band)
+
+
+def needs_no_model(groups: dict[str, list[RunFolder]], name: str) -> tuple[str, list[float]] | None:
+    """What a score is to be compared with: its name, and its value for each set of pictures."""
+    if name == "val_r2":
+        return "the best constant map", [0.0]
+    if not name.startswith("val_miou"):
+        return None
+    runs = [run for group in groups.values() for run in group]
+    told = [run.column(name.replace("miou", "trivial"))[1][-1:] for run in runs]
+    values = sorted({round(value, 6) for one in told for value in one})
+    return (TRIVIAL[not name.endswith("box")], values) if values else None
+
+
+def bound(axis: Axes, name: str, unit: str) -> None:
+    """An axis that does not magnify noise."""
+    if name == "loss":
+        logarithmic(axis)
+    elif name == "data_wait":
+        axis.set_ylim(0, max(10, axis.get_ylim()[1]))
+    elif unit:
+        widen(axis, 5, 0, 100)
+    elif name == "val_r2":
+        widen(axis, 0.1, None, 1)
+    else:  # rates: from 0 on
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+        axis.ticklabel_format(axis="y", scilimits=(-3, 5))
 
 
 def curves(runs: list[RunFolder], columns: dict[str, str]) -> str:
-    """One plot for each number, all runs over each other; of those that anyone recorded."""
+    """A plot of each number that anyone recorded."""
+    groups = settings_of(runs)
     names = [name for name in columns if any(run.column(name)[0] for run in runs)]
-    if not names:
-        return ""
-    lines = -(-len(names) // 3)
-    figure = Figure(figsize=(15, 3.6 * lines + 0.25 * len(runs)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, 3, squeeze=False).flatten()
-    for axis in axes[len(names) :]:
-        axis.remove()
-    handles: dict[str, Any] = {}
-    for axis, name in zip(axes, names, strict=False):
-        for number, run in enumerate(runs):
-            steps, values = run.column(name)
-            style = {"color": COLORS(number % 10), "linestyle": LINES[number // 10 % len(LINES)]}
-            if steps:
-                marker = "." * (len(steps) < 9)
-                (line,) = axis.plot(steps, values, linewidth=1, marker=marker, **style)
-                handles.setdefault(run.name, line)
-        axis.set(xlabel="step", title=columns[name])
-        axis.grid(alpha=0.3)
-        if name == "loss":
-            axis.set_yscale("log")
-    columns_of_legend = max(1, 150 // max(map(len, handles)))
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower left",
-        fontsize=8,
-        ncols=min(columns_of_legend, 6),
-    )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80)
-    return picture(buffer.getvalue(), ", ".join(columns[name] for name in names))
+    drawn = "".join(curve(groups, name, columns[name], len(groups) > 1) for name in names)
+    return f'<div class="plots">{drawn}</div>'
 
 
 def percent(value: float | None) -> str:
@@ -198,10 +296,12 @@ def evaluations(runs: list[RunFolder]) -> str:
     prompts = list(dict.fromkeys(r["prompt"] for one in told.values() for r in one["results"]))
     rows = []
     for name, found in told.items():
-        for choice in ("predicted", "oracle"):
+        for choice, chosen in CHOICES.items():
             there = {
-                r["prompt"]: r["miou"]["all"] for r in found["results"] if r["choice"] == choice
+                r["prompt"]: r["miou"]["all"] for r in found["results"] if r["choice"] in chosen
             }
+            if not there:
+                continue
             cells = [
                 f"{percent(m['mean'])} ({percent(m['low'])}-{percent(m['high'])})" if m else "-"
                 for m in (there.get(prompt) for prompt in prompts)
@@ -209,11 +309,12 @@ def evaluations(runs: list[RunFolder]) -> str:
             size = f"{found['pictures']} / {found['objects']}"
             rows.append([name, choice, size, *cells])
     caption = (
-        "mIoU in %; 95 % bootstrap intervals over pictures. predicted: the mask that the model "
-        "thinks best; oracle: the best of three."
+        "mIoU in %; in brackets 95 % bootstrap intervals over pictures, which do not tell how "
+        "another seed would end. predicted: the mask that the model thinks best; oracle: the best "
+        "of three; without a model: the box filled, or a disc of one size at the clicks."
     )
     head = ["run", "mask", "pictures / objects", *prompts]
-    return "<h2>Evaluation</h2>" + table(head, rows, caption)
+    return table(head, rows, caption)
 
 
 def held_out(runs: list[RunFolder]) -> str:
@@ -222,8 +323,18 @@ def held_out(runs: list[RunFolder]) -> str:
     if not told:
         return ""
     names = list(dict.fromkeys(name for one in told.values() for name in one))
-    rows = [[run, *(short(one.get(name)) for name in names)] for run, one in told.items()]
-    return "<h3>Held out, at the end</h3>" + table(["run", *names], rows)
+    rows = [
+        [
+            run,
+            *(
+                percent(one[n]) if f"val_{n}" in SHARES and n in one else short(one.get(n))
+                for n in names
+            ),
+        ]
+        for run, one in told.items()
+    ]
+    head = [f"{name}, %" if f"val_{name}" in SHARES | PERCENT else name for name in names]
+    return "<h3>Held out, at the end</h3>" + table(["run", *head], rows)
 
 
 def differences(runs: list[RunFolder]) -> str:
@@ -251,16 +362,17 @@ def whole_configs(runs: list[RunFolder]) -> str:
             f"<details><summary>{html.escape(run.name)}</summary><pre>{html.escape(text)}</pre>"
             "</details>"
         )
-    return "<h2>Configurations</h2>" + "".join(parts) if parts else ""
+    return "".join(parts)
 
 
 def comparison(found: dict[str, Any]) -> str:
-    """What tools/chain.py found: starts, seeds, paired differences, and what it amounts to."""
+    """What tools/chain.py found: starts, seeds, paired differences, and what they allow to say."""
     measures = list(found["teacher"])
 
     def cell(values: list[float]) -> str:
-        low, high = percent(min(values)), percent(max(values))
-        return f"{percent(statistics.mean(values))} ({low}-{high})"
+        if len(values) == 1:
+            return f"{percent(values[0])} (one seed)"
+        return f"{percent(statistics.mean(values))} ({percent(min(values))}-{percent(max(values))})"
 
     rows = [["teacher", "-", "-", *(percent(found["teacher"][m]) for m in measures)]]
     for row in found["rows"]:
@@ -272,31 +384,110 @@ def comparison(found: dict[str, Any]) -> str:
                 *(cell(row[m]) for m in measures),
             ]
         )
+    needs_none = (percent(found["trivial"][measure]) for measure in measures)
+    rows.append(["without a model", "-", "-", *needs_none])
     head = ["start of the student", "pretraining", "finetuning", *measures]
-    text = table(head, rows, "mIoU in %: mean over seeds (lowest-highest)")
-    rows, verdicts = [], []
+    seeds = len(found["rows"][0][measures[0]])
+    caption = (
+        f"mIoU in %: mean over {seeds} seed(s) of the finetuning, each start pretrained once "
+        "(lowest-highest)"
+    )
+    text = table(head, rows, caption)
+    if not found["differences"]:
+        return text
+    rows = []
     for one in found["differences"]:
         sign = "{:+.1f}".format
-        seeds = len(one["by_seed"])
-        rows.append(
-            [
-                f"sami - {one['other']}",
-                one["measure"],
-                sign(100 * one["mean"]),
-                f"{sign(100 * one['low'])} to {sign(100 * one['high'])}",
-                f"{one['ahead']} of {seeds}",
-            ]
-        )
-        word = "ahead of" if one["ahead"] == seeds else "not ahead of"
-        if one["ahead"] not in (0, seeds):
-            word = f"ahead only in {one['ahead']} of {seeds} seeds of"
-        verdicts.append(f"{one['measure']}: {word} {one['other']}")
-    if not rows:
-        return f"<h2>Comparison</h2>{text}"
-    head = ["paired by seed", "prompt", "mean", "range", "ahead in seeds"]
-    said = "The SAMI-pretrained student is, by " + "; by ".join(verdicts) + "."
-    text += table(head, rows, "Differences of mIoU, in points") + f"<p>{html.escape(said)}</p>"
-    return f"<h2>Comparison</h2>{text}"
+        low, high = ("-" if one[e] is None else sign(100 * one[e]) for e in ("low", "high"))
+        told = [f"sami - {one['other']}", one["measure"], sign(100 * one["mean"])]
+        rows.append([*told, f"{low} to {high}", f"{one['ahead']} of {len(one['by_seed'])}"])
+    head = ["paired by seed", "prompt", "mean", "95 % interval", "ahead in seeds"]
+    caption = "Differences of mIoU, in points, with the interval of their mean over seeds (t)"
+    return text + table(head, rows, caption) + conclusions(found)
+
+
+def conclusions(found: dict[str, Any]) -> str:
+    """A sentence for each difference that tools/chain.py found."""
+    said = "".join(
+        f"<li>{html.escape(conclusion(one, found))}</li>" for one in found["differences"]
+    )
+    return f"<p>The SAMI-pretrained student against the others:</p><ul>{said}</ul>" * bool(said)
+
+
+def summary(runs: list[RunFolder], found: dict[str, Any] | None) -> str:
+    """What there is and how it ended, first; of several seeds, together."""
+    lines, alone, settings = [], 0, 0
+    for kind, (title, _) in TITLES.items():
+        groups = settings_of([run for run in runs if run.kind == kind])
+        settings += len(groups)
+        alone += sum(len(group) == 1 for group in groups.values())
+        for name, group in groups.items():
+            states = {
+                f"{run.summary['status']} at step {run.summary.get('steps', '-')}"
+                for run in group
+                if run.summary
+            }
+            seeds = [f"{len(group)} seeds"] * (len(group) > 1)
+            about = "; ".join([title, *seeds, *sorted(states)])
+            lines.append(f"<li><b>{html.escape(name)}</b> ({about}): {results(group)}</li>")
+    text = f"<ul>{''.join(lines)}</ul>"
+    if found is not None and found["differences"]:
+        return text + conclusions(found)
+    if settings > 1:
+        text += "<p>Whether one setting is better than another is not concluded here."
+        if alone:
+            text += (
+                f" Of {alone} of the {settings} settings there is one seed: a difference from it "
+                "may be chance; run more seeds (--run.seed)."
+            )
+        text += "</p>"
+    return text
+
+
+def results(group: list[RunFolder]) -> str:
+    """The main numbers of a setting's runs, with what they are uncertain by and compared with."""
+    told = [numbers(run) for run in group]
+    names = list(dict.fromkeys(name for one in told for name in one))
+    parts = []
+    for name in names:
+        there = [one[name] for one in told if name in one]
+        digits = 1 if "%" in name else 3
+        value = f"{statistics.mean(value for value, _, _ in there):.{digits}f}"
+        if len(there) > 1:
+            value += f" ± {statistics.stdev(value for value, _, _ in there):.{digits}f} over seeds"
+        span, needs_none = there[0][1] if len(group) == 1 else "", there[0][2]
+        behind = ", ".join(filter(None, [span, needs_none]))
+        parts.append(f"{name} {value}" + f" ({behind})" * bool(behind))
+    return html.escape("; ".join(parts)) or "not measured"
+
+
+def numbers(run: RunFolder) -> dict[str, tuple[float, str, str]]:
+    """A run's main numbers: value, interval over pictures, and what needs no model."""
+    found: dict[str, tuple[float, str, str]] = {}
+    if run.evaluation:
+        told = {(r["prompt"], r["choice"]): r["miou"]["all"] for r in run.evaluation["results"]}
+        for (prompt, choice), one in told.items():
+            needs_none = next((told[prompt, c] for c in TRIVIAL if (prompt, c) in told), None)
+            if choice == "predicted" and one["mean"] is not None:
+                span = f"95 % of pictures' resamples {percent(one['low'])}-{percent(one['high'])}"
+                without = f"without a model {percent(needs_none['mean'])}" if needs_none else ""
+                found[f"mIoU in % by {prompt}"] = (100 * one["mean"], span, without)
+        return found
+    told = run.summary.get("evaluation") or {}
+    if told.get("r2") is not None:
+        found["r2"] = (told["r2"], "", "the best constant map 0")
+    for name in PROMPTS:
+        if told.get(f"miou_{name}") is not None:
+            needs_none = told.get(f"trivial_{name}")
+            without = "" if needs_none is None else f"without a model {percent(needs_none)}"
+            value = 100 * told[f"miou_{name}"]
+            found[f"mIoU in % by {name.replace('_', ' ')}"] = (value, "", without)
+    if told.get("top1") is not None:
+        share, count = told["top1"] / 100, told["pictures"]
+        half = 196 * (share * (1 - share) / count) ** 0.5
+        span = f"± {half:.1f}, the 95 % interval of {count:.0f} pictures"
+        found["top-1 in %"] = (told["top1"], span, "")
+    return found
 
 
 def about(runs: list[RunFolder]) -> str:
@@ -323,25 +514,29 @@ def about(runs: list[RunFolder]) -> str:
             ]
         )
     head = ["run", "state", "machine", "pictures", "teacher", "bad samples", "versions", "commit"]
-    return "<h2>Environment</h2>" + table(head, rows) if rows else ""
+    return table(head, rows) if rows else ""
 
 
 SPEED = {"lr": "learning rate", "images_per_second": "images/s", "data_wait": "data wait"}
 COLUMNS = {
     "pretrain": {
         "loss": "loss",
-        "val_r2": "r2 on held-out pictures",
-        "val_knn": "k-NN, held-out, %",
-        "val_linear": "linear probe, held-out, %",
+        "val_r2": "r2, held out",
+        "val_knn": "k-NN, held out",
+        "val_linear": "linear probe, held out",
     },
     "finetune": {
         "loss": "loss",
-        "val_miou_box": "mIoU by box, held-out",
-        "val_miou_1_click": "mIoU by 1 click, held-out",
-        "val_miou_3_clicks": "mIoU by 3 clicks, held-out",
+        "val_miou_box": "mIoU by box, held out",
+        "val_miou_1_click": "mIoU by 1 click, held out",
+        "val_miou_3_clicks": "mIoU by 3 clicks, held out",
     },
-    "classify": {"loss": "loss", "val_top1": "top-1, held-out, %"},
+    "classify": {"loss": "loss", "val_top1": "top-1, held out"},
 }
+PROMPTS = ("box", "1_click", "3_clicks")
+SHARES = {"data_wait"} | {f"val_{k}_{p}" for k in ("miou", "trivial") for p in PROMPTS}  # 0 to 1
+PERCENT = {"val_knn", "val_linear", "val_top1", "val_top5"}
+CHOICES = {"predicted": ("predicted",), "oracle": ("oracle",), "without a model": TRIVIAL}
 TITLES = {
     "pretrain": ("Stage 1: pretraining", "masked input, target, result"),
     "finetune": ("Stage 2: finetuning", "true masks, by box, by click"),
@@ -350,28 +545,50 @@ TITLES = {
 }
 
 
+def of_kind(runs: list[RunFolder], kind: str, most: int) -> str:
+    """Curves, tables and pictures of the runs of one entry."""
+    text, drawn = "", TITLES[kind][1]
+    if kind in COLUMNS and runs:
+        text = curves(runs, COLUMNS[kind] | SPEED) + held_out(runs) + differences(runs)
+    for run in runs:
+        files = run.pictures(most)
+        text += f"<h3>{html.escape(run.name)}: {drawn}</h3>" if files else ""
+        for when, file in files:
+            text += picture(file.read_bytes(), f"{run.name}, {when}", when)
+    return text
+
+
 def page(runs: list[RunFolder], found: dict[str, Any] | None, most: int) -> str:
     """The whole of it."""
     name_apart(runs)
-    parts = ["<h1>sami: report</h1>"]
-    if found is not None:
-        parts += [comparison(found), f"<p><code>{html.escape(found['command'])}</code></p>"]
     trained = [run for run in runs if run.kind != "evaluate"]
-    for kind, (title, drawn) in TITLES.items():
-        of_kind = [run for run in runs if run.kind == kind]
-        pictures = [(run, run.pictures(most)) for run in of_kind]
-        if kind in COLUMNS and of_kind:
-            parts += [f"<h2>{title}</h2>", curves(of_kind, COLUMNS[kind] | SPEED)]
-            parts += [held_out(of_kind), differences(of_kind)]
-        for run, files in pictures:
-            if files:
-                parts.append(f"<h3>{html.escape(run.name)}: {drawn}</h3>")
-            for when, file in files:
-                parts.append(f"<p>{html.escape(when)}</p>")
-                parts.append(picture(file.read_bytes(), f"{run.name}, {when}"))
-    parts += [evaluations(runs), about(trained), whole_configs(trained)]
-    head = f'<meta charset="utf-8"><title>sami: report</title><style>{STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    sections = {"Summary": summary(runs, found)}
+    if found is not None:
+        command = f"<p><code>{html.escape(found['command'])}</code></p>"
+        sections["Comparison"] = comparison(found) + command
+    for kind, (title, _) in TITLES.items():
+        sections[title] = of_kind([run for run in runs if run.kind == kind], kind, most)
+    sections["Evaluation"] = evaluations(runs)
+    sections["Environment"] = about(trained)
+    sections["Configurations"] = whole_configs(trained)
+    sections = {title: text for title, text in sections.items() if text}
+    anchors = {title: f"section-{number}" for number, title in enumerate(sections)}
+    contents = "".join(f'<li><a href="#{a}">{html.escape(t)}</a></li>' for t, a in anchors.items())
+    body = "".join(
+        f'<h2 id="{anchors[title]}">{html.escape(title)}</h2>{text}'
+        for title, text in sections.items()
+    )
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    body = (
+        f"<h1>sami: report</h1><p>Made {now}, of {len(runs)} run(s). A picture that is clicked is "
+        f"shown in full size.</p><nav><ul>{contents}</ul></nav>{body}<dialog></dialog>"
+    )
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>sami: report of {now}</title><style>{STYLE}</style>"
+    )
+    script = f"<script>{ZOOM}</script>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}{script}</body></html>\n'
 
 
 def main() -> int:
@@ -388,6 +605,11 @@ def main() -> int:
     if args.comparison is not None:
         require(is_file(args.comparison), f"--comparison {args.comparison} does not exist")
         found = json.loads(args.comparison.read_bytes())
+        require(
+            {"teacher", "trivial", "rows", "differences", "command"} <= set(found),
+            f"--comparison {args.comparison} is not what tools/chain.py writes, or from before "
+            "its present form; run the same chain again, which trains nothing twice",
+        )
     runs = [RunFolder(path) for path in args.runs]
     write_text(args.out, page(runs, found, args.pictures))
     print(args.out)

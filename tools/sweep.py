@@ -29,6 +29,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,11 +39,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
+from finetune.measures import DATA_SETS, TRIVIAL
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.configfile import meant_for, read_yaml
@@ -50,7 +49,9 @@ from sami.core.errors import UserError, not_written, raise_if_machine
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, run_entry
 from sami.core.options import Options
 from sami.core.paths import exists, expand_path, is_file, local_path
+from sami.core.plots import LINES, integer_steps, legend_below, new_figure, plain, save_png, widen
 from sami.core.shipped import HOME, find, shipped, short
+from sami.core.tables import show_table
 from sami.grids import GRID, grid_of_config
 
 SKIP, START = "skip", "encoder.checkpoint"
@@ -67,7 +68,11 @@ FORM: dict[str, Any] = {
     "settings": {str: (dict, str, type(None))},
     "measures": {str: str},
     "paper": {str: {str: (int, float, type(None))}},
+    "paper_on": str,
 }
+IMAGENET = "ImageNet"  # known by its 50,000 validation pictures and 1,000 classes
+PERCENT = ("top1", "top5", "knn", "linear")  # measures of summary.json that are in %
+WITHOUT = "without a model"
 HELD = (errno.EACCES, errno.EAGAIN)  # of a lock that another process has
 
 
@@ -130,7 +135,13 @@ class Sweep:
         told = expand_path(content.get("out") or f"runs/sweeps/{path.stem}", f"{path}: out")
         self.out = out or HOME / told
         self.seeds, self.measures = content["seeds"], content["measures"]
-        self.paper = content.get("paper") or {}
+        self.paper, self.paper_on = content.get("paper") or {}, content.get("paper_on")
+        known = (IMAGENET, *DATA_SETS)
+        require(
+            self.paper_on is None or self.paper_on in known,
+            f"{path}: paper_on {self.paper_on} is none of {', '.join(known)}, the data sets that "
+            "are recognised",
+        )
         try:
             self.stages = {name: Stage(**told) for name, told in content["stages"].items()}
         except (TypeError, AttributeError) as error:
@@ -518,17 +529,23 @@ class Sweep:
 
     # -- all runs -------------------------------------------------------------------------------
 
-    def measured(self, run: Run, where: str) -> float | None:
-        """A measure of a run: STAGE.PATH in its summary.json, or STAGE.PROMPT of an evaluation."""
+    def measured(
+        self, run: Run, where: str, choices: tuple[str, ...] = ("predicted",)
+    ) -> float | None:
+        """A measure of a run: STAGE.PATH in its summary.json, or STAGE.PROMPT of an evaluation.
+
+        Args:
+            choices: of an evaluation, which of its rows.
+        """
         stage, path = self.split(where, "measures")
         folder = self.folder(run, stage)
         try:
-            if self.stages[stage].entry.endswith("evaluate.py"):
+            if self.is_evaluation(where):
                 told = json.loads((folder / "evaluation.json").read_bytes())["results"]
                 return next(
                     100 * row["miou"]["all"]["mean"]
                     for row in told
-                    if row["prompt"] == path and row["choice"] == "predicted"
+                    if row["prompt"] == path and row["choice"] in choices
                 )
             value = self.summary(run, stage) if self.is_finished(run, stage) else {}
             for part in path.split("."):
@@ -541,23 +558,53 @@ class Sweep:
                 print(f"{folder} is finished and has no {path}", file=sys.stderr)
             return None
 
+    def is_evaluation(self, where: str) -> bool:
+        """Whether a measure is an mIoU of tools/evaluate.py."""
+        return self.stages[self.split(where, "measures")[0]].entry.endswith("evaluate.py")
+
+    def data_of(self, run: Run, where: str) -> str | None:
+        """The data set of the paper's that a measure of a run was measured on, whole, if any."""
+        folder = self.folder(run, self.split(where, "measures")[0])
+        if self.is_evaluation(where):
+            return _read(folder / "evaluation.json").get("data")
+        told = (_read(folder / "summary.json").get("evaluation") or {}).get("pictures")
+        with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
+            config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            return IMAGENET if (told, config["data"]["classes"]) == (50_000, 1_000) else None
+        return None
+
+    def unit(self, name: str) -> str:
+        """A measure with its unit, as a head of a table or the title of a plot."""
+        where = self.measures[name]
+        if self.is_evaluation(where):
+            return f"{name}, mIoU in %"
+        return f"{name}, %" if where.rpartition(".")[2] in PERCENT else name
+
     def results(self) -> list[dict[str, Any]]:
-        """By setting and measure: the values by seed, mean, deviation, and the paper's."""
+        """By setting and measure: the values by seed, mean, deviation, and what to compare with.
+
+        That is the paper's number, if all were measured on the data set that it belongs to
+        (``paper_on``), and of an mIoU the score that needs no model.
+        """
         rows = []
         for setting in self.settings:
             row: dict[str, Any] = {"setting": setting, "measures": {}}
+            runs = [run for run in self.runs if run.setting == setting]
             for name, where in self.measures.items():
-                found = {
-                    run.seed: self.measured(run, where)
-                    for run in self.runs
-                    if run.setting == setting
-                }
-                values = [value for value in found.values() if value is not None]
+                found = {run.seed: self.measured(run, where) for run in runs}
+                there = [run for run in runs if found[run.seed] is not None]
+                values = [found[run.seed] for run in there]
+                paper, needs_none = (self.paper.get(name) or {}).get(setting), []
+                if not there or {self.data_of(run, where) for run in there} != {self.paper_on}:
+                    paper = None
+                if self.is_evaluation(where):
+                    needs_none = [self.measured(run, where, TRIVIAL) for run in there]
                 row["measures"][name] = {
                     "by_seed": found,
                     "mean": statistics.mean(values) if values else None,
                     "std": statistics.stdev(values) if len(values) > 1 else None,
-                    "paper": (self.paper.get(name) or {}).get(setting),
+                    "paper": None if self.paper_on is None else paper,
+                    "trivial": next((one for one in needs_none if one is not None), None),
                 }
             rows.append(row)
         return rows
@@ -751,35 +798,52 @@ def make_table(sweep: Sweep) -> int:
     """To the screen, and as Markdown and JSON."""
     sweep.check_results()
     rows = sweep.results()
+    on_paper = {n for n in sweep.measures if any(row["measures"][n]["paper"] for row in rows)}
     head = ["setting"]
     for name in sweep.measures:
-        head += [name] + [f"{name}, paper"] * bool(sweep.paper.get(name))
+        head += [sweep.unit(name)] + [f"{name}, paper, {sweep.paper_on}"] * (name in on_paper)
     body = []
     for row in rows:
         cells = [row["setting"]]
         for name, told in row["measures"].items():
             cells.append(_cell(told, len(sweep.seeds)))
-            if sweep.paper.get(name):
+            if name in on_paper:
                 cells.append("–" if told["paper"] is None else f"{told['paper']:g}")
         body.append(cells)
-    table = Table(title=f"{sweep.name}: mean ± standard deviation over {len(sweep.seeds)} seeds")
-    for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number else "left")
-    for cells in body:
-        table.add_row(*cells)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    needs_none = {n: [r["measures"][n]["trivial"] for r in rows] for n in sweep.measures}
+    needs_none = {n: [one for one in told if one is not None] for n, told in needs_none.items()}
+    if any(needs_none.values()):
+        cells = [WITHOUT]
+        for name, told in needs_none.items():
+            cells += [f"{told[0]:.4g}" if told else "–"] + ["–"] * (name in on_paper)
+        body.append(cells)
+    title = f"{sweep.name}: mean ± standard deviation over {len(sweep.seeds)} seeds"
+    if len(sweep.seeds) == 1:
+        title = f"{sweep.name}: one seed, so that differences may be chance"
+    show_table(title, head, body)
     lines = [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *body]]
-    lines = [f"{table.title}", "", *lines]
-    write_text(sweep.out / "table.md", "\n".join(lines) + "\n")
+    write_text(sweep.out / "table.md", "\n".join([title, "", *lines]) + "\n")
     write_text(sweep.out / "table.json", json.dumps(rows, indent=1) + "\n")
+    if sweep.paper and not on_paper:
+        why = f"are of {sweep.paper_on}, whole, and these runs were not measured on it"
+        if sweep.paper_on is None:
+            why = f"belong to a data set that {sweep.path} does not name (paper_on)"
+        print(f"The paper's numbers {why}: left out.")
     print(f"{sweep.out}/table.md and table.json")
     return 0
 
 
 def make_plot(sweep: Sweep) -> int:
-    """Each seed a dot, the mean a line; numbers along the axis where one number is varied."""
+    """A panel for each measure, as OUT/plot.png."""
     sweep.check_results()
-    rows = sweep.results()
+    figure = figure_of(sweep, sweep.results())
+    save_png(figure, sweep.out / "plot.png", 120)
+    print(f"{sweep.out}/plot.png")
+    return 0
+
+
+def figure_of(sweep: Sweep, rows: list[dict[str, Any]]) -> Figure:
+    """Each seed a dot, their mean with its deviation; along numbers where one is varied."""
     (axis,) = sweep.vary.values() if len(sweep.vary) == 1 else (None,)
     numeric = (
         axis is not None
@@ -787,39 +851,53 @@ def make_plot(sweep: Sweep) -> int:
         and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in axis)
     )
     places = list(axis) if numeric else list(range(len(rows)))
-    figure = Figure(figsize=(5 * len(sweep.measures), 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    names = [plain(textwrap.fill(row["setting"], 24)) for row in rows]
+    columns = min(3, len(sweep.measures))
+    lines = -(-len(sweep.measures) // columns)
+    width = max(4.6, 0.0 if numeric else 0.9 * len(rows))
+    figure = new_figure(columns * width, lines * (3.6 if numeric else 4.4) + 0.8)
+    handles: dict[str, Any] = {}
     for number, name in enumerate(sweep.measures):
-        axes = figure.add_subplot(1, len(sweep.measures), number + 1)
+        axes = figure.add_subplot(lines, columns, number + 1)
         told = [row["measures"][name] for row in rows]
         for place, one in zip(places, told, strict=True):
             values = [value for value in one["by_seed"].values() if value is not None]
-            axes.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.5)
-        means = [(place, one["mean"]) for place, one in zip(places, told, strict=True)]
-        means = [pair for pair in means if pair[1] is not None]
-        style = "-" if numeric else "_"  # no line between names
-        xy = zip(*means, strict=True) if means else ([], [])
-        axes.plot(*xy, style, color="tab:blue", label="ours", markersize=16)
-        axes.margins(x=0.1)
-        paper = [(place, one["paper"]) for place, one in zip(places, told, strict=True)]
-        paper = [pair for pair in paper if pair[1] is not None]
-        if paper:
-            axes.plot(
-                *zip(*paper, strict=True),
-                "s--" if numeric else "s",
-                color="tab:grey",
-                label="the paper's",
+            (dots,) = axes.plot([place] * len(values), values, "o", color=LINES[0], alpha=0.4)
+            handles["each seed"] = dots
+        there = [(p, o["mean"], o["std"]) for p, o in zip(places, told, strict=True)]
+        there = [one for one in there if one[1] is not None]
+        if there:
+            xs, means, spread = zip(*there, strict=True)
+            bars = [0 if std is None else std for std in spread]
+            style = {"color": LINES[0], "capsize": 5, "linewidth": 1.5, "markersize": 14}
+            style |= {"fmt": "_-" if numeric else "_"}  # no line between names
+            handles["mean, bars: one standard deviation over seeds"] = axes.errorbar(
+                xs, means, bars, **style
             )
-            axes.legend()
-        axes.set_ylabel(name)
+        paper = [(p, o["paper"]) for p, o in zip(places, told, strict=True) if o["paper"]]
+        if paper:
+            (handles[f"the paper's, on {sweep.paper_on}"],) = axes.plot(
+                *zip(*paper, strict=True), "s--" if numeric else "s", color=LINES[1]
+            )
+        for value in {o["trivial"] for o in told if o["trivial"] is not None}:
+            handles[WITHOUT] = axes.axhline(value, color="#666666", linestyle=(0, (1, 1)))
+        unit = sweep.unit(name)
+        axes.set(title=plain(unit), ylabel=plain(unit))
+        axes.margins(x=0.1)
+        if "%" in unit:
+            widen(axes, 5, 0, 100)
+        elif there:
+            widen(axes, 0.1 * max(abs(mean) for mean in means))
+        axes.grid(alpha=0.3)
         if numeric:
-            axes.set_xlabel(next(iter(sweep.vary)).split(".", 1)[-1])
+            axes.set_xlabel(plain(next(iter(sweep.vary)).split(".", 1)[-1]))
+            if all(isinstance(place, int) for place in places):
+                integer_steps(axes)
         else:
-            labels = [row["setting"] for row in rows]
-            axes.set_xticks(places, labels, rotation=30, ha="right")
-    figure.savefig(sweep.out / "plot.png", dpi=120)
-    print(f"{sweep.out}/plot.png")
-    return 0
+            axes.set_xticks(places, names, rotation=30, ha="right")
+    figure.suptitle(f"{plain(sweep.name)}, {len(sweep.seeds)} seed{'s' * (len(sweep.seeds) > 1)}")
+    legend_below(figure, handles.values(), list(handles), 2)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -51,6 +51,11 @@ def ink_on(colour: str) -> str:
     return "black" if np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) > 0.5 else "white"
 
 
+def plain(text: str) -> str:
+    """A name as a figure shows it: no dollar begins a formula, bytes that are no text are ?."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
 def integer_steps(axis: Axes) -> None:
     """Ticks of the horizontal axis at whole numbers, 20,000 and not 2e4."""
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -79,7 +84,8 @@ def logarithmic(axis: Axes, least: float = 2.0) -> None:
     bottom, top = axis.get_ylim()
     missing = max(1.0, least / (top / bottom)) ** 0.5
     axis.set_ylim(bottom / missing, top * missing)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    wide = axis.get_ylim()[1] / axis.get_ylim()[0] > 20
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
@@ -87,7 +93,13 @@ def logarithmic(axis: Axes, least: float = 2.0) -> None:
 def legend_below(figure: Figure, handles: Iterable, names: list[str], columns: int) -> None:
     """One legend for all axes, under them."""
     if names:
-        figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
+        figure.legend(
+            handles,
+            [plain(name) for name in names],
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+        )
 
 
 def new_figure(width: float, height: float) -> Figure:
