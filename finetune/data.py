@@ -5,6 +5,7 @@ from (seed, epoch, sample key).
 """
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -25,11 +26,12 @@ from finetune.rle import sample as sample_runs
 from finetune.sam import frame_of
 from sami.core.config import PATH, require
 from sami.core.errors import BadSample
-from sami.core.images import open_image, resize_stored
+from sami.core.images import Drawn, drawn_on, open_image, resize_whole
 from sami.core.order import sample_rng
 from sami.core.shards import PICTURE, RawSample
 
 NO_PIXEL = "no pixel at the loss's resolution"  # of an object
+UNSURE = "turned by EXIF, and its masks fit both ways: masks_drawn_on decided"  # of a picture
 
 
 @dataclass
@@ -49,6 +51,8 @@ class DataConfig:
         image_size: side of the model's input in pixels.
         resize: square, whatever the picture's aspect, as the released model; or longest, as SAM,
             with padding that is left out of the loss.
+        masks_drawn_on: the upright picture or the stored one, where neither size nor annotation
+            tells on which of them masks were drawn (docs/data.md).
         masks_per_image: at most so many objects of a picture; the knob of the GPU's memory.
         hflip: mirror one picture in two.
         max_area: objects that cover more than this share of the picture are left out.
@@ -65,6 +69,7 @@ class DataConfig:
     shuffle_mb: int = 256
     image_size: int = 1024
     resize: Literal["square", "longest"] = "square"
+    masks_drawn_on: Drawn = "upright"
     masks_per_image: int = 64
     hflip: bool = False
     max_area: float = 0.9
@@ -95,7 +100,8 @@ class Batch:
     ``images`` uint8 [B, 3, H, H]; ``masks`` bool [B, K, h, h]; ``there`` bool [B, K];
     ``inside`` bool [B, h, h], what is picture; ``points`` [B, K, 6, 2] in pixels of the input, and
     ``labels`` [B, K, 6]; ``places`` [B, 2, h], x of a click on each column and y of one on each row
-    of ``masks``. ``left_out``: reason and key of each object that could not be trained on.
+    of ``masks``. ``left_out``: reason and key of each object that could not be trained on;
+    ``unsure``: likewise of each picture of which data.masks_drawn_on told how its masks lie.
     """
 
     images: torch.Tensor
@@ -107,6 +113,7 @@ class Batch:
     places: torch.Tensor
     keys: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    unsure: list[tuple[str, str]] = field(default_factory=list)
 
     TENSORS: ClassVar = ("images", "masks", "there", "inside", "points", "labels", "places")
 
@@ -133,6 +140,7 @@ class Prompted:
     image_size: int
     loss_size: int  # side of the mask decoder's output
     resize: str
+    masks_drawn_on: Drawn
     masks_per_image: int
     hflip: bool
     max_area: float
@@ -151,6 +159,7 @@ class Prompted:
             data.image_size,
             loss_size,
             data.resize,
+            data.masks_drawn_on,
             data.masks_per_image,
             data.hflip,
             data.max_area,
@@ -161,25 +170,26 @@ class Prompted:
         )
 
     def decode(self, sample: RawSample, epoch: int, stand_in: bool) -> tuple:
-        """What :meth:`collate` takes, of one sample: key, picture, inside, and its objects.
+        """What :meth:`collate` takes, of one sample: key, picture, inside, its objects, and what is
+        to be counted of it.
 
         Raises:
             BadSample: picture or annotation cannot be used, or no mask is left.
         """
         rng = sample_rng(self.seed, epoch, f"{sample.key}/stand-in" if stand_in else sample.key)
         flip = bool(rng.random() < 0.5) and self.hflip
-        image = open_image(sample.part(PICTURE))
+        encoded = open_image(sample.part(PICTURE))
         told = parse_annotations(sample.part("json"))
-        if image.size != (told.width, told.height):
-            raise BadSample("annotation of another picture size")
+        asked = (told.width, told.height, told.drawn_on, self.masks_drawn_on)
+        drawn, unsure = drawn_on(encoded, *asked)
         size = (told.height, told.width)
         frame = frame_of(self.image_size, self.resize, *size)
         rows, columns, inside = loss_pixels(self.image_size, self.loss_size, frame, size)
         # Full size is only ever looked at where the loss has a pixel, or a click falls.
         seen = (size[1] - 1 - columns)[::-1] if flip else columns
-        chosen, unseen = self._choose(told, rows, seen, rng)
+        chosen, reasons = self._choose(told, rows, seen, rng)
         picture = np.zeros((self.image_size, self.image_size, 3), np.uint8)
-        picture[: frame[0], : frame[1]] = resize_stored(image, *frame)
+        picture[: frame[0], : frame[1]] = resize_whole(encoded, *frame, drawn)
         masks = np.zeros((len(chosen), *inside.shape), bool)
         masks[:, : len(rows), : len(columns)] = np.stack([mask for _, mask in chosen])
         prompts = [self._prompt(ends, size, frame, rng) for ends, _ in chosen]
@@ -191,12 +201,17 @@ class Prompted:
             points, labels = mirror(points, labels, frame[1], scale[0])
         places = np.zeros((2, self.loss_size), np.float32)
         places[0, : len(columns)], places[1, : len(rows)] = columns * scale[0], rows * scale[1]
-        left_out = [(NO_PIXEL, sample.key)] * unseen
-        return sample.key, picture, inside, masks, points, labels, places, left_out
+        left_out = [(reason, sample.key) for reason in reasons.elements()]
+        counted = ([(UNSURE, sample.key)] * unsure, left_out)
+        if stand_in:  # or it would be counted again in its own slot
+            counted = ([], [])
+        return sample.key, picture, inside, masks, points, labels, places, *counted
 
     def collate(self, items: list[tuple]) -> Batch:
         """A batch of what :meth:`decode` made; missing objects are empty slots."""
-        keys, pictures, inside, masks, points, labels, places, left_out = zip(*items, strict=True)
+        keys, pictures, inside, masks, points, labels, places, unsure, left_out = zip(
+            *items, strict=True
+        )
         most = max(map(len, masks))
 
         def filled(arrays: tuple[np.ndarray, ...], empty: float) -> torch.Tensor:
@@ -217,19 +232,21 @@ class Prompted:
             places=torch.from_numpy(np.stack(places)),
             keys=list(keys),
             left_out=list(itertools.chain(*left_out)),
+            unsure=list(itertools.chain(*unsure)),
         )
 
     def _choose(
         self, told: Annotations, rows: np.ndarray, columns: np.ndarray, rng: np.random.Generator
-    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
-        """Up to ``masks_per_image`` usable masks in random order, and how many were passed over.
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], Counter[str]]:
+        """Up to ``masks_per_image`` usable masks in random order, and why others were passed over.
 
         Args:
             rows, columns: the picture's, that the loss looks at.
 
         Returns:
             Run ends of each, and the mask where the loss looks at it, bool [h', w']. Passed over
-            are those that have no pixel there: their loss would ask for an empty mask.
+            are broken ones, and those that have no pixel there: their loss would ask for an empty
+            mask.
         """
         limit = self.max_area * told.height * told.width
         fitting = [
@@ -239,20 +256,24 @@ class Prompted:
             and mask.stability_score >= self.min_stability
             and (mask.area is None or mask.area <= limit)
         ]
-        chosen, unseen = [], 0
+        chosen, left_out = [], told.left_out.copy()
         for number in rng.permutation(len(fitting)):
-            ends = decode_counts(fitting[number].counts, told.height, told.width)
+            try:
+                ends = decode_counts(fitting[number].counts, told.height, told.width)
+            except BadSample as error:
+                left_out[str(error)] += 1
+                continue
             if 0 < area(ends) <= limit:  # what the file says of the area may be wrong
                 mask = sample_runs(ends, told.height, told.width, rows, columns)
                 if mask.any():
                     chosen.append((ends, mask))
                 else:
-                    unseen += 1
+                    left_out[NO_PIXEL] += 1
             if len(chosen) == self.masks_per_image:
                 break
         if not chosen:
-            raise BadSample(NO_PIXEL if unseen else "no usable mask")
-        return chosen, unseen
+            raise BadSample(left_out.most_common(1)[0][0] if left_out else "no usable mask")
+        return chosen, left_out
 
     def _prompt(
         self,

@@ -7,6 +7,7 @@ A box is the mask's tight one. Masks are compared at the picture's own size. Sco
 that the model itself thinks best, and the oracle, the best of three against the truth.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from finetune.data import UNSURE
 from finetune.losses import mask_iou
 from finetune.prompt_encoder import BOTTOM_RIGHT, FOREGROUND, TOP_LEFT
 from finetune.prompts import centre_of, correction_clicks
@@ -23,7 +25,7 @@ from finetune.sam import ModelShape, Sam
 from finetune.trivial import RADII, discs, filled_box
 from sami.core.config import require
 from sami.core.errors import BadSample
-from sami.core.images import open_image, resize_stored
+from sami.core.images import Drawn, drawn_on, open_image, resize_whole
 from sami.core.order import deal, sample_rng
 from sami.core.processes import exact
 from sami.core.progress import follow
@@ -106,7 +108,8 @@ class Judged:
     width; ``ends`` the run ends of its masks. In pixels of the picture: ``boxes`` [K, 4],
     ``clicks`` [draws, K, P, 2], and ``centres`` [K, 2], NaN if they were not asked for.
     ``trivial``: IoU of what needs no model, for each prompting that was asked for fp64 [answers,
-    K].
+    K]. ``notes`` tell of each object that was left out, and whether a default told how its
+    masks lie.
     """
 
     key: str
@@ -117,6 +120,7 @@ class Judged:
     clicks: torch.Tensor
     centres: torch.Tensor
     trivial: list[np.ndarray] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def head(self, count: int) -> "Judged":
         """The same with its first objects alone."""
@@ -147,6 +151,14 @@ class Judged:
         return discs(self.ends, *self.size, self.prompts(prompting)[0].numpy())
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A picture that cannot be evaluated on, and why."""
+
+    key: str
+    reason: str
+
+
 class Source(Protocol):
     """Where encoded samples come from, in fixed order."""
 
@@ -171,7 +183,7 @@ class ShardSource:
 
 
 class Pictures(IterableDataset):
-    """Pictures with their objects and prompts; those that cannot be used are left out."""
+    """Pictures with their objects and prompts; of those that cannot be used, the reason."""
 
     def __init__(
         self,
@@ -180,39 +192,48 @@ class Pictures(IterableDataset):
         promptings: tuple[Prompting, ...] = PROMPTINGS,
         masks: int | None = None,
         seed: int = 0,
+        drawn: Drawn = "upright",
     ) -> None:
-        """``masks``: at most so many of a picture, drawn with ``seed``; None for all."""
+        """
+        Args:
+            masks: at most so many of a picture, drawn with ``seed``; None for all.
+            drawn: where masks lie if nothing else tells, see :func:`sami.core.images.drawn_on`.
+        """
         self.source, self.shape, self.masks, self.seed = source, shape, masks, seed
         self.promptings = promptings
+        self.drawn: Drawn = drawn
         random = [prompting for prompting in promptings if prompting.kind == "random"]
         self.draws = max((prompting.draw + 1 for prompting in random), default=1)
         self.clicks = max((prompting.clicks for prompting in random), default=1)
         self.centres = any(prompting.kind == "centre" for prompting in promptings)
 
-    def __iter__(self) -> Iterator[Judged]:
+    def __iter__(self) -> Iterator[Judged | LeftOut]:
         info = get_worker_info()
         number, of = (0, 1) if info is None else (info.id, info.num_workers)
         for sample in self.source.read(number, of):
             try:
                 yield self._judged(sample)
-            except BadSample:
-                continue
+            except BadSample as error:
+                yield LeftOut(sample.key, str(error))
 
     def _judged(self, sample: RawSample) -> Judged:
-        image, told = open_image(sample.part(PICTURE)), parse_annotations(sample.part("json"))
+        encoded, told = open_image(sample.part(PICTURE)), parse_annotations(sample.part("json"))
         size = (told.height, told.width)
-        if image.size != size[::-1]:
-            raise BadSample("annotation of another picture size")
+        drawn, unsure = drawn_on(encoded, told.width, told.height, told.drawn_on, self.drawn)
         rng = sample_rng(self.seed, -1, sample.key)
-        ends = []
+        ends, left_out = [], told.left_out.copy()
         for number in rng.permutation(len(told.masks)):
-            found = decode_counts(told.masks[number].counts, *size)
+            try:
+                found = decode_counts(told.masks[number].counts, *size)
+            except BadSample as error:
+                left_out[str(error)] += 1
+                continue
             if area(found) > 0:
                 ends.append(found)
             if len(ends) == self.masks:
                 break
         if not ends:
-            raise BadSample("no usable mask")
+            raise BadSample(left_out.most_common(1)[0][0] if left_out else "no usable mask")
         clicks = []
         for draw in range(self.draws):
             rng = sample_rng(self.seed, -2 - draw, sample.key)
@@ -220,7 +241,7 @@ class Pictures(IterableDataset):
         centres = np.full((len(ends), 2), np.nan)
         if self.centres:
             centres = np.array([centre_of(paint(e, *size)) for e in ends], float)
-        picture = resize_stored(image, *self.shape.frame(*size)).transpose(2, 0, 1)
+        picture = resize_whole(encoded, *self.shape.frame(*size), drawn).transpose(2, 0, 1)
         judged = Judged(
             sample.key,
             torch.from_numpy(np.ascontiguousarray(picture)),
@@ -229,6 +250,7 @@ class Pictures(IterableDataset):
             torch.tensor([box(e, size[0]) for e in ends], dtype=torch.float32),
             torch.from_numpy(np.array(clicks, np.float32)),
             torch.from_numpy(centres.astype(np.float32)),
+            notes=[f"object left out: {why}" for why in left_out.elements()] + [UNSURE] * unsure,
         )
         judged.trivial += [judged.trivial_iou(prompting) for prompting in self.promptings]
         return judged
@@ -242,11 +264,13 @@ def evaluate(
     config: EvalConfig,
     workers: int,
     seed: int = 0,
+    drawn: Drawn = "upright",
 ) -> dict[str, float | None]:
     """Mean IoU over objects by PROMPTINGS, the same on all ranks. Collective.
 
     Args:
         model: unwrapped.
+        drawn: as :class:`Pictures` has it.
 
     Returns:
         ``miou_box``, ``miou_1_click`` and ``miou_3_clicks``, each with what needs no model as
@@ -255,13 +279,18 @@ def evaluate(
     """
     positions = range(min(config.samples, sum(shard.count for shard in shards)))
     source = ShardSource(shards, deal(positions, run.rank, run.processes))
-    dataset = Pictures(source, model.shape, PROMPTINGS, config.masks, seed)
+    dataset = Pictures(source, model.shape, PROMPTINGS, config.masks, seed, drawn)
+    unusable, noted = Counter(), Counter()
     sums = torch.zeros(len(PROMPTINGS) + 2, dtype=exact(run.device), device=run.device)
     answers = [1 if p.kind == "box" else len(RADII) for p in PROMPTINGS]
     trivial = torch.zeros(sum(answers), dtype=exact(run.device), device=run.device)
     model.eval()
     loader = make_loader(dataset, workers, run.device)
     for judged in follow(loader, "held out", len(source), run.say):
+        if isinstance(judged, LeftOut):
+            unusable[judged.reason] += 1
+            continue
+        noted.update(judged.notes)
         with run.accelerator.autocast():
             iou = score(model, judged, run.device, PROMPTINGS, CHOICES[:1])[:, 0]
         sums += torch.cat([iou.sum(1), iou.new_tensor([1, iou.shape[1]])])
@@ -269,8 +298,14 @@ def evaluate(
     model.train()
     *totals, pictures, objects = run.accelerator.reduce(sums, "sum").tolist()
     best = [part.max().item() for part in run.accelerator.reduce(trivial, "sum").split(answers)]
-    if pictures < len(positions):
-        run.say(f"{len(positions) - int(pictures)} of {len(positions)} held-out pictures unusable")
+    gathered = zip(*run.gather((unusable, noted)), strict=True)
+    unusable, noted = (sum(counts, Counter()) for counts in gathered)
+    if unusable:
+        run.say_once(
+            f"{unusable.total()} of {len(positions)} held-out pictures unusable: {dict(unusable)}"
+        )
+    if noted:
+        run.say_once(f"noted of held-out pictures: {dict(noted)}")
     words = [prompting.name.replace(" ", "_") for prompting in PROMPTINGS]
     names = [f"{kind}_{word}" for kind in ("miou", "trivial") for word in words]
     means = {

@@ -10,13 +10,15 @@ into ``width - 1 - x``; a box becomes ``(width - x1, y0, width - x0, y1)``.
 """
 
 import json
-from dataclasses import dataclass
+import math
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from sami.core.errors import BadSample
-from sami.core.images import MAX_PIXELS
+from sami.core.images import DRAWN, MAX_PIXELS, Drawn
 
 FOREIGN = "annotation is not SA-1B's"
 MISFIT = "run lengths do not fit their size"
@@ -39,27 +41,40 @@ class Annotations:
     height: int  # of the picture, in pixels; every mask has the same
     width: int
     masks: list[Mask]
+    left_out: Counter[str] = field(default_factory=Counter)  # annotations that are no such mask
+    drawn_on: Drawn | None = None  # the picture that the masks lie on, if the file says it
 
 
 def parse_annotations(data: bytes) -> Annotations:
     """The JSON of one SA-1B picture, its types and sizes checked, its masks not decoded.
 
-    ``area`` and ``bbox`` may be missing, as from COCO exports (None), and so may
-    ``predicted_iou`` and ``stability_score`` (1.0). Keys not named in :class:`Mask` are ignored.
+    ``area`` and ``bbox`` may be missing or null, as from COCO exports (None), and so may
+    ``predicted_iou`` and ``stability_score`` (1.0). ``image`` may have ``drawn_on``, upright or
+    stored, see :func:`sami.core.images.drawn_on`. Other keys are ignored. One annotation that
+    cannot be used is left out and counted.
 
     Raises:
-        BadSample: not JSON, not of this form, or a mask of another size than the picture.
+        BadSample: not JSON, not of this form, or none of its annotations is.
     """
     try:
-        told = json.loads(data)
-    except (ValueError, RecursionError) as error:  # bad UTF-8 and huge numbers are ValueErrors
+        told = _json(data)
+    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError
         raise BadSample("annotation is not JSON") from error
     image = _get(told, "image", dict)
     height, width = _get(image, "height", int), _get(image, "width", int)
     if height < 1 or width < 1 or height * width > MAX_PIXELS:
         raise BadSample(FOREIGN)
-    masks = [_mask(entry, height, width) for entry in _get(told, "annotations", list)]
-    return Annotations(height, width, masks)
+    found = Annotations(height, width, [], drawn_on=image.get("drawn_on"))
+    if found.drawn_on not in (*DRAWN, None):
+        raise BadSample(FOREIGN)
+    for entry in _get(told, "annotations", list):
+        try:
+            found.masks.append(_mask(entry, height, width))
+        except BadSample as error:
+            found.left_out[str(error)] += 1
+    if found.left_out and not found.masks:
+        raise BadSample(found.left_out.most_common(1)[0][0])
+    return found
 
 
 def decode_counts(counts: str | bytes | list[Any], height: int, width: int) -> np.ndarray:
@@ -190,6 +205,16 @@ def random_points(
     return np.stack([x, y], axis=1)
 
 
+def _json(data: bytes) -> Any:
+    """Of bytes; an integer with more digits than Python reads becomes infinity, and so bad."""
+    try:
+        return json.loads(data)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise
+    except ValueError:  # the second reading calls back for every integer
+        return json.loads(data, parse_int=lambda text: int(text) if len(text) < 400 else math.inf)
+
+
 def _mask(told: Any, height: int, width: int) -> Mask:
     segmentation = _get(told, "segmentation", dict)
     size = _get(segmentation, "size", list)
@@ -205,8 +230,10 @@ def _mask(told: Any, height: int, width: int) -> Mask:
         counts=counts,
         area=None if told.get("area") is None else _number(told["area"]),
         bbox=None if bbox is None else [_number(value) for value in bbox],
-        predicted_iou=_number(told.get("predicted_iou", 1.0)),
-        stability_score=_number(told.get("stability_score", 1.0)),
+        predicted_iou=1.0 if told.get("predicted_iou") is None else _number(told["predicted_iou"]),
+        stability_score=(
+            1.0 if told.get("stability_score") is None else _number(told["stability_score"])
+        ),
     )
 
 

@@ -22,7 +22,7 @@ from finetune.prompt_encoder import (
     rescale,
 )
 from finetune.sam_head import SamMaskDecoder, SamPromptEncoder
-from sami.core.images import Normalise
+from sami.core.images import Normalise, longest_frame
 from sami.encoder import initialise
 from sami.image_encoder import ImageEncoderShape, VitEncoder, build_image_encoder
 
@@ -76,8 +76,7 @@ def frame_of(image_size: int, resize: str, height: int, width: int) -> tuple[int
     """
     if resize == "square":
         return image_size, image_size
-    scale = image_size / max(height, width)
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    return longest_frame(image_size, height, width)
 
 
 class Sam(nn.Module):

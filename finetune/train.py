@@ -14,8 +14,8 @@ from functools import partial
 
 import torch
 
-from finetune.data import DataConfig, Prompted
-from finetune.evaluation import EvalConfig, Pictures, ShardSource, evaluate
+from finetune.data import UNSURE, DataConfig, Prompted
+from finetune.evaluation import EvalConfig, Judged, Pictures, ShardSource, evaluate
 from finetune.losses import LossConfig
 from finetune.model import (
     TAKES,
@@ -34,6 +34,7 @@ from sami.core.checkpoint import Export
 from sami.core.checks import start_entry, tell_checked
 from sami.core.config import require, to_dict
 from sami.core.exits import FINISHED, run_entry
+from sami.core.images import Drawn
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Layout, Order
 from sami.core.run import Run, RunConfig, is_due
@@ -201,6 +202,7 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
                 batch, bad = next(batches)
             state.note_bad(bad)
             state.note_left_out(batch.left_out)
+            state.note_unsure(batch.unsure)
             run.advance(step, steps)
             batch = batch.to(run.device)
             last_part = part == layout.micro_batches_per_step - 1
@@ -219,7 +221,14 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
             record = state.read_metrics(step)
             if measure:
                 with state.averaged():
-                    measures = evaluate(run, model, held_out, cfg.eval, cfg.data.workers)
+                    measures = evaluate(
+                        run,
+                        model,
+                        held_out,
+                        cfg.eval,
+                        cfg.data.workers,
+                        drawn=cfg.data.masks_drawn_on,
+                    )
                 record.update({f"val_{name}": value for name, value in measures.items()})
             run.record(step, steps, record)
         whole = step % order.steps_per_epoch == 0
@@ -229,7 +238,7 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
         state.clock.pause()
         if is_due(step, cfg.run.picture_every, last):
             with state.averaged():
-                draw(run, model, held_out or order.shards, step)
+                draw(run, model, held_out or order.shards, step, cfg.data.masks_drawn_on)
         stop, by_clock = run.stop_and_save()
         if is_due(step, cfg.run.save_every, last) or by_clock or stop:
             state.save(step, identity, batches.position(step), export)
@@ -242,13 +251,14 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
     return FINISHED
 
 
-def draw(run: Run, model: Sam, shards: list[Shard], step: int) -> None:
+def draw(run: Run, model: Sam, shards: list[Shard], step: int, drawn: Drawn) -> None:
     """Masks by box and by click on a few pictures, as ``pictures/masks-<step>.png``; rank 0."""
     if not run.is_main:
         return
     positions = range(min(SHOWN, sum(shard.count for shard in shards)))
     path = run.dir / "pictures" / f"masks-{step:07d}.png"
-    shown = list(Pictures(ShardSource(shards, positions), model.shape, masks=8))
+    found = Pictures(ShardSource(shards, positions), model.shape, masks=8, drawn=drawn)
+    shown = [judged for judged in found if isinstance(judged, Judged)]
     if shown:
         model.eval()
         with run.accelerator.autocast():
@@ -323,6 +333,8 @@ def finish(run: Run, steps: int, state: State, export: Callable[[int, str], Expo
         run.say(f"bad samples: {bad['bad_samples']}")
     if left_out["objects_left_out"]:
         run.say(f"objects left out: {left_out['objects_left_out']}")
+    if left_out["orientation_unsure"]:
+        run.say(f"{UNSURE}: {left_out['orientation_unsure']} times")
     run.say(f"finished: {run.dir}/model.safetensors, metrics.jsonl and pictures/ beside it")
 
 

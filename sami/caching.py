@@ -24,7 +24,7 @@ import torch
 from sami.core.checkpoint import sha256_of, write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError, not_written
-from sami.core.images import MEAN, STD, open_image, resize_upright, upright_size
+from sami.core.images import MEAN, STD, open_image, resize_whole
 from sami.core.paths import exists, is_file
 from sami.core.shards import (
     PICTURE,
@@ -107,9 +107,8 @@ def prepare(data: bytes, cache: Cache) -> tuple[tuple[int, int], np.ndarray]:
     Raises:
         BadSample: it cannot be used.
     """
-    image = open_image(data)
-    size = upright_size(image)
-    return size, resize_upright(image, *cache.frame(*size))
+    picture = open_image(data)
+    return picture.upright, resize_whole(picture, *cache.frame(*picture.upright))
 
 
 def cache_shard(
@@ -329,7 +328,7 @@ def estimate_bytes(shards: list[Shard], cache: Cache, looked_at: int = 200) -> i
         rows = np.unique(np.linspace(0, shard.count - 1, min(share, shard.count)).astype(int))
         for sample in read_samples(shard, rows, (PICTURE,)):
             with contextlib.suppress(BadSample):
-                size = upright_size(open_image(sample.part(PICTURE)))
+                size = open_image(sample.part(PICTURE)).upright
                 sizes.append(cache.bytes_of(*size) + OVERHEAD)
     require(bool(sizes), f"{shards[0].url}: none of the pictures that were looked at can be used")
     pictures = sum(shard.count for shard in shards)

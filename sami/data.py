@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from sami.core.config import PATH, require
 from sami.core.errors import BadSample
-from sami.core.images import Box, cut, open_image, upright_size
+from sami.core.images import Box, cut, open_image
 from sami.core.order import deal, sample_rng
 from sami.core.shards import PICTURE, TEACHER, RawSample, Shard, read_range
 from sami.features import Cache, FeatureBatch, from_bytes, region_weights
@@ -242,8 +242,8 @@ def make_sample(
     Raises:
         BadSample: the picture cannot be used.
     """
-    image = open_image(sample.part(PICTURE))
-    size, cached = upright_size(image), None
+    picture = open_image(sample.part(PICTURE))
+    size, cached = picture.upright, None
     drawn = choose(size)
     if views.cache is not None:
         stored = from_bytes(sample.part(TEACHER), views.cache, size)
@@ -252,7 +252,7 @@ def make_sample(
     sizes = [views.student_size]
     if views.teacher_size not in (None, views.student_size):
         sizes.append(views.teacher_size)
-    cuts = cut(image, drawn.box, sizes, drawn.flip)
+    cuts = cut(picture, drawn.box, sizes, drawn.flip)
     return sample.key, cuts[0], cuts[1] if len(cuts) > 1 else None, drawn, cached
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from sami.core.checkpoint import sha256_of, write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError, raise_if_machine
-from sami.core.images import Box
+from sami.core.images import Box, longest_frame
 from sami.core.paths import exists
 from sami.core.shards import Shard, is_url
 from sami.teacher import Teacher, TeacherConfig
@@ -72,8 +72,7 @@ class Cache:
 
     def frame(self, width: int, height: int) -> tuple[int, int]:
         """Height and width in pixels that the teacher sees a picture at, as SAM resizes."""
-        scale = self.image_size / max(width, height)
-        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+        return longest_frame(self.image_size, height, width)
 
     def extent(self, width: int, height: int) -> tuple[float, float]:
         """Rows and columns of cells that a picture covers; the last ones perhaps in part."""

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from sami.core.config import require
 from sami.core.errors import BadSample
-from sami.core.images import Normalise, cut, open_image, upright_size
+from sami.core.images import Normalise, cut, open_image
 from sami.core.order import deal
 from sami.core.progress import follow
 from sami.core.run import Run
@@ -72,8 +72,8 @@ class Labelled(IterableDataset):
             start += shard.count
 
     def _square(self, sample: RawSample) -> np.ndarray:
-        image = open_image(sample.part(PICTURE))
-        return cut(image, centre_square(*upright_size(image)), [self.size], False)[0]
+        picture = open_image(sample.part(PICTURE))
+        return cut(picture, centre_square(*picture.upright), [self.size], False)[0]
 
 
 def _collate(items: list[tuple[np.ndarray, int]]) -> LabelledBatch:

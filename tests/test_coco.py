@@ -182,11 +182,10 @@ def test_shards_of_annotated_pictures(coco, tmp_path):
     for words in (
         "10 pictures in",
         "1 without annotations, 1 not in",
-        "left out: below/2.jpg: turned by EXIF, its masks are not",
-        "left out: below/3.jpg: another size than its annotations",
+        "left out: below/3.jpg: annotation of another picture size",
         "left out: below/4.jpg: not a picture",
         "masks left out in all: {'crowd': 1}",
-        "5 pictures, with masks, 3 shard(s)",
+        "6 pictures, with masks, 3 shard(s)",
     ):
         assert words in done.stdout
     found = {}
@@ -198,7 +197,9 @@ def test_shards_of_annotated_pictures(coco, tmp_path):
             told = json.loads(members[f"{key}.json"])
             assert told["image"]["file_name"] == f"{key}.jpg"
             found[told["image"]["image_id"] - 100] = (members[f"{key}.jpg"], told)
-    assert sorted(found) == [0, 1, 6, 7, 8]
+    assert sorted(found) == [0, 1, 2, 6, 7, 8]
+    assert [n for n, (_, told) in found.items() if "drawn_on" in told["image"]] == [2]
+    assert found[2][1]["image"]["drawn_on"] == "stored"
     for number, (data, told) in found.items():
         assert data == (source / "below" / f"{number}.jpg").read_bytes()
         assert Image.open(io.BytesIO(data)).size == (WIDTH, HEIGHT)

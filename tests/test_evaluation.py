@@ -14,6 +14,7 @@ from finetune.data import DataConfig, Prompted, loss_pixels
 from finetune.evaluation import (
     PROMPTINGS,
     EvalConfig,
+    Judged,
     Pictures,
     Prompting,
     ShardSource,
@@ -416,6 +417,11 @@ class Alone:
     def say(self, text):
         self.said.append(text)
 
+    say_once = say
+
+    def gather(self, value):
+        return [value]
+
 
 def test_means_are_over_objects(tmp_path):
     import tarfile
@@ -433,13 +439,14 @@ def test_means_are_over_objects(tmp_path):
     model, run = Sam(SHAPE), Alone()
     told = evaluate(run, model, source.shards, EvalConfig(), 0)
     assert told["pictures"] == 2 and told["objects"] == 7
-    assert run.said == ["1 of 3 held-out pictures unusable"]
+    assert run.said == ["1 of 3 held-out pictures unusable: {'no usable mask': 1}"]
     model.eval()
     pictures = Pictures(ShardSource(source.shards, range(3)), SHAPE, PROMPTINGS, 64)
-    each = torch.cat([score(model, one, CPU, PROMPTINGS)[:, 0] for one in pictures], 1)
+    usable = [one for one in pictures if isinstance(one, Judged)]
+    each = torch.cat([score(model, one, CPU, PROMPTINGS)[:, 0] for one in usable], 1)
     assert told["miou_box"] == pytest.approx(each[0].mean().item())
     assert told["miou_3_clicks"] == pytest.approx(each[2].mean().item())
-    boxes, one, three = zip(*(judged.trivial for judged in pictures), strict=True)
+    boxes, one, three = zip(*(judged.trivial for judged in usable), strict=True)
     assert told["trivial_box"] == pytest.approx(np.concatenate(boxes, 1).mean())
     assert told["trivial_1_click"] == pytest.approx(np.concatenate(one, 1).mean(1).max())
     assert told["trivial_3_clicks"] == pytest.approx(np.concatenate(three, 1).mean(1).max())
@@ -452,3 +459,4 @@ def test_real_annotations_are_readable(tmp_path):
     (source,) = opened(str(real), tmp_path)
     found = list(Pictures(ShardSource(source.shards, range(source.count)), SHAPE, masks=4))
     assert len(found) == source.count
+    assert all(isinstance(one, Judged) for one in found)

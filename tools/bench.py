@@ -37,7 +37,7 @@ from finetune.prompts import PromptConfig, as_box, correction_clicks
 from finetune.rle import decode_counts, parse_annotations, sample_grid
 from sami.core.config import require
 from sami.core.exits import run_entry
-from sami.core.images import Normalise, open_image, upright_size
+from sami.core.images import Normalise, open_image
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
 from sami.core.options import Options
 from sami.core.order import Layout, Order
@@ -388,7 +388,7 @@ def write_features(source: Source, folder: Path, cache: Cache) -> Source:
         with wds.TarWriter(str(folder / f"{shard.name}.tar")) as writer:
             for sample in read_samples(shard, np.arange(shard.count), (PICTURE,)):
                 data = sample.part(PICTURE)
-                cells = cache.cells(*upright_size(open_image(data)))
+                cells = cache.cells(*open_image(data).upright)
                 values = rng.integers(-127, 128, (cache.channels, *cells), dtype=np.int8)
                 stored = Stored(values, np.full(cache.channels, 0.01, np.float32))
                 key = sample.key.removeprefix(f"{shard.name}/")
@@ -492,7 +492,7 @@ def sample_path(args: argparse.Namespace) -> None:
         return [np.asarray(mask.resize((256, 256), Image.Resampling.NEAREST)) for mask in masks]
 
     def plain_picture() -> torch.Tensor:
-        pixels = np.array(Image.open(io.BytesIO(picture)).convert("RGB"))
+        pixels = np.array(open_image(picture).decode())
         image = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float() / 255
         return F.interpolate(image, (1024, 1024), mode="bilinear", antialias=True)
 

@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from finetune.coco import CocoSource, read_coco
-from finetune.evaluation import CHOICES, Pictures, Prompting, ShardSource, Source, score
+from finetune.evaluation import CHOICES, LeftOut, Pictures, Prompting, ShardSource, Source, score
 from finetune.measures import PAPER, SIZES, SOURCE, TRIVIAL, Measured, data_set
 from finetune.model import TAKES, load_model
 from finetune.pictures import draw_masks
@@ -37,6 +38,7 @@ from sami.core.checkpoint import sha256_of, write_text
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
+from sami.core.images import DRAWN
 from sami.core.options import Options
 from sami.core.paths import local_path, path_pattern
 from sami.core.processes import DEVICES, choose_device
@@ -97,21 +99,31 @@ def measure(
     promptings: tuple[Prompting, ...],
     args: argparse.Namespace,
     device: torch.device,
-) -> tuple[Measured, list]:
-    """Every picture's IoU, and the first few pictures to be drawn."""
-    dataset = Pictures(source, model.shape, promptings, args.masks, args.seed)
+) -> tuple[Measured, list, Counter[str], Counter[str]]:
+    """Every picture's IoU, and the first few pictures to be drawn; why others were left out, and
+    what is to be told of those that were used."""
+    words = (promptings, args.masks, args.seed, args.masks_drawn_on)
+    dataset = Pictures(source, model.shape, *words)
     measured, shown = Measured(promptings), []
+    unusable, noted = Counter(), Counter()
     loader = make_loader(dataset, args.workers, device)
     bf16 = args.precision == "bf16"
     for judged in track(loader, "evaluating", total=len(source)):
+        if isinstance(judged, LeftOut):
+            unusable[judged.reason] += 1
+            continue
+        noted.update(judged.notes)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             iou = score(model, judged, device, promptings)
         areas = np.array([area(ends) for ends in judged.ends])
         measured.add(iou.cpu().numpy(), areas, judged.trivial)
         if len(shown) < args.overlays:
             shown.append(judged)
-    require(bool(measured.areas), "none of the pictures could be used; are these SA-1B's JSON?")
-    return measured, shown
+    require(
+        bool(measured.areas),
+        f"none of the pictures could be used ({dict(unusable)}); are these SA-1B's JSON?",
+    )
+    return measured, shown, unusable, noted
 
 
 def show(rows: list[dict[str, Any]], data: str | None) -> None:
@@ -149,6 +161,12 @@ def main() -> int:
     data.add_argument("--coco", type=local_path, help="annotations in COCO's or LVIS's format")
     parser.add_argument("--pictures", type=local_path, help="the folder of --coco's pictures")
     parser.add_argument(
+        "--masks-drawn-on",
+        choices=DRAWN,
+        default="upright",
+        help="where masks lie on a picture turned by EXIF, if they fit both ways (docs/data.md)",
+    )
+    parser.add_argument(
         "--prompts",
         nargs="+",
         default=["box", "1", "3", "centre-1", "centre-3"],
@@ -183,20 +201,25 @@ def main() -> int:
     promptings = promptings_of(args.prompts, args.seeds, model)
     with tempfile.TemporaryDirectory() as folder:
         source, data = open_source(args, Path(folder))
-        measured, shown = measure(model, source, promptings, args, device)
+        measured, shown, unusable, noted = measure(model, source, promptings, args, device)
     rows, pictures = measured.rows(args.seed), len(measured.areas)
     objects = sum(map(len, measured.areas))
     data = data if pictures == len(source) else None
     show(rows, data)
-    left_out = f", {len(source) - pictures} unusable" if pictures < len(source) else ""
+    left_out = f", {unusable.total()} unusable {dict(unusable)}" if unusable else ""
     print(f"{args.model}: {pictures} pictures{left_out}, {objects} objects")
+    if noted:
+        print(f"noted: {dict(noted)}")
     if args.out is not None:
         told = {"path": args.model, "sha256": sha256_of(weights.file), "step": weights.step}
         result = {
             "model": told | model.shape.header(),
             "command": sys.argv,
             "pictures": pictures,
-            "unusable": len(source) - pictures,
+            "unusable": unusable.total(),
+            "unusable_by_reason": dict(unusable),
+            "noted": dict(noted),
+            "masks_drawn_on": args.masks_drawn_on,
             "objects": objects,
             "results": rows,
             "data": data,

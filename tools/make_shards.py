@@ -34,7 +34,7 @@ from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError, not_written, raise_if_machine
 from sami.core.exits import run_entry
-from sami.core.images import IMAGE_EXTENSIONS, open_image, upright_size
+from sami.core.images import DRAWN, IMAGE_EXTENSIONS, Drawn, drawn_on, open_image
 from sami.core.options import Options
 from sami.core.paths import local_path
 from sami.core.progress import track
@@ -99,59 +99,65 @@ def find_annotated(source: Path, coco: Path) -> list[Picture]:
 
 
 def write_shard(
-    source: Path, path: Path, first: int, pictures: list[Picture]
-) -> tuple[list[tuple[str, str]], Counter[str]]:
+    source: Path, default: Drawn, path: Path, first: int, pictures: list[Picture]
+) -> tuple[list[tuple[str, str]], Counter[str], int]:
     """One tar, under another name until it is whole and on the disk.
 
     Args:
+        default: where masks lie if their picture's size does not tell.
         first: the number that the first picture is called by.
 
     Returns:
-        The (path, reason) of pictures that cannot be used, and the reasons of masks; all left out.
+        The (path, reason) of pictures that cannot be used, and the reasons of masks, all left out;
+        and of how many pictures ``default`` decided.
     """
     temporary, bad, bad_masks = path.with_name(f".{path.name}.writing"), [], Counter()
+    unsure = 0
     with temporary.open("wb") as file:
         with wds.TarWriter(file, mtime=0) as writer:
             for number, picture in enumerate(pictures, first):
                 try:
-                    sample, left_out = make_sample(source, picture, f"{number:08d}")
+                    made = make_sample(source, picture, f"{number:08d}", default)
                 except BadSample as error:
                     bad.append((picture.path, str(error)))
                     continue
+                sample, left_out, guessed = made
                 bad_masks += left_out
+                unsure += guessed
                 writer.write(sample)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    return bad, bad_masks
+    return bad, bad_masks, unsure
 
 
-def make_sample(source: Path, picture: Picture, key: str) -> tuple[dict[str, Any], Counter[str]]:
-    """A picture's members, and the masks left out by reason.
+def make_sample(
+    source: Path, picture: Picture, key: str, default: Drawn
+) -> tuple[dict[str, Any], Counter[str], bool]:
+    """A picture's members, the masks left out by reason, and whether ``default`` decided.
 
     Raises:
         BadSample: it cannot be used.
     """
     try:
         data = (source / picture.path).read_bytes()
-        image = open_image(data)
+        encoded = open_image(data)
         Image.open(io.BytesIO(data)).verify()
-        turned = upright_size(image) != image.size or image.getexif().get(0x0112, 1) != 1
     except (OSError, SyntaxError, ValueError) as error:
         raise_if_machine(error, source / picture.path)
         raise BadSample(f"unreadable ({type(error).__name__})") from error
     extension = Path(picture.path).suffix.lower().lstrip(".")
     sample = {"__key__": key, extension: data}
     if picture.image is None:
-        return sample | ({"cls": picture.label} if picture.label >= 0 else {}), Counter()
-    if turned:
-        raise BadSample("turned by EXIF, its masks are not")
-    if image.size != (picture.image["width"], picture.image["height"]):
-        raise BadSample("another size than its annotations")
+        return sample | ({"cls": picture.label} if picture.label >= 0 else {}), Counter(), False
+    size = picture.image["width"], picture.image["height"]
+    drawn, unsure = drawn_on(encoded, *size, None, default)
     told, left_out = to_sa1b(picture.image, picture.annotations, f"{key}.{extension}")
     if not told["annotations"]:
         raise BadSample("no usable mask")
-    return sample | {"json": json.dumps(told).encode()}, left_out
+    if encoded.orientation != 1:
+        told["image"]["drawn_on"] = drawn  # decided here, once
+    return sample | {"json": json.dumps(told).encode()}, left_out, unsure
 
 
 def claim(out: Path, plan: dict[str, object]) -> None:
@@ -192,6 +198,12 @@ def main() -> int:
     parser.add_argument("--prefix", default="pictures", help="first part of the shards' names")
     parser.add_argument("--shard-size", type=int, default=1000, help="pictures per shard")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the pictures")
+    parser.add_argument(
+        "--masks-drawn-on",
+        choices=DRAWN,
+        default="upright",
+        help="where masks lie on a picture turned by EXIF, if they fit both ways (docs/data.md)",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     require(args.shard_size > 0, f"--shard-size {args.shard_size} must be positive")
@@ -213,6 +225,7 @@ def main() -> int:
             "listing": listing,
             "shard_size": args.shard_size,
             "seed": args.seed,
+            "masks_drawn_on": args.masks_drawn_on,
         },
     )
     if classes:
@@ -229,17 +242,19 @@ def main() -> int:
     ]
     bad: list[tuple[str, str]] = []
     bad_masks: Counter[str] = Counter()
+    unsure = 0
     try:
         with ProcessPoolExecutor(args.workers) as pool:
             jobs = pool.map(
-                partial(write_shard, args.source),
+                partial(write_shard, args.source, args.masks_drawn_on),
                 [paths[n] for n in missing],
                 [starts[n] for n in missing],
                 shares,
             )
-            for bad_pictures, reasons in track(jobs, "writing shards", total=len(missing)):
+            for bad_pictures, reasons, guessed in track(jobs, "writing shards", total=len(missing)):
                 bad += bad_pictures
                 bad_masks += reasons
+                unsure += guessed
     except BrokenProcessPool as error:
         raise UserError(
             "a worker was killed (out of memory?); the same command goes on, with fewer --workers"
@@ -251,6 +266,11 @@ def main() -> int:
         print(f"left out in all: {dict(Counter(reason for _, reason in bad))}")
     if bad_masks:
         print(f"masks left out in all: {dict(bad_masks)}")
+    if unsure:
+        print(
+            f"{unsure} pictures are turned by EXIF and their masks fit both ways: taken as drawn "
+            f"on the {args.masks_drawn_on} picture (--masks-drawn-on)"
+        )
     written = sum(count_pictures(path) for path in paths)
     size = sum(path.stat().st_size for path in paths) / 1e9
     what = "with masks" if args.coco else f"{len(classes) or 'no'} classes"

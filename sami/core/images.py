@@ -1,14 +1,21 @@
-"""Bytes to pixels: decode, cut a region at a size, normalise on the device."""
+"""Bytes to pixels: decode, turn upright, cut a region at a size, normalise on the device.
+
+Every picture of every program is opened and decoded here, and :func:`drawn_on` alone decides which
+way round an annotation has it.
+"""
 
 import contextlib
+import functools
 import io
+import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageCms
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,11 +28,149 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's; times 255 these are SAM's own pixel_mean and pixel_std
 STD = (0.229, 0.224, 0.225)
+# What brings a stored picture upright, by its EXIF orientation (EXIF 2.3, tag 274).
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BACK = TURNS | {6: TURNS[8], 8: TURNS[6]}  # and what undoes it: the others are their own inverse
+RANGES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))  # what deep samples may run up to
+OVERSHOOT = 0.05  # of the range of a float picture: what resampling leaves beyond it
+UNKNOWN_RANGE = "pixel values of no known range"
 
 Box = tuple[float, float, float, float]
+Drawn = Literal["upright", "stored"]  # on which picture, the displayed or the stored one
+DRAWN: tuple[Drawn, ...] = get_args(Drawn)
 
 
-def open_image(data: bytes) -> Image.Image:
+class Picture:
+    """An encoded picture whose header was read; its pixels are decoded when they are asked for.
+
+    Attributes:
+        image: Pillow's.
+        format: of the bytes, such as JPEG.
+    """
+
+    def __init__(self, data: bytes, image: Image.Image) -> None:
+        self.image, self.format, self._data = image, image.format, data
+        # Of deep colour Pillow gives the upper bytes alone, and once it has read forgets so.
+        self._deep = any(";16" in _raw(tile) for tile in image.tile)
+        # It takes each plane of 16 bits for one of 8.
+        self._planes = self.format == "TIFF" and image.tag_v2.get(284) == 2 and _bits(image) > 8
+
+    @functools.cached_property
+    def orientation(self) -> int:
+        """By EXIF, or XMP where there is none: 1..8; 1 also for what is not one of them.
+
+        Raises:
+            BadSample: the EXIF data is damaged.
+        """
+        with _decoding("damaged picture"):
+            told = self.image.getexif().get(0x0112, 1)
+            return int(told) if told in TURNS else 1
+
+    @functools.cached_property
+    def stored(self) -> tuple[int, int]:
+        """Width and height in pixels as they are stored."""
+        if self.format == "TIFF":  # Pillow turns a TIFF itself, and tells its upright size
+            return self.image.tag_v2[256], self.image.tag_v2[257]
+        return self.image.size
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height in pixels after the orientation is applied."""
+        return self.stored[::-1] if self.orientation in (5, 6, 7, 8) else self.stored
+
+    def size(self, drawn: Drawn) -> tuple[int, int]:
+        """Width and height in pixels, either way."""
+        return self.upright if drawn == "upright" else self.stored
+
+    def decode(
+        self, drawn: Drawn = "upright", at_least: tuple[int, int] | None = None
+    ) -> Image.Image:
+        """The pixels in RGB, 8 bits; of several frames the first. Once only.
+
+        Args:
+            drawn: turned by its orientation, or as it is stored.
+            at_least: width and height that are wanted of the whole picture: a JPEG is decoded at
+                the largest power-of-two reduction that is no smaller on either side.
+
+        Raises:
+            BadSample: the picture is damaged, or its values cannot be told.
+        """
+        orientation = self.orientation  # Pillow forgets a TIFF's with the turning
+        self.stored  # noqa: B018 - likewise
+        with _decoding("damaged picture"):
+            if at_least is not None and self.format == "JPEG":
+                swap = drawn == "upright" and orientation in (5, 6, 7, 8)
+                self.image.draft(None, at_least[::-1] if swap else at_least)
+            if self._planes:
+                raise BadSample("TIFF in planes of 16 bits")
+            self.image.load()
+            pixels = self._rgb()
+            if (drawn == "upright") != (self.format == "TIFF") and orientation in TURNS:
+                pixels = pixels.transpose((TURNS if drawn == "upright" else BACK)[orientation])
+        return pixels
+
+    def _rgb(self) -> Image.Image:
+        image = self.image
+        if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip, not scale
+            inverse = self.format == "TIFF" and image.tag_v2.get(262) == 0  # white is zero
+            return Image.fromarray(to_8_bits(np.asarray(image), inverse)).convert("RGB")
+        if self._deep:
+            upper = np.asarray(image)[..., : 4 if image.mode == "CMYK" else 3]
+            if upper.max(initial=0) < 64:  # under 15 bits: what is to be seen is below them
+                values = upper.astype(np.uint16) << 8 | self._lower()
+                return Image.fromarray(to_8_bits(values, False))
+        if image.mode == "CMYK" and self.format in ("JPEG", "MPO") and "adobe" not in image.info:
+            # Adobe's are stored inverted, and Pillow takes every one for Adobe's.
+            image = ImageChops.invert(image)
+        if image.mode == "LAB":
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(
+                image, ImageCms.createProfile("LAB"), srgb, outputMode="RGB"
+            )
+        if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
+            image = image.convert(image.mode.upper())
+        if image.mode == "P" and "transparency" in image.info:  # Pillow warns on the direct way
+            image = image.convert("RGBA")
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+    def _lower(self) -> np.ndarray:
+        """The lower bytes of 16-bit colour: what Pillow takes for the upper ones of the other
+        byte order."""
+        again = Image.open(io.BytesIO(self._data), formats=FORMATS)
+        swaps = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
+        tiles = []
+        for tile in again.tile:
+            mode, _, depth = _raw(tile).partition(";")
+            if mode not in ("RGB", "RGBA", "RGBX"):
+                raise BadSample(UNKNOWN_RANGE)
+            raw = f"{mode};{swaps[depth]}"
+            tiles.append(
+                tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
+            )
+        again.tile = tiles
+        return np.asarray(again)[..., :3]
+
+
+def _raw(tile: Any) -> str:
+    """Pillow's name for how a tile's samples are stored."""
+    return str(tile.args if isinstance(tile.args, str) else (tile.args or [""])[0])
+
+
+def _bits(image: Image.Image) -> int:
+    """Of a TIFF's samples."""
+    told = image.tag_v2.get(258, 1)
+    return max(told) if isinstance(told, tuple) else int(told)
+
+
+def open_image(data: bytes) -> Picture:
     """A picture with its header read and its pixels not yet decoded.
 
     Raises:
@@ -33,29 +178,48 @@ def open_image(data: bytes) -> Image.Image:
     """
     with _decoding("not a picture" if data else "empty file"):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
+        picture = Picture(data, image)
+        width, height = picture.stored
+    if width * height > MAX_PIXELS:
         raise BadSample("too many pixels")
-    return image
+    return picture
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height in pixels after the EXIF orientation is applied.
+def drawn_on(
+    picture: Picture, width: int, height: int, told: Drawn | None, default: Drawn
+) -> tuple[Drawn, bool]:
+    """Which way round an annotation has its picture: the one place that decides.
+
+    By the size where only one fits. Where both do (the orientation mirrors, turns by 180 degrees,
+    or the picture is square) by what the annotation tells, or else by ``default``.
+
+    Args:
+        width, height: of the picture, as the annotation has them.
+        told: in the annotation itself, if it says.
+        default: if nothing else decides.
+
+    Returns:
+        Which, and whether only ``default`` decided.
 
     Raises:
-        BadSample: the EXIF data is damaged.
+        BadSample: the annotation fits neither, or its EXIF data is damaged.
     """
-    turned = _orientation(image) in (5, 6, 7, 8)
-    return (image.height, image.width) if turned else (image.width, image.height)
+    fitting: list[Drawn] = [d for d in DRAWN if picture.size(d) == (width, height)]
+    if not fitting or told is not None and told not in fitting:
+        raise BadSample("annotation of another picture size")
+    if len(fitting) == 1 or picture.orientation == 1:
+        return fitting[0], False
+    return told or default, told is None
 
 
-def cut(image: Image.Image, box: Box, sizes: list[int], flip: bool) -> list[np.ndarray]:
+def cut(picture: Picture, box: Box, sizes: list[int], flip: bool) -> list[np.ndarray]:
     """The same region of a picture at several sizes, each resized from the original pixels.
 
     A JPEG is decoded at the largest power-of-two reduction at which the region still has at
     least the largest asked size on both sides, so that nothing is scaled up on account of it.
 
     Args:
-        image: from :func:`open_image`; it is decoded here, once.
+        picture: from :func:`open_image`; it is decoded here, once.
         box: left, top, right, bottom in pixels of the upright picture.
         sizes: sides of the square outputs, in pixels.
         flip: mirror left and right.
@@ -67,14 +231,10 @@ def cut(image: Image.Image, box: Box, sizes: list[int], flip: bool) -> list[np.n
         BadSample: the picture is damaged.
     """
     left, top, right, bottom = box
-    width, height = upright_size(image)
-    upright, need = _orientation(image) == 1, max(sizes)
+    (width, height), need = picture.upright, max(sizes)
+    whole = _at_least(width, need, right - left), _at_least(height, need, bottom - top)
+    pixels = picture.decode("upright", whole)
     with _decoding("damaged picture"):
-        if upright:
-            _draft(
-                image, _at_least(width, need, right - left), _at_least(height, need, bottom - top)
-            )
-        pixels = _to_rgb(ImageOps.exif_transpose(image))
         x, y = pixels.width / width, pixels.height / height
         region = (left * x, top * y, right * x, bottom * y)
         views = {
@@ -84,36 +244,16 @@ def cut(image: Image.Image, box: Box, sizes: list[int], flip: bool) -> list[np.n
     return [views[size][:, ::-1] if flip else views[size] for size in sizes]
 
 
-def resize_stored(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """A whole picture as it is stored, without its EXIF orientation, at another size.
+def resize_whole(picture: Picture, height: int, width: int, drawn: Drawn = "upright") -> np.ndarray:
+    """A whole picture at another size.
 
     A JPEG is decoded at the largest power-of-two reduction that is no smaller than that on either
     side.
 
     Args:
-        image: from :func:`open_image`; it is decoded here.
-        height, width: in pixels.
-
-    Returns:
-        uint8 [height, width, 3]; antialiased bilinear.
-
-    Raises:
-        BadSample: the picture is damaged, or a TIFF with an orientation.
-    """
-    if image.format == "TIFF" and _exif_orientation(image) != 1:
-        raise BadSample("turned TIFF")  # Pillow never gives it as it is stored
-    with _decoding("damaged picture"):
-        _draft(image, width, height)
-        pixels = np.asarray(_to_rgb(image))
-    return resize_array(pixels, height, width)
-
-
-def resize_upright(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """A whole picture, turned by its EXIF orientation, at another size.
-
-    Args:
-        image: from :func:`open_image`; it is decoded here.
-        height, width: of the upright result in pixels.
+        picture: from :func:`open_image`; it is decoded here.
+        height, width: of the result in pixels.
+        drawn: upright, or as it is stored; see :func:`drawn_on`.
 
     Returns:
         uint8 [height, width, 3]; antialiased bilinear.
@@ -121,11 +261,45 @@ def resize_upright(image: Image.Image, height: int, width: int) -> np.ndarray:
     Raises:
         BadSample: the picture is damaged.
     """
-    turned = _orientation(image) in (5, 6, 7, 8)
-    with _decoding("damaged picture"):
-        _draft(image, *((height, width) if turned else (width, height)))
-        pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
-    return resize_array(pixels, height, width)
+    return resize_array(np.asarray(picture.decode(drawn, (width, height))), height, width)
+
+
+def longest_frame(image_size: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width in pixels at which the longest side is ``image_size``, as SAM resizes.
+
+    At least one pixel, which SAM's own rounding is not for a picture of 3000 x 1.
+    """
+    scale = image_size / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def to_8_bits(values: np.ndarray, inverse: bool = False) -> np.ndarray:
+    """Samples of more than 8 bits, [H, W] or [H, W, 3], to uint8.
+
+    Files do not tell what their samples run up to (12 bits lie in 16 as often as not, and TIFF's
+    MaxSampleValue is the picture's own maximum), so that the picture does: integers, and float
+    pictures above 255, are taken to fill the first of 8, 10, 12, 14 and 16 bits that holds their
+    largest; float pictures up to 1 fill 0..1, others 0..255.
+
+    Args:
+        inverse: 0 is white.
+
+    Raises:
+        BadSample: not finite, below 0, above 16 bits, or so that one range would show them black
+            and the other white.
+    """
+    if not np.isfinite(values).all():
+        raise BadSample("pixel values are not finite")
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    real = values.dtype.kind == "f"
+    slack = OVERSHOOT if real else 0.0
+    ranges = (1, *RANGES) if real else RANGES
+    top = next((top for top in ranges if high <= top * (1 + slack)), None)
+    # A float picture of 0..255 that has nothing over 16 may as well be one of 0..1, too bright.
+    if top is None or low < -slack * top or (real and top == 255 and high < 16):
+        raise BadSample(UNKNOWN_RANGE)
+    scaled = values.astype(np.float64 if real else np.float32).clip(0, top) * (255.0 / top)
+    return (255 - scaled if inverse else scaled).round().astype(np.uint8)
 
 
 def resize_array(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -175,39 +349,13 @@ def _decoding(reason: str) -> Iterator[None]:
             yield
     except Image.DecompressionBombError as error:
         raise BadSample("too many pixels") from error
-    except MemoryError:
+    except (MemoryError, BadSample):
         raise
     except Exception as error:  # its readers raise whatever their parsing runs into
         raise_if_machine(error)  # such as too many open files to import one of them
         raise BadSample(reason) from error
 
 
-def _orientation(image: Image.Image) -> int:
-    """How the decoded picture is still to be turned: Pillow turns a TIFF itself, and its size."""
-    return 1 if image.format == "TIFF" else _exif_orientation(image)
-
-
-def _exif_orientation(image: Image.Image) -> int:
-    with _decoding("damaged picture"):
-        return image.getexif().get(0x0112, 1)
-
-
-def _draft(image: Image.Image, width: int, height: int) -> None:
-    """Decode a JPEG at the largest power-of-two reduction of at least this size."""
-    if image.format == "JPEG":
-        image.draft(None, (width, height))
-
-
 def _at_least(full: int, need: int, part: float) -> int:
     """The side of the whole picture at which ``part`` of it still measures ``need`` pixels."""
     return max(1, int(np.ceil(full * need / part)))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: Pillow would clip, not scale
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
-        image = Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:  # Pillow warns on the direct way
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -138,6 +138,7 @@ class Run:
         self._summary: dict[str, Any] = {}
         self._may_write, self._begun = False, False
         self._before = _names(self.dir)  # None: there is no folder yet
+        self._said: set[str] = set()
         self._last_save = time.monotonic()
         if self.is_main:
             self._take_folder()
@@ -279,6 +280,12 @@ class Run:
                 "a", encoding="utf-8", errors="backslashreplace"
             ) as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def say_once(self, text: str) -> None:
+        """A line of rank 0 that is not repeated: what every evaluation would say again."""
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
 
     def record(self, step: int, steps: int, values: dict[str, Any]) -> None:
         """One line of ``metrics.jsonl``, the same on the screen and in wandb."""

@@ -60,6 +60,7 @@ class State:
         self.ema = Ema(model, optim.ema) if optim.ema else None
         self.window, self.guard, self.clock = Window(run.device), Guard(run.device), Clock()
         self.bad, self.left_out = BadSamples(), BadSamples()  # of this rank; objects of samples
+        self.unsure = BadSamples()  # pictures of which a default told how their masks lie
 
     # -- one step -----------------------------------------------------------------------------
 
@@ -94,6 +95,13 @@ class State:
         """Count objects that a good sample had to do without, given as (reason, key)."""
         for reason, key in objects:
             self.left_out.add(reason, key)
+
+    def note_unsure(self, pictures: list[tuple[str, str]]) -> None:
+        """Count pictures of which a default told how their masks lie, given as (what, key)."""
+        for what, key in pictures:
+            self.unsure.add(what, key)
+            if self.unsure.counts.total() == 1:
+                self.run.say(f"{what} (the first is {key}; counted in summary.json)")
 
     # -- when it is due -----------------------------------------------------------------------
 
@@ -153,9 +161,16 @@ class State:
         return {"bad_samples": dict(bad.counts), "bad_sample_keys": bad.keys}
 
     def left_out_summary(self) -> dict[str, Any]:
-        """The objects left out of good samples on all ranks, for ``summary.json``. Collective."""
+        """The objects left out of good samples on all ranks, and the pictures of which a default
+        told how their masks lie, for ``summary.json``. Collective."""
         left_out = self._of_all(self.left_out)
-        return {"objects_left_out": dict(left_out.counts), "left_out_of": left_out.keys}
+        unsure = self._of_all(self.unsure)
+        return {
+            "objects_left_out": dict(left_out.counts),
+            "left_out_of": left_out.keys,
+            "orientation_unsure": unsure.counts.total(),
+            "orientation_unsure_keys": [key for keys in unsure.keys.values() for key in keys],
+        }
 
     def _of_all(self, mine: BadSamples) -> BadSamples:
         """What all ranks counted. Collective."""
@@ -210,6 +225,7 @@ class State:
         """
         mine = {"window": self.window.state(), "bad": self.bad.state()}
         mine["left_out"] = self.left_out.state()
+        mine["unsure"] = self.unsure.state()
         ranks, positions = zip(*self.run.gather((mine, position)), strict=True)
         if self.run.is_main:
             tensors = {
@@ -299,9 +315,10 @@ class State:
                 self._count_on(rank)
 
     def _count_on(self, stored: dict[str, Any]) -> None:
-        """From what a rank had counted in a checkpoint; older ones have no ``left_out``."""
+        """From what a rank had counted in a checkpoint; older ones have less."""
         self.bad.merge(stored["bad"])
         self.left_out.merge(stored.get("left_out", BadSamples().state()))
+        self.unsure.merge(stored.get("unsure", BadSamples().state()))
 
 
 def _other_facts(before: dict[str, Any], now: dict[str, Any], free: set[str]) -> list[str]:
