@@ -16,7 +16,7 @@ from finetune.classification import DataConfig as Labels
 from finetune.model import DecoderConfig, build_model, export_header, load_model
 from finetune.sam import ModelShape, Sam
 from sami.core.checkpoint import Export, save_checkpoint, write_weights
-from sami.core.errors import UserError
+from sami.core.errors import MachineError, UserError
 from sami.core.weights import Takes, check_weights, entry_of, find_weights
 from sami.encoder import Encoder, EncoderConfig, EncoderShape, build_encoder, load_encoder
 from sami.encoder import export_header as export_encoder
@@ -361,7 +361,7 @@ def test_the_machines_errors_stay_its_own(models, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(type(path), "open", refused)
-    with pytest.raises(PermissionError):
+    with pytest.raises(MachineError, match="Permission denied; give this user the right"):
         load_model(path)
 
 
