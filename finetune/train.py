@@ -300,7 +300,7 @@ def announce(
     modules = sorted({name.rpartition(".")[0] for name in frozen})
     if modules:
         more = f" and {len(modules) - NAMED} more modules" if len(modules) > NAMED else ""
-        run.say(f"never trained: {', '.join(modules[:NAMED])}{more}")
+        run.say(f"{', '.join(modules[:NAMED])}{more}: not trained, kept as at the start")
     if not cfg.data.val_shards:
         run.say("no data.val_shards: nothing will be measured")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 import webdataset as wds
 from PIL import Image
 
@@ -154,3 +155,13 @@ def numbers(folder: Path) -> list[dict]:
 
 def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
+
+
+def every_parameter_was_updated(folder: Path, steps: int) -> None:
+    """In each of a run's steps, or DDP would stop at the second one: it waits for all gradients."""
+    state = torch.load(folder / "checkpoints" / f"step-{steps}" / "state.pt", weights_only=True)
+    optimizer = state["optimizer"]
+    numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
+    assert numbers and {number: int(optimizer["state"][number]["step"]) for number in numbers} == (
+        dict.fromkeys(numbers, steps)
+    )

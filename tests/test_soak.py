@@ -1,15 +1,25 @@
 """The soak test's tool, for a few kills."""
 
-import sys
+import subprocess
 
-from tests.runs import ROOT, run
+import pytest
+
+from sami.core.errors import UserError
+from tests.preloaded import Popen
+from tests.runs import LIMIT
+from tools.soak import main
 
 
-def test_a_few_kills(tmp_path):
-    words = [sys.executable, str(ROOT / "tools/soak.py"), "--folder", str(tmp_path / "soak")]
-    done = run([*words, "--kills", "3", "--workers", "2"])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 kills (" in done.stdout and "equal to the run without kills" in done.stdout
-    tmp_path.joinpath("there").mkdir()
-    done = run([*words[:-1], str(tmp_path / "there")])
-    assert done.returncode == 2 and "is there already" in done.stderr
+def test_a_few_kills(tmp_path, capsys, monkeypatch):
+    """What is killed is started as ever, what runs to its end without its start."""
+
+    def run(words, check=False, **more):
+        return subprocess.CompletedProcess(words, Popen(words, **more).wait(LIMIT))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert main(["--folder", str(tmp_path / "soak"), "--kills", "2", "--workers", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "2 kills (" in said and "equal to the run without kills" in said
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="is there already"):
+        main(["--folder", str(tmp_path / "there")])

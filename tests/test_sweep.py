@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,15 @@ import pytest
 import yaml
 
 from sami.core.errors import UserError
+from tests.preloaded import Popen
 from tests.runs import LIMIT, ROOT, arguments, start, wait_for, write_shards
 from tools.sweep import Sweep, figure_of, main, make_plot, make_table
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A sweep's programs without their start."""
+    monkeypatch.setattr(subprocess, "Popen", Popen)
 
 
 @pytest.fixture(scope="module")

@@ -650,7 +650,8 @@ def stage2(args: argparse.Namespace) -> None:
     sample_path(args)
     torch.set_num_threads(threads)
     stage2_losses_and_clicks(args, device)
-    cases = [(name, masks) for name in ("vit_ti", "vit_s") for masks in args.masks]
+    names = [args.encoder] if args.encoder else ["vit_ti", "vit_s"]
+    cases = [(name, masks) for name in names for masks in args.masks]
     flops: dict[str, float] = {}
     for bf16, compiled in kinds_of(device):
         dtype = "bf16" if bf16 else "fp32"
@@ -683,7 +684,7 @@ def main() -> int:
     parser.add_argument("--masks", type=int, nargs="+", default=[8, 32, 64], help="of stage2")
     parser.add_argument("--image-size", type=int, default=1024, help="of stage2")
     parser.add_argument("--step-rounds", type=int, default=5, help="of stage2's training steps")
-    parser.add_argument("--encoder", default="vit_ti", help="vit_ti, vit_s or vit_b")
+    parser.add_argument("--encoder", help="default: vit_ti, of stage2 also vit_s")
     parser.add_argument("--teacher", default="sam_vit_b", choices=list(SAM_SHAPES))
     parser.add_argument("--teacher-batch", type=int, default=1)
     parser.add_argument("--teacher-sizes", type=int, nargs="+", default=[1024, 224])
@@ -698,6 +699,8 @@ def main() -> int:
     parser.add_argument("--grid", type=int, default=32, help="of cache's features")
     parser.add_argument("--buffer-mb", type=int, default=100, help="shuffle buffer of stream")
     args = parser.parse_args()
+    if args.stage != "stage2":
+        args.encoder = args.encoder or "vit_ti"
     args.device = str(choose_device(args.device))
     for name in ("rounds", "step_rounds"):
         value = getattr(args, name)

@@ -44,6 +44,7 @@ from sami.core.exits import run_entry
 from sami.core.options import Options
 from sami.core.paths import local_path, path_pattern
 from sami.core.processes import DEVICES, check_launch, choose_device
+from sami.core.progress import Progress as Lines
 from sami.core.run import TimeLeft, environment
 from sami.core.shards import PICTURE, Shard, Source, expand, is_url, open_sources, read_samples
 from sami.features import DTYPES, Cache
@@ -209,6 +210,7 @@ def write_all(seer: Seer, shards: dict[str, Shard], manifest: Manifest, missing:
         TimeLeft(),
         TextColumn("left"),
     )
+    lines = Lines("picture", total)
     with Progress(*columns) as progress:
         task = progress.add_task("", total=total, rate=0.0, written=0.0)
         began, seen, written = time.perf_counter(), 0, 0
@@ -218,6 +220,8 @@ def write_all(seer: Seer, shards: dict[str, Shard], manifest: Manifest, missing:
             seen, written = seen + pictures, written + size
             rate = seen / (time.perf_counter() - began)
             progress.update(task, advance=pictures, rate=rate, written=written / 1e9)
+            if not sys.stdout.isatty():
+                lines.at(seen)
 
         for number, name in enumerate(missing, 1):
             if manifest.finished()[name] is not None:  # by another process, since

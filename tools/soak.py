@@ -154,14 +154,14 @@ def finish(words: list[str], log: Path) -> None:
         raise UserError(f"a run ended with {done.returncode}; see {log}")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = Options(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="per process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=local_path, default=Path("runs/soak"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     require(args.kills > 0, f"--kills {args.kills} must be positive")
     require(args.processes > 0, f"--processes {args.processes} must be positive")
     require(not args.folder.exists(), f"{args.folder} is there already; delete it or give --folder")

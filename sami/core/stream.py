@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 import traceback
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -309,6 +310,12 @@ def open_data(data: Any, run: Run) -> tuple[list[Source], list[Shard]]:
     Raises:
         UserError: see :func:`expand` and :func:`open_sources`; or what is held out is trained on.
     """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if data.workers > cores:
+        run.say(
+            f"data.workers {data.workers} are more than the {cores} core(s) to be had here: they "
+            f"wait for each other; --data.workers {cores} is as fast"
+        )
     folder, part = run.dir / "index", (run.rank, run.processes)
     opened: list[list[Source]] = []
     for key in ("shards", "val_shards"):
@@ -353,7 +360,11 @@ def take_up(run: Run, order: Order, layout: Layout, step: int, before: list[Leg]
 
 
 def make_loader(dataset: IterableDataset, workers: int, device: torch.device) -> DataLoader:
-    """A loader over ready batches. Never prepare it: Accelerate would read all on rank 0."""
+    """A loader over ready batches. Never prepare it: Accelerate would read all on rank 0.
+
+    Torch's own warning of too many workers comes twice for each loader; :func:`open_data` says it.
+    """
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     return DataLoader(
         dataset,
         batch_size=None,
