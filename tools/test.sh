@@ -13,6 +13,8 @@ while :; do
   esac
   shift
 done
+# No test fails because a machine is slow, but what hangs is ended (tests/runs.py): on a very slow one
+# SAMI_TEST_TIMEOUT_SCALE=5 bash tools/test.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 if [ -n "$slurm" ]; then
   export SAMI_SLURM=1 PATH="$PATH:/usr/sbin:/sbin"

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.runs import LIMIT
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 CONF = """
 ClusterName=toy
@@ -122,7 +124,7 @@ class Cluster:
     def call(self, *words: str, check: bool = True, **more: str) -> str:
         """A command of SLURM's; what it printed."""
         done = subprocess.run(
-            words, capture_output=True, text=True, env=self.environment | more, timeout=60
+            words, capture_output=True, text=True, env=self.environment | more, timeout=LIMIT
         )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
@@ -141,9 +143,9 @@ class Cluster:
     def state(self, number: str) -> str:
         return self.job(number)["JobState"]
 
-    def wait_for(self, number: str, *states: str, seconds: float = 240) -> dict[str, str]:
+    def wait_for(self, number: str, *states: str) -> dict[str, str]:
         """Wait until a job is in one of some states."""
-        self.wait(lambda: self.state(number) in states, f"job {number} {states}", seconds)
+        self.wait(lambda: self.state(number) in states, f"job {number} {states}")
         return self.job(number)
 
     def wait_for_restart(self, number: str, restarts: int) -> None:
@@ -153,10 +155,10 @@ class Cluster:
             told = self.job(number)
             return (told["Restarts"], told["JobState"]) == (str(restarts), "RUNNING")
 
-        self.wait(there, f"restart {restarts} of job {number}", 120)
+        self.wait(there, f"restart {restarts} of job {number}")
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + LIMIT
         while time.monotonic() < end:
             if condition():
                 return
