@@ -210,7 +210,9 @@ def write_all(seer: Seer, shards: dict[str, Shard], manifest: Manifest, missing:
         TimeLeft(),
         TextColumn("left"),
     )
-    lines = Lines("picture", total)
+    lines = Lines("picture", total)  # where there is no terminal
+    if not sys.stdout.isatty():
+        lines.tell(0)
     with Progress(*columns) as progress:
         task = progress.add_task("", total=total, rate=0.0, written=0.0)
         began, seen, written = time.perf_counter(), 0, 0

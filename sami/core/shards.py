@@ -29,6 +29,7 @@ from webdataset.tariterators import tar_file_iterator
 from sami.core.errors import BadSample, UserError, raise_if_machine
 from sami.core.images import IMAGE_EXTENSIONS
 from sami.core.paths import exists
+from sami.core.progress import follow
 
 PICTURE, TEACHER = "picture", "teacher.npz"
 FIELDS = (PICTURE, "json", "cls", TEACHER)  # the columns of an index
@@ -221,10 +222,10 @@ def open_sources(
     number, of = build
     if len(missing) > 100 and number == 0:
         say(f"reading the headers of {len(missing)} shards, once")
+    mine = missing[number::of]
     with ThreadPoolExecutor(8) as pool:
-        for url, members in zip(
-            missing[number::of], pool.map(scan, missing[number::of]), strict=True
-        ):
+        scanned = zip(mine, pool.map(scan, mine), strict=True)
+        for url, members in follow(scanned, "shard", len(mine), say):
             members.save(_index_path(url, folder))
     if of > 1:
         return []
