@@ -619,7 +619,7 @@ def stage2_losses_and_clicks(args: argparse.Namespace, device: torch.device) -> 
         (20 * focal + dice_loss(logits, wanted)).min(2).values.mean().backward()
 
     def clicks() -> None:
-        correction_clicks(logits[:, :, 0].detach(), truth.masks, args.image_size, True)
+        correction_clicks(logits[:, :, 0].detach() > 0, truth.masks, truth.places, True)
 
     def looped() -> None:
         rng = np.random.default_rng(0)
