@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import sys
 import zipfile
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from finetune.coco import CocoSource, read_coco
+from finetune.coco import read_coco
 from sami.core.checkpoint import list_checkpoints, read_meta, read_state, save_checkpoint
 from sami.core.config import load_config
 from sami.core.errors import (
@@ -36,7 +37,7 @@ from sami.features import MANIFEST, read_manifest
 from sami.pretrain import PretrainConfig, main
 from tests.runs import ROOT, arguments, opened, summary, write_shards
 from tools.cost import resolve
-from tools.make_shards import Picture, make_sample
+from tools.make_shards import main as make_shards
 from tools.report import RunFolder
 from tools.sweep import Sweep
 
@@ -209,11 +210,17 @@ def test_files_of_the_tools(monkeypatch, tmp_path, number):
         (tmp_path / name).write_text("{}")
     sweep = ROOT / "configs" / "sweeps" / "mask_ratio.yaml"
     config = ROOT / "configs" / "pretrain" / "sami_ti.yaml"
-    (source,) = [CocoSource.of(read_coco(coco), coco, tmp_path)]
+
+    def pack(*more: str) -> None:
+        words = ["make_shards", str(tmp_path), str(tmp_path / f"out-{number}"), "--workers", "1"]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [*words, *more])
+            make_shards()
+
     for name, path, call in (
         ("coco", coco, lambda: read_coco(coco)),
-        ("its pictures", picture, lambda: list(source.read(0, 1))),
-        ("folders", picture, lambda: make_sample(tmp_path, Picture("a.jpg"), "0")),
+        ("its pictures", picture, lambda: pack("--coco", str(coco), "--prefix", "coco")),
+        ("folders", picture, lambda: pack()),
         ("cache", tmp_path / MANIFEST, lambda: read_manifest(tmp_path)),
         ("report", tmp_path / "summary.json", lambda: RunFolder(tmp_path)),
         ("sweep", sweep, lambda: Sweep(sweep, tmp_path / "out", [])),
