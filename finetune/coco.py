@@ -5,29 +5,70 @@ COCO, LVIS and what labelling tools export: ``images`` with id, file_name, width
 """
 
 import json
-import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from finetune.rle import area, box, decode_counts
+from finetune.folders import find_files, plain_path
+from finetune.rle import area, box, decode_counts, read_json
 from sami.core.errors import BadSample, UserError, raise_if_machine
 from sami.core.shards import PICTURE, RawSample
 
+NORMALISED = "polygon in 0..1, not in pixels"
+MAX_COORDINATE = 1e12  # pixels; JSON's numbers may have any number of digits
+OTHER_SIZES = "image entries of one file differ in size"
 
-def read_coco(path: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Each picture's entry and annotations, by the name of its file.
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture: COCO's image entries of its file (several where a tool writes one an object)."""
+
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+
+    @property
+    def image(self) -> dict[str, Any]:
+        """The first image entry.
+
+        Raises:
+            BadSample: they do not agree on the picture's size.
+        """
+        if len({(image["width"], image["height"]) for image in self.images}) > 1:
+            raise BadSample(OTHER_SIZES)
+        return self.images[0]
+
+
+@dataclass
+class Coco:
+    """What a file of annotations tells.
+
+    ``entries`` by the name of the picture's file, as :func:`plain_name` writes it; ``left_out``
+    counts image entries and annotations that belong to nothing, by reason.
+    """
+
+    file: Path
+    entries: dict[str, Entry]
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def annotated(self) -> dict[str, Entry]:
+        """The pictures with annotations, in the order of their names."""
+        return {name: one for name, one in sorted(self.entries.items()) if one.annotations}
+
+
+def read_coco(path: Path) -> Coco:
+    """Read a file of annotations.
 
     Raises:
-        UserError: not such a file.
+        UserError: not such a file; one image id for two pictures; polygons that are not in pixels.
     """
     try:
-        told = json.loads(path.read_bytes())
+        told = read_json(path.read_bytes())
     except OSError as error:
         raise_if_machine(error, path)
         raise UserError(
@@ -36,87 +77,279 @@ def read_coco(path: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]
     except (ValueError, RecursionError) as error:
         raise UserError(f"--coco {path} is not JSON ({error}); export it again") from error
     try:
-        by_image = defaultdict(list)
-        for annotation in told["annotations"]:
-            by_image[annotation["image_id"]].append(annotation)
-        for image in told["images"]:
-            if not all(
-                type(image[side]) is int and image[side] > 0 for side in ("height", "width")
-            ):
-                raise ValueError(f"image {image['id']} has no size")
-        return {_file_of(image): (image, by_image[image["id"]]) for image in told["images"]}
+        images, annotations = told["images"], told["annotations"]
+        if not isinstance(images, list) or not isinstance(annotations, list):
+            raise TypeError("images and annotations have to be lists")
+        left_out: Counter[str] = Counter()
+        by_id = _images_of(path, images, left_out)
+        by_image = _by_image(annotations, by_id, left_out)
+        _count_unknown_categories(told.get("categories"), annotations, left_out)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"--coco {path} is not in COCO's format ({type(error).__name__}: {error}); it needs "
             "images (id, file_name, width, height) and annotations (image_id, segmentation)"
         ) from error
+    _refuse_normalised(path, annotations)
+    entries: dict[str, Entry] = {}
+    for identity, found in by_id.items():
+        entry = entries.setdefault(plain_name(found[0]), Entry([], []))
+        entry.images.extend(found)
+        entry.annotations.extend(by_image.get(identity, []))
+    return Coco(path, entries, left_out)
 
 
-def _file_of(image: dict[str, Any]) -> str:
-    """The picture's path below its folder; LVIS tells it by the address alone."""
-    if "file_name" not in image and "coco_url" in image:
-        return "/".join(image["coco_url"].split("/")[-2:])  # such as val2017/000000000139.jpg
-    return str(image["file_name"])
+def _images_of(
+    path: Path, images: list[Any], left_out: Counter[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """The image entries by id; of equal ones one.
+
+    Raises:
+        UserError: one id for two pictures.
+        ValueError: none of them is usable; the first's reason.
+    """
+    by_id: dict[str, list[dict[str, Any]]] = {}
+    reasons: Counter[str] = Counter()
+    for image in images:
+        try:
+            image, identity = _checked_image(image), _identity(image["id"])
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            reasons[f"image entry: {reason}".replace("'", "")] += 1
+            continue
+        known = by_id.setdefault(identity, [])
+        if known and plain_name(known[0]) != plain_name(image):
+            raise UserError(
+                f"--coco {path}: image id {identity} is that of two pictures, "
+                f"{plain_name(known[0])} and {plain_name(image)}; give each its own id (files that "
+                "were joined often number their images from 0 on each)"
+            )
+        if image not in known:
+            known.append(image)
+    if reasons and not by_id:
+        raise ValueError(next(iter(reasons)))
+    left_out.update(reasons)
+    return by_id
+
+
+def _checked_image(image: Any) -> dict[str, Any]:
+    """An image entry, its sides whole numbers.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not usable.
+    """
+    if not isinstance(image, dict):
+        raise TypeError("not an object")
+    sides = {side: _whole(image.get(side)) for side in ("height", "width")}
+    if not all(sides.values()):
+        raise ValueError("no size")
+    if not plain_name(image):
+        raise ValueError("no file_name")
+    return image | sides
+
+
+def _by_image(
+    annotations: list[Any], by_id: dict[str, Any], left_out: Counter[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Annotations by the id of their image; those of unknown ones are counted.
+
+    Raises:
+        KeyError: none has an image_id.
+    """
+    by_image: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    without = 0
+    for annotation in annotations:
+        try:
+            identity = _identity(annotation["image_id"])
+        except (KeyError, TypeError):
+            without += 1
+            continue
+        if identity in by_id:
+            by_image[identity].append(annotation)
+        else:
+            left_out["annotation of an unknown image_id"] += 1
+    if without and without == len(annotations):
+        raise KeyError("image_id")
+    left_out.update({"annotation without an image_id": without} if without else {})
+    return by_image
+
+
+def _count_unknown_categories(categories: Any, annotations: list, left_out: Counter[str]) -> None:
+    """Their masks are used all the same: nothing here depends on the category."""
+    if not isinstance(categories, list) or not categories:
+        return
+    known = {_text(one.get("id")) for one in categories if isinstance(one, dict)}
+    for annotation in annotations:
+        told = annotation.get("category_id") if isinstance(annotation, dict) else None
+        if told is not None and _text(told) not in known:
+            left_out["annotation of an unknown category_id (its mask is used)"] += 1
+
+
+def _refuse_normalised(path: Path, annotations: list[Any]) -> None:
+    """
+    Raises:
+        UserError: most polygons are in 0..1.
+    """
+    polygons = normalised = 0
+    for annotation in annotations:
+        told = annotation.get("segmentation") if isinstance(annotation, dict) else None
+        if isinstance(told, list) and told:
+            polygons += 1
+            normalised += _is_normalised(told)
+    if 2 * normalised > polygons:
+        raise UserError(
+            f"--coco {path}: {normalised} of {polygons} polygons are in 0..1, as YOLO's labels and "
+            "FiftyOne's polylines are, and COCO's are in pixels; multiply x by the picture's width "
+            "and y by its height, or export in COCO's format"
+        )
+
+
+def _is_normalised(polygons: list[Any]) -> bool:
+    """Whether all coordinates lie in 0..1, up to a little."""
+    return all(
+        isinstance(polygon, list)
+        and len(polygon) >= 6
+        and all(type(value) in (int, float) and -0.1 <= value <= 1.1 for value in polygon)
+        for polygon in polygons
+    )
+
+
+def _identity(told: Any) -> str:
+    """An id as text: 12, 12.0 and "12" are the same.
+
+    Raises:
+        TypeError: neither a number nor text.
+    """
+    if isinstance(told, str):
+        return told.strip()
+    if isinstance(told, bool) or not isinstance(told, (int, float)):
+        raise TypeError(f"the id {told!r} is neither a number nor text")
+    return str(int(told)) if isinstance(told, int) or told.is_integer() else repr(told)
+
+
+def _text(told: Any) -> str:
+    """An id as text, whatever it is."""
+    try:
+        return _identity(told)
+    except TypeError:
+        return repr(told)
+
+
+def _whole(told: Any) -> int | None:
+    """A positive whole number; None if it is none."""
+    if isinstance(told, str) and re.fullmatch(r"\d{1,9}", told.strip()):
+        told = int(told)
+    if isinstance(told, float) and told.is_integer():
+        told = int(told)
+    return told if type(told) is int and told > 0 else None
+
+
+def plain_name(image: dict[str, Any]) -> str:
+    """The picture's path with forward slashes, in Unicode's composed form; "" if it has none.
+
+    LVIS tells it by the address alone: the last two parts of ``coco_url``.
+    """
+    told = image.get("file_name")
+    if told is None and isinstance(image.get("coco_url"), str):
+        told = "/".join(image["coco_url"].split("/")[-2:])  # such as val2017/000000000139.jpg
+    if not isinstance(told, (str, int)) or not str(told).strip():
+        return ""
+    return plain_path(str(told))
 
 
 @dataclass(frozen=True)
 class CocoSource:
-    """Pictures in a folder with their annotations, as samples of SA-1B's layout."""
+    """Pictures in a folder with their annotations, as samples of SA-1B's layout.
+
+    ``entries`` are (path below the folder, entry); ``counts`` tell of all pictures of the file.
+    """
 
     folder: Path
-    entries: list[tuple[str, dict[str, Any], list[dict[str, Any]]]]
+    entries: list[tuple[str, Entry]]
+    keep_crowd: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @staticmethod
     def of(
-        told: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]],
-        file: Path,
-        folder: Path,
-        most: int | None = None,
+        told: Coco, folder: Path, most: int | None = None, keep_crowd: bool = False
     ) -> "CocoSource":
         """Of what :func:`read_coco` found, the pictures with annotations that are there.
 
         Args:
-            file: for the message.
             most: at most so many, in the order of their names.
 
         Raises:
-            UserError: none of them is in the folder.
+            UserError: none of them is in the folder; or see :func:`find_files`.
         """
-        entries, missing = [], 0
-        annotated = sorted(name for name, (_, annotations) in told.items() if annotations)
-        for name in annotated:
-            found = [n for n in (name, Path(name).name) if (folder / n).is_file()]
-            missing += not found
-            if found:
-                entries.append((found[0], *told[name]))
-        first = next(iter(annotated), "none")
+        annotated = told.annotated()
+        found = find_files(list(annotated), folder)
+        entries = [
+            (found.files[name], one) for name, one in annotated.items() if name in found.files
+        ]
         if not entries:
             raise UserError(
-                f"{folder} holds none of the annotated pictures of {file} (the first is {first}); "
-                "name the folder that their file_name is relative to"
+                f"{folder} holds none of the annotated pictures of {told.file} (the first is "
+                f"{next(iter(annotated), 'none')}); name the folder that their file_name is "
+                "relative to"
             )
-        if missing:
-            print(f"{missing} of {len(annotated)} annotated pictures are not in {folder}")
-        return CocoSource(folder, entries[:most])
+        bare = [name for name in told.entries if name not in annotated]
+        counts = {
+            "pictures": len(told.entries),
+            "found": len(entries) + sum((folder / name).is_file() for name in bare),
+            "annotated": len(annotated),
+            "annotated_and_found": len(entries),
+        }
+        remarks = [f"{count} x {reason}" for reason, count in told.left_out.items()]
+        if found.moved:
+            remarks.append(
+                f"{len(found.moved)} pictures were found in another folder than their file_name "
+                f"says, such as {found.moved[0]}"
+            )
+        return CocoSource(folder, entries[:most], keep_crowd, counts, remarks)
+
+    def summary(self, used: int, left_out: Counter[str], others: str) -> list[str]:
+        """What became of the file's pictures, as lines to be printed.
+
+        Args:
+            used: with masks.
+            left_out: of those that were found, by reason.
+            others: what is to be said of what is left.
+        """
+        counts = self.counts
+        rest = counts["annotated_and_found"] - used - left_out.total()
+        line = (
+            f"{counts['pictures']} pictures in the JSON: {counts['found']} found in {self.folder}, "
+            f"{used} used with their masks, {counts['pictures'] - counts['annotated']} without "
+            f"annotations, {left_out.total()} left out"
+        )
+        line += f" {dict(left_out)}" if left_out else ""
+        line += f", {rest} {others}" if rest else ""
+        lacking = counts["annotated"] - counts["annotated_and_found"]
+        line += f"; {lacking} of those with annotations are not there" if lacking else ""
+        return [line, *(f"in the JSON: {remark}" for remark in self.remarks)]
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def read(self, number: int, of: int) -> Iterator[RawSample]:
         """Every ``of``-th, from ``number`` on."""
-        for name, image, annotations in self.entries[number::of]:
-            told, _ = to_sa1b(image, annotations, name)
+        for name, entry in self.entries[number::of]:
             try:
+                told, left_out = to_sa1b(entry, name, self.keep_crowd)
+                if not told["annotations"]:
+                    raise BadSample(why_none(left_out))
                 picture = (self.folder / name).read_bytes()
+            except BadSample as error:
+                yield RawSample(name, reason=str(error))
             except OSError as error:
                 raise_if_machine(error, self.folder / name)
                 yield RawSample(name, reason=f"unreadable ({error.strerror})")
-                continue
-            yield RawSample(name, {PICTURE: picture, "json": json.dumps(told).encode()})
+            else:
+                yield RawSample(name, {PICTURE: picture, "json": json.dumps(told).encode()})
 
 
 def to_sa1b(
-    image: dict[str, Any], annotations: list[dict[str, Any]], name: str
+    entry: Entry, name: str, keep_crowd: bool = False
 ) -> tuple[dict[str, Any], Counter[str]]:
     """One picture's annotations in SA-1B's layout, and how many were left out, by reason.
 
@@ -124,15 +357,18 @@ def to_sa1b(
     predicted_iou and stability_score are 1.0, for these masks are taken to be right.
 
     Args:
-        image: COCO's entry of the picture.
-        annotations: of this picture.
         name: of the picture in its shard.
+        keep_crowd: keep groups of objects that were marked as one (iscrowd).
+
+    Raises:
+        BadSample: the picture's size is not known.
     """
+    image = entry.image
     height, width = image["height"], image["width"]
     kept, left_out = [], Counter()
-    for number, annotation in enumerate(annotations):
+    for number, annotation in enumerate(entry.annotations):
         try:
-            counts, ends = _run_lengths(annotation, height, width)
+            counts, ends = _run_lengths(annotation, height, width, keep_crowd)
         except BadSample as error:
             left_out[str(error)] += 1
             continue
@@ -156,13 +392,23 @@ def to_sa1b(
     return {"image": about, "annotations": kept}, left_out
 
 
-def _run_lengths(annotation: dict[str, Any], height: int, width: int) -> tuple[str, np.ndarray]:
+def why_none(left_out: Counter[str]) -> str:
+    """The reason of a picture without a usable mask: its most frequent one."""
+    (first, _), *_ = left_out.most_common(1) or [("no annotation", 0)]
+    return f"no usable mask ({first})"
+
+
+def _run_lengths(
+    annotation: Any, height: int, width: int, keep_crowd: bool
+) -> tuple[str, np.ndarray]:
     """The mask as COCO's string, and where its runs end.
 
     Raises:
         BadSample: not usable, with the reason.
     """
-    if annotation.get("iscrowd"):
+    if not isinstance(annotation, dict):
+        raise BadSample("not an annotation")
+    if annotation.get("iscrowd") and not keep_crowd:
         raise BadSample("crowd")
     told = annotation.get("segmentation")
     if isinstance(told, dict):
@@ -174,23 +420,36 @@ def _run_lengths(annotation: dict[str, Any], height: int, width: int) -> tuple[s
         ends = decode_counts(counts, height, width)  # the library would trust it and may crash
         if isinstance(counts, list):
             counts = coco_mask.frPyObjects(told, height, width)["counts"].decode()
+        if area(ends) == 0:
+            raise BadSample("empty mask")
     elif isinstance(told, list) and told:
         for polygon in told:
             _check_polygon(polygon, height, width)
+        if max(height, width) > 2 and _is_normalised(told):
+            raise BadSample(NORMALISED)
         merged = coco_mask.merge(coco_mask.frPyObjects(told, height, width))
         counts = merged["counts"].decode()
         ends = decode_counts(counts, height, width)
+        if area(ends) == 0:
+            raise BadSample(_why_empty(told, height, width))
     else:
-        raise BadSample("no segmentation")
-    if area(ends) == 0:
-        raise BadSample("empty mask")
+        raise BadSample("no segmentation" + ", a box only" * bool(annotation.get("bbox")))
     return counts, ends
+
+
+def _why_empty(polygons: list[list[float]], height: int, width: int) -> str:
+    """Why polygons that were drawn cover no pixel."""
+    outside = all(
+        min(p[0::2]) >= width or max(p[0::2]) <= 0 or min(p[1::2]) >= height or max(p[1::2]) <= 0
+        for p in polygons
+    )
+    return "polygon outside of the picture" if outside else "flat polygon, without a pixel"
 
 
 def _check_polygon(polygon: Any, height: int, width: int) -> None:
     """The library draws without asking: no odd lengths, nothing far outside of the picture."""
     whole = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-    if not whole or not all(type(v) in (int, float) and math.isfinite(v) for v in polygon):
+    if not whole or not all(type(v) in (int, float) and abs(v) < MAX_COORDINATE for v in polygon):
         raise BadSample("malformed polygon")
     x, y = np.array(polygon[0::2]), np.array(polygon[1::2])
     far = max(np.abs(x - width / 2).max() / width, np.abs(y - height / 2).max() / height)

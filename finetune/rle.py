@@ -57,7 +57,7 @@ def parse_annotations(data: bytes) -> Annotations:
         BadSample: not JSON, not of this form, or none of its annotations is.
     """
     try:
-        told = _json(data)
+        told = read_json(data)
     except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError
         raise BadSample("annotation is not JSON") from error
     image = _get(told, "image", dict)
@@ -205,8 +205,8 @@ def random_points(
     return np.stack([x, y], axis=1)
 
 
-def _json(data: bytes) -> Any:
-    """Of bytes; an integer with more digits than Python reads becomes infinity, and so bad."""
+def read_json(data: bytes) -> Any:
+    """What JSON's bytes tell; an integer with more digits than Python reads becomes infinity."""
     try:
         return json.loads(data)
     except (UnicodeDecodeError, json.JSONDecodeError):

@@ -172,9 +172,13 @@ def test_other_numbers_in_the_two_lists(tmp_path, in_process):
     more = {"data.shards": tmp_path / "train/s.tar", "data.val_shards": tmp_path / "val/s.tar"}
     code, said = in_process(classify, words(tmp_path / "run", tmp_path, **more))
     assert code == 2 and said.count("\n") == 1
-    assert "'b' is class 1 in data.shards" in said and "class 0 in data.val_shards" in said
+    assert "class 0 is 'b' in data.val_shards" in said and "'a' in data.shards" in said
     assert f"--classes {tmp_path}/train/classes.json" in said
-    (tmp_path / "val" / "classes.json").write_text(json.dumps(["a", "b", "c"]))
+    for names in (["a", "B", "c"], ["a", "b", "c", "d"], ["a", "c", "b"]):
+        (tmp_path / "val" / "classes.json").write_text(json.dumps(names))
+        code, said = in_process(classify, words(tmp_path / "run", tmp_path, **more))
+        assert code == 2 and "in data.val_shards" in said
+    (tmp_path / "val" / "classes.json").write_text(json.dumps(["a", "b"]))
     code, said = in_process(
         classify, words(tmp_path / "run", tmp_path, **more, **{"train.steps": 1})
     )

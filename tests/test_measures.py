@@ -221,17 +221,34 @@ def test_what_a_difference_allows_to_say():
     assert "below the answer that needs no model" in verdict(told, 0.3, 0.27, 0.4)
 
 
-def test_what_is_not_there_is_counted(coco, tmp_path, capsys):
+def test_what_is_not_there_is_counted(model, coco, tmp_path):
     told = read_coco(coco / "annotations.json")
     (tmp_path / "2.png").write_bytes((coco / "2.png").read_bytes())
-    source = CocoSource.of(told, coco / "annotations.json", tmp_path)
-    assert len(source) == 1 and "3 of 4 annotated pictures are not in" in capsys.readouterr().out
+    source = CocoSource.of(told, tmp_path)
+    assert len(source) == 1 and source.counts == {
+        "pictures": 4,
+        "found": 1,
+        "annotated": 4,
+        "annotated_and_found": 1,
+    }
     assert [sample.key for sample in source.read(0, 1)] == ["2.png"]
+    (tmp_path / "1.png").write_bytes(b"x")
+    words = ("--coco", coco / "annotations.json", "--pictures", tmp_path, "--prompts", "box")
+    done = evaluate(model, *words, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "4 pictures in the JSON: 2 found in ",
+        "1 used with their masks, 0 without annotations, 1 left out {'not a picture': 1}; 2 of",
+    ):
+        assert words in done.stdout
+    told_there = json.loads((tmp_path / "out" / "evaluation.json").read_text())["in_the_json"]
+    assert told_there["found"] == told_there["annotated_and_found"] == 2
+    (tmp_path / "1.png").unlink()
     (tmp_path / "2.png").unlink()
     (sample,) = source.read(0, 1)
     assert PICTURE not in sample.parts and "unreadable" in sample.reason
     with pytest.raises(UserError, match="holds none of the annotated pictures"):
-        CocoSource.of(told, coco / "annotations.json", tmp_path)
+        CocoSource.of(told, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +258,7 @@ def test_what_is_not_there_is_counted(coco, tmp_path, capsys):
         (["--prompts", "clicks"], "--prompts clicks is none of box, a number of clicks"),
         (["--samples=0"], "--samples 0 must be positive"),
         (["--device=cuda:7"], "--device"),
-        (["--pictures=nowhere"], "nowhere holds none of the annotated pictures"),
+        (["--pictures=nowhere"], "nowhere is not a folder"),
     ],
 )
 def test_bad_input(words, says, model, coco):

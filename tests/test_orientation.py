@@ -148,7 +148,7 @@ def coco(request, tmp_path_factory):
 
 def test_evaluation_of_coco(coco):
     folder, file, drawn = coco
-    source, unsure = CocoSource.of(read_coco(file), file, folder), 0
+    source, unsure = CocoSource.of(read_coco(file), folder), 0
     for sample in source.read(0, 1):
         unsure += check_evaluation(Given([sample]), drawn) == [UNSURE]
     assert len(source) == 24 and unsure == 9

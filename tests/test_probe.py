@@ -112,6 +112,11 @@ def test_probes_while_pretraining(tmp_path, in_process):
     found = json.loads((tmp_path / "probe.json").read_text())
     assert (found["knn"], found["linear"]) == (told[-1]["val_knn"], told[-1]["val_linear"])
     assert in_process(probe_tool, [*map(str, words)])[1].count("holds a result already") == 1
+    same = [tmp_path / "run", "--shards", options["data.shards"], "--val-shards"]
+    same = [*map(str, same), options["data.shards"]]
+    code, said = in_process(probe_tool, same)
+    assert code == 2 and "1 of the 1 shards of --val-shards are shards of --shards too" in said
+    assert in_process(probe_tool, [*same, "--allow-val-in-train"])[0] == 0
 
     bare = tmp_path / "bare.tar"
     stream = io.BytesIO()

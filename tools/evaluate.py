@@ -60,10 +60,12 @@ def open_source(args: argparse.Namespace, folder: Path) -> tuple[Source, str | N
     if args.coco is not None:
         require(args.pictures is not None, "--coco needs --pictures, the folder of its pictures")
         told = read_coco(args.coco)
-        source = CocoSource.of(told, args.coco, args.pictures, args.samples)
-        annotations = [len(one) for _, one in told.values()]
+        source = CocoSource.of(told, args.pictures, args.samples, args.keep_crowd)
+        annotations = [len(one.annotations) for one in told.entries.values()]
         whole = args.masks is None and len(source) == sum(map(bool, annotations))
-        return source, data_set(len(told), sum(annotations)) if whole else None
+        whole = whole and not args.keep_crowd
+        return source, data_set(len(told.entries), sum(annotations)) if whole else None
+    require(not args.keep_crowd, "--keep-crowd goes with --coco")
     sources = open_sources(expand(args.shards, "--shards"), folder, print)
     shards = [shard for source in sources for shard in source.shards]
     count = sum(shard.count for shard in shards)
@@ -161,6 +163,9 @@ def main() -> int:
     data.add_argument("--coco", type=local_path, help="annotations in COCO's or LVIS's format")
     parser.add_argument("--pictures", type=local_path, help="the folder of --coco's pictures")
     parser.add_argument(
+        "--keep-crowd", action="store_true", help="score --coco's crowds as objects"
+    )
+    parser.add_argument(
         "--masks-drawn-on",
         choices=DRAWN,
         default="upright",
@@ -210,6 +215,9 @@ def main() -> int:
     print(f"{args.model}: {pictures} pictures{left_out}, {objects} objects")
     if noted:
         print(f"noted: {dict(noted)}")
+    coco = source if isinstance(source, CocoSource) else None
+    for line in coco.summary(pictures, unusable, "beyond --samples") if coco else []:
+        print(line)
     if args.out is not None:
         told = {"path": args.model, "sha256": sha256_of(weights.file), "step": weights.step}
         result = {
@@ -219,6 +227,7 @@ def main() -> int:
             "unusable": unusable.total(),
             "unusable_by_reason": dict(unusable),
             "noted": dict(noted),
+            "in_the_json": coco and coco.counts | {"remarks": coco.remarks},
             "masks_drawn_on": args.masks_drawn_on,
             "objects": objects,
             "results": rows,

@@ -1,185 +1,111 @@
 """Turn a folder of pictures into shards, without re-encoding them.
 
-python tools/make_shards.py SOURCE OUT [--coco FILE] [--prefix NAME] [--shard-size 1000]
-                                       [--seed 0] [--workers N]
+python tools/make_shards.py SOURCE OUT [--prefix NAME] [--shard-size 1000] [--seed 0] [--workers N]
+    [--like TRAIN | --classes FILE] [--labels FILE [--synsets meta.mat]]
+python tools/make_shards.py SOURCE OUT --coco FILE [--keep-crowd] [--masks-drawn-on stored] ...
 
-With folders below SOURCE, each picture's label is its first folder's place in alphabetical order
-(ImageFolder); OUT/classes.json lists the names. With --coco, a file of COCO-format annotations,
-the pictures that it names come with their masks, in SA-1B's layout; crowds, and what is malformed,
-are left out and counted. Killed, the same command goes on: finished shards stay. A shard is one tar
-of <number>.<extension> and <number>.cls or <number>.json.
+With folders below SOURCE, each picture's class is its first folder; classes are numbered in
+alphabetical order (ImageFolder), and OUT/classes.json lists the names. Held-out pictures need the
+training set's numbers: --like names its shards or their folder, --classes its classes.json; a
+folder that is not in it is an error. --labels takes the classes from a file instead: lines of
+"name class", CSV (LOC_val_solution.csv), a class a line in the order of the names, or, with
+--synsets, the numbers of ILSVRC2012's ground truth. Links are followed; hidden and system files and
+folders are passed over.
+
+With --coco, a file of COCO-format annotations, the pictures that it names come with their masks, in
+SA-1B's layout; crowds (but see --keep-crowd), and what is malformed, are left out and counted.
+
+.jpg, .jpeg, .png and .webp are copied byte by byte; .bmp, .gif (its first frame) and .tif become
+PNG without a loss. Killed, the same command goes on: finished shards stay. If a picture of a
+finished shard changed since (by size or time), that is said. A shard is one tar of
+<number>.<extension> and <number>.cls or <number>.json.
 """
 
-import hashlib
-import io
-import json
+import argparse
 import os
 import re
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import webdataset as wds
-from PIL import Image
 
-from finetune.coco import read_coco, to_sa1b
-from sami.core.checkpoint import write_text
+from finetune.coco import CocoSource, read_coco
+from finetune.folders import (
+    Classes,
+    class_folders,
+    find_pictures,
+    listed_classes,
+    number_classes,
+    question_names,
+    told_classes,
+    told_counts,
+)
+from finetune.packing import (
+    How,
+    Picture,
+    Written,
+    claim,
+    claim_classes,
+    listing,
+    stamp,
+    unclaim,
+    write_shard,
+)
 from sami.core.config import require
-from sami.core.errors import BadSample, UserError, not_written, raise_if_machine
+from sami.core.errors import UserError
 from sami.core.exits import run_entry
-from sami.core.images import DRAWN, IMAGE_EXTENSIONS, Drawn, drawn_on, open_image
+from sami.core.images import DRAWN
 from sami.core.options import Options
-from sami.core.paths import local_path
+from sami.core.paths import local_path, path_pattern
 from sami.core.progress import track
 
 
-class Picture(NamedTuple):
-    """A picture to be written: its path below the source and what comes with it."""
-
-    path: str
-    label: int = -1  # none
-    image: dict[str, Any] | None = None  # COCO's entry and annotations
-    annotations: Sequence[dict[str, Any]] = ()
-
-
-def find_pictures(source: Path) -> tuple[list[Picture], list[str]]:
-    """All pictures below a folder, in order of their paths, and the names of the classes.
+def find(args: argparse.Namespace) -> tuple[list[Picture], list[str], CocoSource | None]:
+    """The pictures that a command line asks for, the names of their classes, or COCO's source.
 
     Raises:
-        UserError: no folder, no picture, or pictures both beside and inside of class folders.
+        UserError: there are none, or it cannot be told what they are.
     """
-    require(source.is_dir(), f"{source} is not a folder; name one with pictures")
-    files = sorted(
-        path.relative_to(source)
-        for path in source.rglob("*")
-        if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
-        and not path.name.startswith(".")
-        and path.is_file()
-    )
-    require(bool(files), f"{source} holds no picture ({', '.join(IMAGE_EXTENSIONS)})")
-    classes = sorted({file.parts[0] for file in files if len(file.parts) > 1})
-    loose = [file for file in files if len(file.parts) == 1]
-    require(
-        not classes or not loose,
-        f"{source} holds pictures both in folders (classes) and beside them, such as "
-        f"{loose[0] if loose else ''}; move the loose ones away",
-    )
-    number = {name: index for index, name in enumerate(classes)}
-    return [Picture(str(file), number.get(file.parts[0], -1)) for file in files], classes
-
-
-def find_annotated(source: Path, coco: Path) -> list[Picture]:
-    """The pictures that a COCO-format file names and annotates, in order of their paths.
-
-    Raises:
-        UserError: no such folder or file, or none of its pictures is there.
-    """
-    require(source.is_dir(), f"{source} is not a folder; name the one with the pictures")
-    entries = read_coco(coco)
-    annotated = {name: entry for name, entry in entries.items() if entry[1]}
-    there = [name for name in sorted(annotated) if (source / name).is_file()]
-    print(
-        f"{len(entries)} pictures in {coco}: {len(entries) - len(annotated)} without annotations, "
-        f"{len(annotated) - len(there)} not in {source}"
-    )
-    first = next(iter(annotated), "none")
-    require(
-        bool(there),
-        f"{source} holds none of the annotated pictures of {coco} (the first is {first}); name the "
-        "folder that their file_name is relative to",
-    )
-    return [Picture(name, -1, *annotated[name]) for name in there]
-
-
-def write_shard(
-    source: Path, default: Drawn, path: Path, first: int, pictures: list[Picture]
-) -> tuple[list[tuple[str, str]], Counter[str], int]:
-    """One tar, under another name until it is whole and on the disk.
-
-    Args:
-        default: where masks lie if their picture's size does not tell.
-        first: the number that the first picture is called by.
-
-    Returns:
-        The (path, reason) of pictures that cannot be used, and the reasons of masks, all left out;
-        and of how many pictures ``default`` decided.
-    """
-    temporary, bad, bad_masks = path.with_name(f".{path.name}.writing"), [], Counter()
-    unsure = 0
-    with temporary.open("wb") as file:
-        with wds.TarWriter(file, mtime=0) as writer:
-            for number, picture in enumerate(pictures, first):
-                try:
-                    made = make_sample(source, picture, f"{number:08d}", default)
-                except BadSample as error:
-                    bad.append((picture.path, str(error)))
-                    continue
-                sample, left_out, guessed = made
-                bad_masks += left_out
-                unsure += guessed
-                writer.write(sample)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return bad, bad_masks, unsure
-
-
-def make_sample(
-    source: Path, picture: Picture, key: str, default: Drawn
-) -> tuple[dict[str, Any], Counter[str], bool]:
-    """A picture's members, the masks left out by reason, and whether ``default`` decided.
-
-    Raises:
-        BadSample: it cannot be used.
-    """
-    try:
-        data = (source / picture.path).read_bytes()
-        encoded = open_image(data)
-        Image.open(io.BytesIO(data)).verify()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise_if_machine(error, source / picture.path)
-        raise BadSample(f"unreadable ({type(error).__name__})") from error
-    extension = Path(picture.path).suffix.lower().lstrip(".")
-    sample = {"__key__": key, extension: data}
-    if picture.image is None:
-        return sample | ({"cls": picture.label} if picture.label >= 0 else {}), Counter(), False
-    size = picture.image["width"], picture.image["height"]
-    drawn, unsure = drawn_on(encoded, *size, None, default)
-    told, left_out = to_sa1b(picture.image, picture.annotations, f"{key}.{extension}")
-    if not told["annotations"]:
-        raise BadSample("no usable mask")
-    if encoded.orientation != 1:
-        told["image"]["drawn_on"] = drawn  # decided here, once
-    return sample | {"json": json.dumps(told).encode()}, left_out, unsure
-
-
-def claim(out: Path, plan: dict[str, object]) -> None:
-    """Make OUT this plan's folder.
-
-    Raises:
-        UserError: it holds shards of another plan, or cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / f"{plan['prefix']}.plan.json"
-        if not file.exists():
-            write_text(file, json.dumps(plan, indent=1) + "\n")
-    except OSError as error:
-        raise not_written(error, str(out), "name another folder") from error
-    found = json.loads(file.read_bytes())
-    changed = [key for key in plan if plan[key] != found.get(key)]
-    require(
-        not changed,
-        f"{out} holds shards made of other pictures or with other options "
-        f"({', '.join(changed)} differ); use another OUT or --prefix, or delete them",
-    )
+    if args.coco is not None:
+        coco = CocoSource.of(read_coco(args.coco), args.source)
+        pictures = [Picture(path, -1, one.images, one.annotations) for path, one in coco.entries]
+        return pictures, [], coco
+    known = Classes.read(args.classes) if args.classes else None
+    known = Classes.beside(args.like) if args.like else known
+    listing, others = find_pictures(args.source)
+    for path, reason in listing.remarks[:20]:
+        print(f"left out: {path}: {reason}")
+    if listing.remarks:
+        print(f"left out in all: {len(listing.remarks)} links")
+    if others:
+        print(f"not pictures: {told_counts(others)}")
+    if args.labels is not None:
+        words = (args.labels, listing.files, args.source, args.synsets, known)
+        class_of, unused = listed_classes(*words)
+        if unused:
+            print(f"{unused} lines of {args.labels} are of no picture in {args.source}")
+    else:
+        class_of = class_folders(listing.files, args.source)
+        if known is None and not args.these_are_classes:
+            question_names(class_of, args.source)
+        require(
+            known is None or bool(class_of),
+            f"{args.source} holds no folders, so that nothing tells the classes; give --labels, or "
+            "leave out --like and --classes",
+        )
+    if not class_of:
+        return [Picture(file) for file in listing.files], [], None
+    classes, numbers = number_classes(class_of, known)
+    print(told_classes(classes, numbers))
+    if known is None:
+        print(f"numbered by themselves; held-out pictures of these classes need --like {args.out}")
+    pictures = [Picture(file, label) for file, label in zip(class_of, numbers, strict=True)]
+    return pictures, classes, None
 
 
 def count_pictures(path: Path) -> int:
@@ -188,93 +114,129 @@ def count_pictures(path: Path) -> int:
         return sum(not name.endswith((".cls", ".json")) for name in tar.getnames())
 
 
-def main() -> int:
+def tell(written: Written) -> None:
+    """What was left out of the shards, and what was done to pictures in them."""
+    for name, reason in written.bad[:20]:
+        print(f"left out: {name}: {reason}")
+    if written.bad:
+        print(f"left out in all: {dict(Counter(reason for _, reason in written.bad))}")
+    if written.masks:
+        print(f"masks left out in all: {dict(written.masks)}")
+    for what, count in written.noted.items():
+        print(f"{count} pictures {what}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """
+    Raises:
+        UserError: options that do not go together.
+    """
     parser = Options(description=__doc__)
     parser.add_argument(
         "source", type=local_path, help="folder with pictures, or with a folder per class"
     )
     parser.add_argument("out", type=local_path, help="folder for the shards")
     parser.add_argument("--coco", type=local_path, help="COCO-format annotations of the pictures")
-    parser.add_argument("--prefix", default="pictures", help="first part of the shards' names")
-    parser.add_argument("--shard-size", type=int, default=1000, help="pictures per shard")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the pictures")
+    parser.add_argument("--keep-crowd", action="store_true", help="keep --coco's crowds as objects")
     parser.add_argument(
         "--masks-drawn-on",
         choices=DRAWN,
         default="upright",
         help="where masks lie on a picture turned by EXIF, if they fit both ways (docs/data.md)",
     )
+    numbering = parser.add_mutually_exclusive_group()
+    numbering.add_argument(
+        "--like", type=path_pattern, help="training shards whose classes.json numbers the classes"
+    )
+    numbering.add_argument("--classes", type=local_path, help="that classes.json, or another list")
+    parser.add_argument("--labels", type=local_path, help="file that tells each picture's class")
+    parser.add_argument("--synsets", type=local_path, help="ILSVRC2012's meta.mat, for its numbers")
+    parser.add_argument(
+        "--these-are-classes", action="store_true", help="folders such as train and val are classes"
+    )
+    parser.add_argument("--prefix", default="pictures", help="first part of the shards' names")
+    parser.add_argument("--shard-size", type=int, default=1000, help="pictures per shard")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the pictures")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     require(args.shard_size > 0, f"--shard-size {args.shard_size} must be positive")
     require(args.workers > 0, f"--workers {args.workers} must be positive")
     require(
         re.fullmatch(r"[A-Za-z0-9_-]+", args.prefix) is not None,
         f"--prefix '{args.prefix}' may hold letters, digits, _ and - only",
     )
-    if args.coco is None:
-        pictures, classes = find_pictures(args.source)
-    else:
-        pictures, classes = find_annotated(args.source, args.coco), []
-    listing = hashlib.sha256(json.dumps(pictures).encode()).hexdigest()
-    claim(
-        args.out,
-        {
-            "prefix": args.prefix,
-            "pictures": len(pictures),
-            "listing": listing,
-            "shard_size": args.shard_size,
-            "seed": args.seed,
-            "masks_drawn_on": args.masks_drawn_on,
-        },
-    )
-    if classes:
-        write_text(args.out / "classes.json", json.dumps(classes, indent=1) + "\n")
+    for name in ("like", "classes", "labels"):
+        require(
+            args.coco is None or getattr(args, name) is None,
+            f"--{name} does not go with --coco, which makes masks and no classes",
+        )
+    require(args.coco is not None or not args.keep_crowd, "--keep-crowd goes with --coco")
+    require(args.labels is not None or args.synsets is None, "--synsets goes with --labels")
+    return args
 
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    pictures, classes, coco = find(args)
     order = np.random.default_rng(args.seed).permutation(len(pictures))
     starts = range(0, len(pictures), args.shard_size)
-    paths = [args.out / f"{args.prefix}-{number:06d}.tar" for number in range(len(starts))]
-    missing = [index for index, path in enumerate(paths) if not path.exists()]
+    shares = [[pictures[i] for i in order[start : start + args.shard_size]] for start in starts]
+    names = [f"{args.prefix}-{number:06d}.tar" for number in range(len(starts))]
+    paths = [args.out / name for name in names]
+    plan = {
+        "prefix": args.prefix,
+        "pictures": len(pictures),
+        "listing": listing(pictures),
+        "shard_size": args.shard_size,
+        "seed": args.seed,
+    }
+    if coco is not None:
+        plan |= {"masks_drawn_on": args.masks_drawn_on, "keep_crowd": args.keep_crowd}
+    with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at once
+        stamps = list(pool.map(partial(stamp, args.source), shares))
+    claim(args.out, args.prefix, plan, dict(zip(names, stamps, strict=True)))
+    if classes:
+        claim_classes(args.out, classes)
+
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
     if len(missing) < len(paths):
         print(f"{len(paths) - len(missing)} of {len(paths)} shards are there already")
-    shares = [
-        [pictures[i] for i in order[starts[n] : starts[n] + args.shard_size]] for n in missing
-    ]
-    bad: list[tuple[str, str]] = []
-    bad_masks: Counter[str] = Counter()
-    unsure = 0
+    how = How(args.source, args.masks_drawn_on, args.keep_crowd)
+    written = Written()
     try:
         with ProcessPoolExecutor(args.workers) as pool:
             jobs = pool.map(
-                partial(write_shard, args.source, args.masks_drawn_on),
+                partial(write_shard, how),
                 [paths[n] for n in missing],
                 [starts[n] for n in missing],
-                shares,
+                [shares[n] for n in missing],
             )
-            for bad_pictures, reasons, guessed in track(jobs, "writing shards", total=len(missing)):
-                bad += bad_pictures
-                bad_masks += reasons
-                unsure += guessed
+            try:
+                for shard in track(jobs, "writing shards", total=len(missing)):
+                    written.add(shard)
+            except UserError:
+                pool.shutdown(cancel_futures=True)  # or all the others would be written first
+                raise
     except BrokenProcessPool as error:
         raise UserError(
             "a worker was killed (out of memory?); the same command goes on, with fewer --workers"
         ) from error
 
-    for name, reason in bad[:20]:
-        print(f"left out: {name}: {reason}")
-    if bad:
-        print(f"left out in all: {dict(Counter(reason for _, reason in bad))}")
-    if bad_masks:
-        print(f"masks left out in all: {dict(bad_masks)}")
-    if unsure:
-        print(
-            f"{unsure} pictures are turned by EXIF and their masks fit both ways: taken as drawn "
-            f"on the {args.masks_drawn_on} picture (--masks-drawn-on)"
+    tell(written)
+    total = sum(count_pictures(path) for path in paths)
+    reasons = Counter(reason for _, reason in written.bad)
+    for line in coco.summary(total, reasons, "left out before") if coco else []:
+        print(line)
+    if not total:
+        unclaim(args.out, args.prefix, paths)
+        masks = f"; masks: {told_counts(written.masks)}" if written.masks else ""
+        raise UserError(
+            f"none of the {len(pictures)} pictures of {args.source} could be used, and nothing was "
+            f"written: {told_counts(reasons) or 'the shards there are empty'}{masks}"
         )
-    written = sum(count_pictures(path) for path in paths)
     size = sum(path.stat().st_size for path in paths) / 1e9
     what = "with masks" if args.coco else f"{len(classes) or 'no'} classes"
-    print(f"{written} pictures, {what}, {len(paths)} shard(s), {size:.3g} GB")
+    print(f"{total} pictures, {what}, {len(paths)} shard(s), {size:.3g} GB")
     last = f"{{000000..{len(paths) - 1:06d}}}" if len(paths) > 1 else "000000"
     print(f"--data.shards '{args.out}/{args.prefix}-{last}.tar'")
     return 0

@@ -79,17 +79,18 @@ def check_names(train: list[Shard], held_out: list[Shard], keys: tuple[str, str]
         keys: what train and held_out were given by.
 
     Raises:
-        UserError: a name has another number in one than in the other.
+        UserError: a number of held_out's list is another name's in the other, or nobody's.
     """
     for ours in _lists_beside(train):
+        names = _read_names(ours)
         for theirs in _lists_beside(held_out):
-            numbers = {name: number for number, name in enumerate(_read_names(ours))}
             for number, name in enumerate(_read_names(theirs)):
+                known = names[number] if number < len(names) else None
                 require(
-                    numbers.get(name, number) == number,
-                    f"'{name}' is class {numbers.get(name)} in {keys[0]} ({ours}) and class "
-                    f"{number} in {keys[1]} ({theirs}); make the latter anew with "
-                    f"tools/make_shards.py --classes {ours}",
+                    not names or known == name,
+                    f"class {number} is '{name}' in {keys[1]} ({theirs}) and "
+                    f"{f'{known!r}' if known else 'unknown'} in {keys[0]} ({ours}); make the "
+                    f"former anew with tools/make_shards.py --classes {ours}",
                 )
 
 

@@ -1,0 +1,313 @@
+"""Pictures into shards: what tools/make_shards.py writes, one tar after the other.
+
+What is written can be read: a picture's bytes are copied where shards take its kind, other kinds
+become PNG without a loss, and what cannot is left out by its reason.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import webdataset as wds
+from PIL import Image
+
+from finetune.coco import Entry, to_sa1b, why_none
+from finetune.folders import extension_of
+from sami.core.checkpoint import write_text
+from sami.core.config import require
+from sami.core.errors import BadSample, UserError, not_written, raise_if_machine
+from sami.core.images import BACK, FORMATS, IMAGE_EXTENSIONS, TURNS, Drawn, drawn_on, open_image
+from sami.core.images import Picture as Encoded
+from sami.core.labels import CLASSES
+
+COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # and their extensions
+LOSSLESS = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")  # Pillow's modes that PNG holds
+
+
+class Picture(NamedTuple):
+    """A picture to be written: its path below the source and what comes with it."""
+
+    path: str
+    label: int = -1  # none
+    images: Sequence[dict[str, Any]] | None = None  # COCO's image entries
+    annotations: Sequence[dict[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class How:
+    """What the pictures of a call have in common.
+
+    Attributes:
+        source: the folder that their paths are relative to.
+        masks_drawn_on: where masks lie if nothing else tells; see :func:`drawn_on`.
+        keep_crowd: keep COCO's crowds.
+    """
+
+    source: Path
+    masks_drawn_on: Drawn = "upright"
+    keep_crowd: bool = False
+
+
+@dataclass
+class Written:
+    """What became of some pictures.
+
+    ``bad`` (path, reason) of those left out; ``masks`` left out of the others, by reason; ``noted``
+    what was done to some, by what it was.
+    """
+
+    pictures: int = 0
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    masks: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "Written") -> None:
+        self.pictures += other.pictures
+        self.bad += other.bad
+        self.masks += other.masks
+        self.noted += other.noted
+
+
+def write_shard(how: How, path: Path, first: int, pictures: list[Picture]) -> Written:
+    """One tar, under another name until it is whole and on the disk.
+
+    Args:
+        first: the number that the first picture is called by.
+
+    Raises:
+        UserError: a file cannot be read or written, for a reason that is not in its data.
+    """
+    temporary, written = path.with_name(f".{path.name}.writing"), Written()
+    try:
+        with temporary.open("wb") as file:
+            with wds.TarWriter(file, mtime=0) as writer:
+                for number, picture in enumerate(pictures, first):
+                    try:
+                        writer.write(make_sample(how, picture, f"{number:08d}", written))
+                        written.pictures += 1
+                    except BadSample as error:
+                        written.bad.append((picture.path, str(error)))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise not_written(error, str(path), "mend that, and the same command goes on") from error
+    return written
+
+
+def make_sample(how: How, picture: Picture, key: str, written: Written) -> dict[str, Any]:
+    """A picture's members; what was left out of it, or done to it, is added to ``written``.
+
+    Raises:
+        BadSample: it cannot be used.
+        UserError: it cannot be read, for a reason that is not in its data.
+    """
+    data = _read(how.source / picture.path)
+    encoded, drawn, unsure, told = open_image(data), "upright", False, None
+    orientation = encoded.orientation  # Pillow forgets a TIFF's once it is loaded
+    with _decoding("damaged picture"):
+        Image.open(io.BytesIO(data), formats=FORMATS).verify()
+    if picture.images is not None:
+        entry = Entry(list(picture.images), list(picture.annotations))
+        size = entry.image["width"], entry.image["height"]
+        drawn, unsure = drawn_on(encoded, *size, None, how.masks_drawn_on)
+        told, left_out = to_sa1b(entry, key, how.keep_crowd)
+        written.masks += left_out
+        if not told["annotations"]:
+            raise BadSample(why_none(left_out))
+    extension, note = extension_of(picture.path), ""
+    if extension not in IMAGE_EXTENSIONS:
+        named = f"as .{extension}" if extension else "without an extension"
+        extension = COPIED.get(encoded.format, "png")
+        note = f"{named}, in {encoded.format}, are copied as .{extension}"
+        if encoded.format not in COPIED:
+            data, orientation = as_png(encoded, drawn), 1
+            note = f"{named}, in {encoded.format}, became PNG without a loss"
+    sample = {"__key__": key, extension: data}
+    if told is not None:
+        told["image"]["file_name"] = f"{key}.{extension}"
+        if orientation != 1:
+            told["image"]["drawn_on"] = drawn  # decided here, once
+        sample["json"] = json.dumps(told).encode()
+    elif picture.label >= 0:
+        sample["cls"] = picture.label
+    guess = (
+        "are turned by EXIF and their masks fit both ways: taken as drawn on the "
+        f"{drawn} picture (--masks-drawn-on)"
+    )
+    written.noted.update([note] * bool(note) + [guess] * unsure)
+    return sample
+
+
+def as_png(encoded: Encoded, drawn: Drawn) -> bytes:
+    """A picture as PNG, every value as it was, turned as asked; of several frames the first.
+
+    Raises:
+        BadSample: PNG does not hold such values, or the picture is damaged.
+    """
+    image, orientation, tiff = encoded.image, encoded.orientation, encoded.format == "TIFF"
+    bits = np.max(image.tag_v2.get(258, 1)) if tiff else 8
+    inverse = tiff and image.tag_v2.get(262) == 0
+    with _decoding("damaged picture"):
+        image.load()
+        if image.mode == "I" and 0 <= image.getextrema()[0] <= image.getextrema()[1] < 65536:
+            image = image.convert("I;16")
+        deep = image.mode.startswith("I")
+        if image.mode not in LOSSLESS or bits > 8 and not deep or deep and inverse:
+            raise BadSample(
+                f"{encoded.format} in {image.mode}, {bits} bits: cannot be written as PNG without "
+                "a loss"
+            )
+        if (drawn == "upright") != tiff and orientation in TURNS:  # Pillow turns a TIFF itself
+            image = image.transpose((TURNS if drawn == "upright" else BACK)[orientation])
+        stream = io.BytesIO()
+        image.save(stream, "PNG", exif=b"")
+        return stream.getvalue()
+
+
+@contextlib.contextmanager
+def _decoding(reason: str) -> Iterator[None]:
+    """Pillow's warnings kept quiet, and whatever it raises turned into BadSample."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (BadSample, MemoryError):
+        raise
+    except Exception as error:  # its readers raise whatever their parsing runs into
+        raise BadSample(reason) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadSample("gone since the folder was listed") from error
+    except OSError as error:
+        raise_if_machine(error, path)
+        raise BadSample(f"unreadable ({error.strerror})") from error
+
+
+# ---- The plan of a folder
+
+
+def stamp(source: Path, pictures: list[Picture]) -> str:
+    """Changes when one of the files does: by their sizes and times, not their content."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        try:
+            status = os.stat(source / picture.path)
+            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        except FileNotFoundError:
+            digest.update(b"gone\n")
+    return digest.hexdigest()[:16]
+
+
+def claim(out: Path, prefix: str, plan: dict[str, object], shards: dict[str, str]) -> None:
+    """Make OUT this plan's folder, or find that it is.
+
+    Args:
+        plan: what the shards are made of, in short, and how.
+        shards: of each one's file name the :func:`stamp` of its pictures.
+
+    Raises:
+        UserError: it holds shards of another plan, or pictures changed since they were written into
+            it, or it cannot be written.
+    """
+    file = out / f"{prefix}.plan.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = json.loads(file.read_bytes()) if file.exists() else plan
+    except OSError as error:
+        raise not_written(error, str(out), "name another folder") from error
+    except ValueError as error:
+        raise UserError(
+            f"{file} is damaged; delete it and the shards of --prefix {prefix}"
+        ) from error
+    changed = [name for name in plan if plan[name] != found.get(name, plan[name])]
+    names = {"listing": "the pictures, their labels or annotations", "pictures": "their number"}
+    require(
+        not changed or not any(out.glob(f"{prefix}-*.tar")),
+        f"{out} holds shards made of other pictures or with other options "
+        f"({', '.join(names.get(name, name) for name in changed)} differ); use another OUT or "
+        f"--prefix, or delete {prefix}-*.tar there to make them anew",
+    )
+    before = found.get("stamps", {})
+    stale = [
+        name
+        for name, now in shards.items()
+        if before.get(name, now) != now and (out / name).exists()
+    ]
+    require(
+        not stale,
+        f"pictures in {len(stale)} of the finished shards in {out} changed since they were "
+        f"written (other sizes or times): delete {', '.join(stale[:5])}"
+        f"{' ...' if len(stale) > 5 else ''}, and the same command writes them anew; or use "
+        "another OUT",
+    )
+    told = json.dumps(plan | {"stamps": shards}, indent=1) + "\n"
+    if not file.exists() or file.read_bytes() != told.encode():
+        try:
+            write_text(file, told)
+        except OSError as error:
+            raise not_written(error, str(out), "name another folder") from error
+
+
+def claim_classes(out: Path, classes: list[str]) -> None:
+    """Write OUT/classes.json, or find that it says the same.
+
+    Raises:
+        UserError: it has other classes, of another --prefix.
+    """
+    file = out / CLASSES
+    if file.exists() and any(out.glob("*.tar")):
+        try:
+            found = json.loads(file.read_bytes())
+        except ValueError:
+            found = None
+        if found == classes:
+            return
+        found = found if isinstance(found, list) else []
+        ours = [name for name in classes if name not in found]
+        theirs = [name for name in found if name not in classes]
+        what = [
+            *([f"{len(ours)} are not in it, such as '{ours[0]}'"] if ours else []),
+            *([f"{len(theirs)} are in it alone, such as '{theirs[0]}'"] if theirs else []),
+        ]
+        raise UserError(
+            f"{file} numbers other classes than these ({'; '.join(what) or 'in another order'}), "
+            f"and shards beside it are read by it; number these as there, --classes {file}, or use "
+            "another OUT"
+        )
+    write_text(file, json.dumps(classes, indent=1) + "\n")
+
+
+def unclaim(out: Path, prefix: str, shards: list[Path]) -> None:
+    """Take away what was written for nothing: empty shards, their plan, their classes."""
+    for path in (*shards, out / f"{prefix}.plan.json"):
+        path.unlink(missing_ok=True)
+    if not any(out.glob("*.tar")):
+        (out / CLASSES).unlink(missing_ok=True)
+
+
+def listing(pictures: list[Picture]) -> str:
+    """Changes with the pictures' paths, labels or annotations."""
+    rows = [
+        (
+            p.path,
+            p.label,
+            p.images[0] if p.images and len(p.images) == 1 else p.images,
+            p.annotations,
+        )
+        for p in pictures
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
