@@ -253,3 +253,16 @@ def test_the_sentences_of_a_tool(words, says, monkeypatch):
     parser.add_argument("--quick", action="store_true")
     told = refusal(lambda *w: parser.parse_args(list(w)), *words.split())
     assert says in told and not re.search(r"usage|argument ", told)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_fits_a_terminal(tool, monkeypatch, capsys):
+    """80 columns, with every word of the description; argparse's usage breaks no list."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", [f"tools/{tool}.py", "--help"])
+    module = importlib.import_module(f"tools.{tool}")
+    with pytest.raises(SystemExit) as left:
+        module.main()
+    said = capsys.readouterr().out.split("\n\n", 1)[1]
+    assert left.value.code == 0 and max(map(len, said.splitlines())) <= 80
+    assert " ".join(module.__doc__.split()) in " ".join(said.split())

@@ -5,12 +5,34 @@ import difflib
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Collection
 from typing import Any, NoReturn
 
 from sami.core.errors import UserError
 
 QUOTE = "put a pattern such as 'data/*.tar' in quotes"
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """A description whose paragraphs are as wide as the terminal; commands keep their lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        found = []
+        for paragraph in text.strip().split("\n\n"):
+            lines = paragraph.splitlines()
+            if not any(line.startswith((" ", "python ")) for line in lines):
+                lines = [" ".join(lines)]
+            found.append("\n".join(_fold(line, width) for line in lines))
+        return "\n\n".join(found)
+
+
+def _fold(line: str, width: int) -> str:
+    """A line in lines of a width, between its words; what follows of a command is set in."""
+    inner = "    " * line.startswith((" ", "python "))
+    return textwrap.fill(
+        line, width, subsequent_indent=inner, break_long_words=False, break_on_hyphens=False
+    )
 
 
 class Options(argparse.ArgumentParser):
@@ -20,7 +42,7 @@ class Options(argparse.ArgumentParser):
         super().__init__(
             prog=f"python {sys.argv[0]}",
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=Help,
             **settings,
         )
 
