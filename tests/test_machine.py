@@ -363,7 +363,7 @@ def test_a_path_that_exists_is_taken_as_it_is(tmp_path, monkeypatch, name):
         (shard,) = source.shards
         assert shard.name == name
         samples = list(read_samples(shard, np.arange(2), ("picture",)))
-        assert [open_image(sample.part("picture")).size for sample in samples] == [(90, 75)] * 2
+        assert [open_image(sample.part("picture")).stored for sample in samples] == [(90, 75)] * 2
         assert samples[0].key == f"{name}/p0000"
 
 
