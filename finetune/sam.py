@@ -355,7 +355,7 @@ class Sam(nn.Module):
 def _keep_frame(encoder: nn.Module, given: tuple[torch.Tensor], embedding: torch.Tensor) -> None:
     """What a prepared picture tells of its shape, its embedding tells too (a forward hook).
 
-    Not in a compiled step of training, which asks for nobody's shape: torch would warn of gradients.
+    Not in a compiled step of training, which asks for no shape: torch would warn of gradients.
     """
     if torch.compiler.is_compiling() and torch.is_grad_enabled():
         return
