@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from finetune.folders import find_files, plain_path
+from finetune.folders import find_files, plain_path, told_counts
 from finetune.rle import area, box, decode_counts, read_json
 from sami.core.errors import BadSample, UserError, raise_if_machine
 from sami.core.shards import PICTURE, RawSample
 
 NORMALISED = "polygon in 0..1, not in pixels"
 MAX_COORDINATE = 1e12  # pixels; JSON's numbers may have any number of digits
+LEFT_OUT = "left out"  # a part of a sample: how many annotations were, by reason, as JSON
 OTHER_SIZES = "image entries of one file differ in size"
 
 
@@ -84,6 +85,8 @@ def read_coco(path: Path) -> Coco:
         by_id = _images_of(path, images, left_out)
         by_image = _by_image(annotations, by_id, left_out)
         _count_unknown_categories(told.get("categories"), annotations, left_out)
+    except UserError:  # is a ValueError, and has its own words
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"--coco {path} is not in COCO's format ({type(error).__name__}: {error}); it needs "
@@ -279,23 +282,28 @@ class CocoSource:
             most: at most so many, in the order of their names.
 
         Raises:
-            UserError: none of them is in the folder; or see :func:`find_files`.
+            UserError: there are none, or none is in the folder; or see :func:`find_files`.
         """
         annotated = told.annotated()
-        found = find_files(list(annotated), folder)
+        if not annotated:
+            reasons = f" ({told_counts(told.left_out)})" if told.left_out else ""
+            raise UserError(
+                f"--coco {told.file}: none of its {len(told.entries)} pictures has an annotation"
+                f"{reasons}; name a file whose annotations have the image_id of its images"
+            )
+        bare = [name for name in told.entries if name not in annotated]
+        found = find_files(list(annotated), folder, bare)
         entries = [
             (found.files[name], one) for name, one in annotated.items() if name in found.files
         ]
         if not entries:
             raise UserError(
                 f"{folder} holds none of the annotated pictures of {told.file} (the first is "
-                f"{next(iter(annotated), 'none')}); name the folder that their file_name is "
-                "relative to"
+                f"{next(iter(annotated))}); name the folder that their file_name is relative to"
             )
-        bare = [name for name in told.entries if name not in annotated]
         counts = {
             "pictures": len(told.entries),
-            "found": len(entries) + sum((folder / name).is_file() for name in bare),
+            "found": len(entries) + found.counted,
             "annotated": len(annotated),
             "annotated_and_found": len(entries),
         }
@@ -345,7 +353,10 @@ class CocoSource:
                 raise_if_machine(error, self.folder / name)
                 yield RawSample(name, reason=f"unreadable ({error.strerror})")
             else:
-                yield RawSample(name, {PICTURE: picture, "json": json.dumps(told).encode()})
+                parts = {PICTURE: picture, "json": json.dumps(told).encode()}
+                if left_out:
+                    parts[LEFT_OUT] = json.dumps(left_out).encode()
+                yield RawSample(name, parts)
 
 
 def to_sa1b(

@@ -7,6 +7,7 @@ A box is the mask's tight one. Masks are compared at the picture's own size. Sco
 that the model itself thinks best, and the oracle, the best of three against the truth.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from finetune.coco import LEFT_OUT
 from finetune.data import UNSURE
 from finetune.losses import mask_iou
 from finetune.prompt_encoder import BOTTOM_RIGHT, FOREGROUND, TOP_LEFT
@@ -221,7 +223,8 @@ class Pictures(IterableDataset):
         size = (told.height, told.width)
         drawn, unsure = drawn_on(encoded, told.width, told.height, told.drawn_on, self.drawn)
         rng = sample_rng(self.seed, -1, sample.key)
-        ends, left_out = [], told.left_out.copy()
+        before = Counter(json.loads(sample.parts.get(LEFT_OUT, b"{}")))  # by the source itself
+        ends, left_out = [], told.left_out + before
         for number in rng.permutation(len(told.masks)):
             try:
                 found = decode_counts(told.masks[number].counts, *size)

@@ -13,6 +13,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -162,14 +163,15 @@ class Found:
     """Where the files lie that a list names.
 
     ``files``: path below the folder by name; ``moved``: what was found under another folder, as it
-    is told.
+    is told; ``counted``: how many of the names that were only counted have a file.
     """
 
     files: dict[str, str]
     moved: list[str] = field(default_factory=list)
+    counted: int = 0
 
 
-def find_files(names: list[str], folder: Path) -> Found:
+def find_files(names: list[str], folder: Path, counted: Sequence[str] = ()) -> Found:
     """Find the files that ``names`` (of :func:`plain_path`) mean.
 
     A name is a path below the folder. One that leads nowhere is looked for with the escapes of URLs
@@ -177,13 +179,18 @@ def find_files(names: list[str], folder: Path) -> Found:
     unless other names with folders in them lead somewhere, under other folders: the file with the
     longest common end of the path.
 
+    Args:
+        counted: more names, of which no more is asked than how many have a file.
+
     Raises:
-        UserError: two files for one name, or two names for one file.
+        UserError: two files for one of ``names``, or two of them for one file.
     """
     require(folder.is_dir(), f"{folder} is not a folder; name the one with the pictures")
     found = Found({n: n for n in names if not n.startswith("/") and (folder / n).is_file()})
     lacking = [name for name in names if name not in found.files]
-    if not lacking:
+    others = [name for name in counted if name.startswith("/") or not (folder / name).is_file()]
+    found.counted = len(counted) - len(others)
+    if not lacking and not others:
         return found
     anywhere = not any("/" in name for name in found.files)
     taken = set(found.files.values())
@@ -214,6 +221,11 @@ def find_files(names: list[str], folder: Path) -> Found:
         owner[best[0]], found.files[name] = name, best[0]
         if len(_loose(best[0])) != len(_loose(name)):
             found.moved.append(f"'{name}' is {best[0]}")
+    for name in others:
+        best = _best(name, by_last, anywhere or "/" not in name or name.startswith("/"))
+        free = [file for file in best if file not in owner]
+        owner.update({free[0]: name} if free else {})
+        found.counted += bool(free) or not best and name.startswith("/") and Path(name).is_file()
     return found
 
 

@@ -168,7 +168,7 @@ def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
     if cache is not None:
         channels, told = cache.channels, cached_teacher(cache)
     elif cfg.target.kind == "teacher":
-        teacher = load_teacher(replace(cfg.teacher, checkpoint=files["teacher.checkpoint"]))
+        teacher = load_teacher(replace(cfg.teacher, checkpoint=files["teacher.checkpoint"] or ""))
         channels = teacher.channels
         told = describe_teacher(cfg.teacher, teacher, sha256) if run.is_main else None
     else:

@@ -11,12 +11,14 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from finetune.coco import CocoSource, Entry, read_coco, to_sa1b
+from finetune.evaluation import Pictures
 from finetune.folders import find_files, plain_path
 from finetune.rle import decode_counts, parse_annotations, sample
 from sami.core.errors import BadSample, UserError
 from sami.core.exits import run_entry
 from sami.core.shards import PICTURE, read_range
 from tests.runs import opened
+from tests.test_evaluation import SHAPE
 from tools.make_shards import main
 
 # pycocotools under NumPy 2
@@ -373,7 +375,8 @@ def test_entries_of_one_file_that_differ_in_size(tmp_path, make):
 @pytest.mark.parametrize("second", [1, "1", 1.0, " 1"])
 def test_one_id_for_two_pictures_is_refused(tmp_path, second):
     images = [image(1, "a.png"), image(7, "c.png"), image(second, "b.png")]
-    with pytest.raises(UserError, match="image id 1 is that of two pictures, a.png and b.png"):
+    says = r"^--coco \S+: image id 1 is that of two pictures, a.png and b.png; give each"
+    with pytest.raises(UserError, match=says):
         read_coco(write(tmp_path, images, []))
 
 
@@ -431,6 +434,42 @@ def test_what_belongs_to_nothing_is_counted(tmp_path, make):
     assert "1 pictures in the JSON: 1 found in" in done.stdout
     for reason, count in told.left_out.items():
         assert f"in the JSON: {count} x {reason}" in done.stdout
+
+
+def test_pictures_without_annotations_are_found_like_the_others(tmp_path, make):
+    folder = drawn(tmp_path / "pictures", "x/a.png", "x/b.png", f"{NFD}.png", "C.png", "z.png")
+    names = ["q/x/a.png", "q/x/b.png", f"{NFC}.png", "c.png", "r/x/a.png", "not there.png"]
+    images = [image(number, name) for number, name in enumerate(names)]
+    path = write(tmp_path, images, [{"image_id": 0, "segmentation": [SQUARE]}])
+    done = make(folder, tmp_path / "out", path)
+    words = "6 pictures in the JSON: 4 found in "  # r/x/a.png would be another's file
+    assert words in done.stdout and "1 used with their masks, 5 without annotations" in done.stdout
+
+
+def test_a_file_without_a_picture_that_is_annotated(tmp_path, make):
+    folder = drawn(tmp_path / "pictures", "a.png")
+    annotations = [{"image_id": 7, "segmentation": [SQUARE]}] * 2
+    for given, says in (
+        (annotations, "has an annotation (2 annotation of an unknown image_id); name a file"),
+        ([], "has an annotation; name a file"),
+    ):
+        done = make(folder, tmp_path / "out", write(tmp_path, [image(1, "a.png")], given))
+        assert done.returncode == 2 and f"none of its 1 pictures {says}" in done.stderr
+
+
+def test_evaluation_tells_which_masks_were_left_out(tmp_path):
+    folder = drawn(tmp_path / "pictures", "a.png", "b.png")
+    annotations = [
+        {"image_id": number, "segmentation": told, "iscrowd": crowd}
+        for number in (1, 2)
+        for told, crowd in (([SQUARE], 0), (compressed(blob(1)), 1), ([[1, 2, 3]], 0))
+    ]
+    path = write(tmp_path, [image(1, "a.png"), image(2, "b.png")], annotations)
+    for keep, others in ((False, ["object left out: crowd"]), (True, [])):
+        source = CocoSource.of(read_coco(path), folder, keep_crowd=keep)
+        for judged in Pictures(source, SHAPE):
+            assert len(judged.ends) == 1 + keep
+            assert sorted(judged.notes) == [*others, "object left out: malformed polygon"]
 
 
 @pytest.mark.parametrize("share", [1.0, 0.75, 0.25])

@@ -217,6 +217,7 @@ BAD_INPUT = {
         ],
         "sam_vit_h_4b8939.pth",
     ),
+    "an empty teacher": (["--teacher.checkpoint="], "teacher.checkpoint is empty"),
     "batch": (
         ["--train.batch_size=9", "--train.micro_batch_size=2"],
         "try --train.batch_size 8 or 10",

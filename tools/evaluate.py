@@ -121,9 +121,9 @@ def measure(
         measured.add(iou.cpu().numpy(), areas, judged.trivial)
         if len(shown) < args.overlays:
             shown.append(judged)
+    remedy = "are these SA-1B's JSON?" if args.coco is None else "crowds are kept by --keep-crowd"
     require(
-        bool(measured.areas),
-        f"none of the pictures could be used ({dict(unusable)}); are these SA-1B's JSON?",
+        bool(measured.areas), f"none of the pictures could be used ({dict(unusable)}); {remedy}"
     )
     return measured, shown, unusable, noted
 

@@ -139,7 +139,7 @@ class Weights:
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
-def find_weights(path: str | Path, takes: Takes, option: str = "") -> Found:
+def find_weights(path: str | Path | None, takes: Takes, option: str = "") -> Found:
     """The file of weights at a path: a file, a run folder, or a checkpoint of one.
 
     Of a run folder it is what the run exported at its end or, before that, what its newest whole
@@ -152,7 +152,7 @@ def find_weights(path: str | Path, takes: Takes, option: str = "") -> Found:
         UserError: there is none, or another than ``takes`` tells.
     """
     what, remedy = f"{option} {path}".strip(), takes.remedy(option)
-    if not str(path):
+    if path is None or not str(path):
         raise UserError(f"{option or 'the path'} is empty; {remedy}")
     place = Path(path)
     try:
