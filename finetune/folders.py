@@ -498,19 +498,22 @@ def listed_classes(
     return class_of, len(told) - len(class_of)
 
 
-def number_classes(class_of: dict[str, str], known: Classes | None) -> tuple[list[str], list[int]]:
+def number_classes(
+    class_of: dict[str, str], known: Classes | None, listed: bool
+) -> tuple[list[str], list[int]]:
     """The names of the classes, and the number of each picture's, in the order of ``class_of``.
 
     Args:
-        known: the classes to number by; None: the names are put in order, numbers as numbers.
+        known: the classes to number by; None: the names are put in alphabetical order.
+        listed: they are of :func:`listed_classes`, whose numbers stay what they are; folders that
+            are called by numbers are names as any (ImageFolder).
 
     Raises:
         UserError: names that are not known.
     """
     used = set(class_of.values())
     if known is None:
-        numeric = all(name.isdecimal() for name in used) and {int(name) for name in used}
-        # numbers of a list of labels stay what they are
+        numeric = listed and all(name.isdecimal() for name in used) and {int(name) for name in used}
         known = Classes([str(n) for n in range(max(numeric) + 1)] if numeric else sorted(used))
     numbers = known.numbers(used)
     return known.names, [numbers[name] for name in class_of.values()]

@@ -291,11 +291,12 @@ def claim_classes(out: Path, classes: list[str]) -> None:
     write_text(file, json.dumps(classes, indent=1) + "\n")
 
 
-def unclaim(out: Path, prefix: str, shards: list[Path]) -> None:
-    """Take away what was written for nothing: empty shards, their plan, their classes."""
+def unclaim(out: Path, prefix: str, shards: list[Path], own_classes: bool) -> None:
+    """Take away what was written for nothing: empty shards, their plan, and, if they are of this
+    call, their classes."""
     for path in (*shards, out / f"{prefix}.plan.json"):
         path.unlink(missing_ok=True)
-    if not any(out.glob("*.tar")):
+    if own_classes and not any(out.glob("*.tar")):
         (out / CLASSES).unlink(missing_ok=True)
 
 

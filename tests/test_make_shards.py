@@ -368,6 +368,16 @@ def test_without_a_list_numbers_stay_what_they_are(tmp_path, called):
     assert len(json.loads((tmp_path / "out/classes.json").read_text())) == 11
 
 
+@pytest.mark.parametrize("names", [("001", "002", "010"), ("1", "10", "2"), ("2019", "2021")])
+def test_folders_called_by_numbers_are_names_as_any(tmp_path, called, names):
+    """ImageFolder's order, without classes that nobody has."""
+    fill(tmp_path / "in", *(f"{name}/a.jpg" for name in names))
+    code, out, err = called(tmp_path / "in", tmp_path / "out")
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == list(names)
+    assert sorted(labels(tmp_path / "out").values()) == list(range(len(names)))
+
+
 def stored(mode, kind, orientation=1):
     """A picture in one of Pillow's modes and formats."""
     rng = np.random.default_rng(3)
@@ -443,6 +453,17 @@ def test_nothing_usable_ends_with_the_reasons(tmp_path, called):
     assert list((tmp_path / "out").iterdir()) == []
     fill(source, *(f"ant/{number}.jpg" for number in range(4)))
     assert called(source, tmp_path / "out")[0] == 0  # mended, the same command works
+
+
+def test_a_list_that_was_there_stays(tmp_path, called):
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    (tmp_path / "in" / "cat" / "a.jpg").write_bytes(b"no picture")
+    (tmp_path / "out").mkdir()
+    known = tmp_path / "out" / "classes.json"
+    known.write_text('["ant", "cat"]')
+    assert called(tmp_path / "in", tmp_path / "out", "--classes", known)[0] == 2
+    assert list((tmp_path / "out").iterdir()) == [known]
+    assert json.loads(known.read_text()) == ["ant", "cat"]
 
 
 def test_a_mended_picture_is_seen(tmp_path, called):

@@ -60,6 +60,7 @@ from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
 from sami.core.images import DRAWN
+from sami.core.labels import CLASSES
 from sami.core.options import Options
 from sami.core.paths import local_path, path_pattern
 from sami.core.progress import track
@@ -100,7 +101,7 @@ def find(args: argparse.Namespace) -> tuple[list[Picture], list[str], CocoSource
         )
     if not class_of:
         return [Picture(file) for file in listing.files], [], None
-    classes, numbers = number_classes(class_of, known)
+    classes, numbers = number_classes(class_of, known, args.labels is not None)
     print(told_classes(classes, numbers))
     if known is None:
         print(f"numbered by themselves; held-out pictures of these classes need --like {args.out}")
@@ -194,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         plan |= {"masks_drawn_on": args.masks_drawn_on, "keep_crowd": args.keep_crowd}
     with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at once
         stamps = list(pool.map(partial(stamp, args.source), shares))
+    own_classes = not (args.out / CLASSES).exists()
     claim(args.out, args.prefix, plan, dict(zip(names, stamps, strict=True)))
     if classes:
         claim_classes(args.out, classes)
@@ -228,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     for line in coco.summary(total, reasons, "left out before") if coco else []:
         print(line)
     if not total:
-        unclaim(args.out, args.prefix, paths)
+        unclaim(args.out, args.prefix, paths, own_classes)
         masks = f"; masks: {told_counts(written.masks)}" if written.masks else ""
         raise UserError(
             f"none of the {len(pictures)} pictures of {args.source} could be used, and nothing was "
