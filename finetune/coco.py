@@ -419,7 +419,7 @@ def _run_lengths(
     """
     if not isinstance(annotation, dict):
         raise BadSample("not an annotation")
-    if annotation.get("iscrowd") and not keep_crowd:
+    if annotation.get("iscrowd") not in (None, 0, "", "0") and not keep_crowd:
         raise BadSample("crowd")
     told = annotation.get("segmentation")
     if isinstance(told, dict):

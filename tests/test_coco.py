@@ -487,6 +487,12 @@ def test_polygons_in_0_to_1(tmp_path, make, share):
         assert done.returncode == 0 and "{'polygon in 0..1, not in pixels': 2}" in done.stdout
 
 
+@pytest.mark.parametrize("told", [0, 0.0, "0", False, None, ""])
+def test_what_is_no_crowd(told):
+    entry = Entry([image()], [{"segmentation": [SQUARE], "iscrowd": told}])
+    assert len(to_sa1b(entry, "a.jpg")[0]["annotations"]) == 1
+
+
 def test_crowds_can_be_kept(tmp_path, make):
     folder = drawn(tmp_path / "pictures", "a.png")
     annotations = [
