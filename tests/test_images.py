@@ -196,5 +196,4 @@ def test_the_whole_upright_picture(orientation):
     image = open_image(stream.getvalue())
     assert image.upright == upright.size
     found = resize_whole(image, upright.height // 2, upright.width // 2)
-    assert np.abs(found.astype(int) - expected).max() <= 12  # a JPEG decoded at half its size
-    assert np.abs(found.astype(int) - expected).mean() < 1
+    assert np.array_equal(found, expected)  # libjpeg's own reduction would differ by up to 12

@@ -247,8 +247,8 @@ def cut(picture: Picture, box: Box, sizes: list[int], flip: bool) -> list[np.nda
 def resize_whole(picture: Picture, height: int, width: int, drawn: Drawn = "upright") -> np.ndarray:
     """A whole picture at another size.
 
-    A JPEG is decoded at the largest power-of-two reduction that is no smaller than that on either
-    side.
+    From all of its pixels: what a user hands over as an array gives the same. (A JPEG that libjpeg
+    reduces first, to twice the size, would differ by up to a fifth in the embedding.)
 
     Args:
         picture: from :func:`open_image`; it is decoded here.
@@ -261,7 +261,7 @@ def resize_whole(picture: Picture, height: int, width: int, drawn: Drawn = "upri
     Raises:
         BadSample: the picture is damaged.
     """
-    return resize_array(np.asarray(picture.decode(drawn, (width, height))), height, width)
+    return resize_array(np.asarray(picture.decode(drawn)), height, width)
 
 
 def longest_frame(image_size: int, height: int, width: int) -> tuple[int, int]:
