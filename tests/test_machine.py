@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import signal
 import sys
 import zipfile
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from finetune.coco import read_coco
 from sami.core.checkpoint import list_checkpoints, read_meta, read_state, save_checkpoint
 from sami.core.config import load_config
 from sami.core.errors import (
+    HANDING_OVER,
     REMEDIES,
     MachineError,
     UserError,
@@ -31,11 +33,11 @@ from sami.core.exits import USER_ERROR, run_entry, user_error
 from sami.core.images import open_image
 from sami.core.metrics import MetricsFile
 from sami.core.shards import expand, open_sources, read_samples, read_whole, scan, stored_index
-from sami.core.stream import HANDING_OVER, Batches, make_loader
+from sami.core.stream import Batches, make_loader
 from sami.core.weights import Takes, find_weights, read_summary, read_weights
 from sami.features import MANIFEST, read_manifest
 from sami.pretrain import PretrainConfig, main
-from tests.runs import ROOT, arguments, opened, summary, write_shards
+from tests.runs import ROOT, arguments, opened, summary, wait_for, write_shards
 from tools.cost import resolve
 from tools.make_shards import main as make_shards
 from tools.report import RunFolder
@@ -421,6 +423,33 @@ def test_a_reader_that_cannot_hand_over(error, words):
         batches._next()
     assert words in str(caught.value)
     assert max(REMEDIES) + HANDING_OVER < 256
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (lambda: os._exit(HANDING_OVER + errno.EMFILE), "ulimit -n"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed"),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), "/dev/shm ("),
+    ],
+)
+def test_a_reader_that_ends_in_the_middle_of_a_step(capsys, end, words):
+    """Torch raises in its signal handler, so anywhere: in training, held out, in a tool."""
+
+    class Ending(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield 0
+            end()
+
+    def step() -> int:
+        batches = iter(make_loader(Ending(), 1, torch.device("cpu")))
+        next(batches)
+        wait_for(lambda: False)
+        return 0
+
+    assert run_entry(step) == USER_ERROR
+    said = capsys.readouterr().err
+    assert said.startswith("error: a process that reads data") and words in said
 
 
 def test_the_process_leaves_with_2(capsys):

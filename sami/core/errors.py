@@ -48,6 +48,8 @@ REMEDIES = {
 if hasattr(errno, "EREMOTEIO"):
     REMEDIES[errno.EREMOTEIO] = SHARE
 SHARED_MEMORY = "/dev/shm"
+# How a reader leaves that cannot hand over what it has read: the latter plus the error's number.
+NO_SHARED_MEMORY, HANDING_OVER = 99, 100
 WORDS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk is full for this user (quota)"}
 
 
@@ -85,6 +87,28 @@ def shared_memory_full() -> str:
         f"{SHARED_MEMORY} ({size}) is too small for what the readers hand over; make it larger "
         "(docker run --shm-size 8g, or mount -o remount,size=8G /dev/shm), or lower --data.workers "
         "(0 needs none of it)"
+    )
+
+
+def reader_gone(error: BaseException) -> UserError | None:
+    """Why a process that reads data is gone; None for an error that says nothing of one.
+
+    Torch raises it wherever the main process happens to be when that process ends, mostly in the
+    middle of a step.
+    """
+    words = " ".join(f"{error} {error.__cause__ or ''}".split())
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in words:
+        return None
+    left = re.search(r"with exit code (\d+)", words)
+    code = int(left[1]) if left else 0
+    if "Bus error" in words or code == NO_SHARED_MEMORY:
+        return MachineError(f"a process that reads data could not go on: {shared_memory_full()}")
+    refused = machine_error(OSError(code - HANDING_OVER, ""))
+    if refused is not None:
+        return MachineError(f"a process that reads data could not go on: {refused}")
+    return UserError(
+        f"a process that reads data was killed ({words[:80]}); if memory ran out, which dmesg "
+        "tells, lower --data.workers or --data.shuffle_mb"
     )
 
 

@@ -7,7 +7,7 @@ from io import TextIOWrapper
 
 import torch
 
-from sami.core.errors import UserError, machine_error
+from sami.core.errors import UserError, machine_error, reader_gone
 from sami.core.launcher import is_said, say_last
 
 FINISHED, USER_ERROR, ASKED_TO_STOP = 0, 2, 75
@@ -55,4 +55,4 @@ def user_error(error: BaseException) -> UserError | None:
             "in stage 2 also --data.masks_per_image, or set --train.checkpointing true; in a tool "
             "lower --batch"
         )
-    return machine_error(error)
+    return reader_gone(error) or machine_error(error)

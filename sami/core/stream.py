@@ -6,7 +6,6 @@ samples (:class:`Samples`). Decoding comes after the shuffle, in the workers.
 
 import itertools
 import os
-import re
 import signal
 import threading
 import traceback
@@ -22,11 +21,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sami.core.errors import (
+    HANDING_OVER,
+    NO_SHARED_MEMORY,
     BadSample,
-    MachineError,
     UserError,
     machine_error,
     machine_number,
+    reader_gone,
     shared_memory_full,
 )
 from sami.core.order import Layout, Leg, Order
@@ -36,8 +37,6 @@ from sami.core.shards import RawSample, Shard, Source, expand, open_sources, rea
 
 # A reader that meets so many unusable samples in a row gives up: nothing behind them is usable.
 MAX_BAD_IN_A_ROW = 1000
-# How a reader leaves that cannot hand over what it has read: the latter plus the error's number.
-NO_SHARED_MEMORY, HANDING_OVER = 99, 100
 
 Bad = list[tuple[str, str]]  # (reason, key) of samples that could not be used
 
@@ -248,10 +247,10 @@ class Batches:
         try:
             handed = next(self._source)
         except RuntimeError as error:
-            words = " ".join(f"{error} {error.__cause__ or ''}".split())
-            if "DataLoader worker" not in words:
+            gone = reader_gone(error)
+            if gone is None:
                 raise
-            raise _killed(words) from error
+            raise gone from error
         if isinstance(handed.content, UserError):
             raise handed.content
         return handed
@@ -373,21 +372,6 @@ def make_loader(dataset: IterableDataset, workers: int, device: torch.device) ->
         worker_init_fn=_start_worker if workers else None,
         generator=torch.Generator(),  # or it would draw from the one that a step has seeded
         pin_memory=device.type == "cuda",
-    )
-
-
-def _killed(words: str) -> UserError:
-    """Why a process that reads data is gone, by torch's words."""
-    left = re.search(r"with exit code (\d+)", words)
-    code = int(left[1]) if left else 0
-    if "Bus error" in words or code == NO_SHARED_MEMORY:
-        return MachineError(f"a process that reads data could not go on: {shared_memory_full()}")
-    refused = machine_error(OSError(code - HANDING_OVER, ""))
-    if refused is not None:
-        return MachineError(f"a process that reads data could not go on: {refused}")
-    return UserError(
-        f"a process that reads data was killed ({words[:80]}); if memory ran out, which dmesg "
-        "tells, lower --data.workers or --data.shuffle_mb"
     )
 
 
