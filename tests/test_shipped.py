@@ -51,3 +51,15 @@ def test_a_config_is_found_from_anywhere(tmp_path):
     ]
     done = subprocess.run([*words, "--print_config"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "dir: runs/toy" in done.stdout
+
+
+def test_the_scripts_write_nothing_into_an_installed_package(tmp_path):
+    share = tmp_path / "site/sami/share"
+    shutil.copytree(ROOT / "tools", share / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("demo.sh", "test.sh"):
+        words = ["bash", str(share / "tools" / name)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == "", done
+        assert done.stderr.startswith("error: ") and "for a checkout" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in share.iterdir()] == ["tools"]

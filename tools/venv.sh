@@ -3,6 +3,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+if [ ! -f pyproject.toml ]; then  # of an installed package: it would be written into
+  echo "error: $0 is for a checkout of the project (git clone); an installed project has its Python already: call the tools in $PWD/tools by it" >&2
+  exit 2
+fi
+
 if [ "$(sha256sum < pyproject.toml)" != "$(cat .venv/installed 2>/dev/null)" ]; then
   python=
   for candidate in ${PYTHON:-} python3.12 python3.13 python3.11 python3 python; do
