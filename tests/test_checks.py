@@ -97,6 +97,17 @@ def test_check_of_a_run_that_is_there_leaves_it_as_it_is(scenes, tmp_path, call)
     assert before == after
 
 
+def test_check_refuses_a_folder_that_the_start_refuses(scenes, tmp_path, call):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("prompt: {}\nmodel: {}\n")
+    for place, words in (
+        ("run", "holds a run of finetune/train.py, and this is sami/pretrain.py"),
+        ("run/config.yaml", "is a file"),
+    ):
+        told = call("pretrain", [*arguments(tmp_path / place, scenes), "--check"])
+        assert told[0] == 2 and f"run.dir {tmp_path / place} {words}" in told[-1], told
+
+
 def test_check_counts_what_is_bad(tmp_path, call):
     shards = write_shards(tmp_path / "shards", (6, 6), corrupt=2)
     words = arguments(tmp_path / "run", shards, **{"data.max_bad_fraction": 1})

@@ -16,7 +16,7 @@ from sami.core.errors import BadSample, MachineError, UserError
 from sami.core.exits import FINISHED
 from sami.core.order import Order
 from sami.core.processes import is_launched
-from sami.core.run import Run
+from sami.core.run import Run, refuse_other_run
 from sami.core.shards import Shard, expand, read_range
 from sami.core.starts import Start, starts_missing
 from sami.core.stream import Samples
@@ -25,8 +25,8 @@ from sami.core.weights import entry_of_groups
 BATCH = 32  # pictures of the batch that --check reads
 NOT_CHECKED = (
     "the other pictures, the held-out ones and the checksums of cached features; whether the "
-    "device's memory is enough; several processes; whether {folder}, if it is begun, goes on under "
-    "this configuration"
+    "device's memory is enough; several processes; whether {folder} can be written and, if it is "
+    "begun, goes on under this configuration"
 )
 
 
@@ -63,6 +63,7 @@ def start_entry(
     )
     print("the configuration: every field is valid", flush=True)
     own = Path(config.run.dir)
+    refuse_other_run(own, entry)
     with tempfile.TemporaryDirectory() as folder:
         if (own / "index").is_dir():  # what was read of the shards before
             shutil.copytree(own / "index", Path(folder) / "index")

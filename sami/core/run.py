@@ -395,12 +395,7 @@ class Run:
                 self.dir.rmdir()
 
     def _take_folder(self) -> None:
-        held = entry_of(self.dir)
-        if None not in (held, self.entry) and held != self.entry:
-            raise UserError(
-                f"run.dir {self.dir} holds a run of {held}, and this is {self.entry}; name another "
-                "folder with --run.dir"
-            )
+        refuse_other_run(self.dir, self.entry)
         import fcntl  # not on Windows
 
         try:
@@ -438,6 +433,21 @@ class TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
         left = task.time_remaining
         return Text("-:--:--" if left is None else duration(left), "progress.remaining")
+
+
+def refuse_other_run(folder: Path, entry: str | None) -> None:
+    """
+    Raises:
+        UserError: the folder holds a run of another entry, or is none.
+    """
+    held = entry_of(folder)
+    if None not in (held, entry) and held != entry:
+        raise UserError(
+            f"run.dir {folder} holds a run of {held}, and this is {entry}; name another folder "
+            "with --run.dir"
+        )
+    if exists(folder) and not folder.is_dir():
+        raise UserError(f"run.dir {folder} is a file; choose a folder with --run.dir")
 
 
 def _names(folder: Path) -> list[str] | None:
