@@ -48,10 +48,10 @@ class Annotations:
 def parse_annotations(data: bytes) -> Annotations:
     """The JSON of one SA-1B picture, its types and sizes checked, its masks not decoded.
 
-    ``area`` and ``bbox`` may be missing or null, as from COCO exports (None), and so may
-    ``predicted_iou`` and ``stability_score`` (1.0). ``image`` may have ``drawn_on``, upright or
-    stored, see :func:`sami.core.images.drawn_on`. Other keys are ignored. One annotation that
-    cannot be used is left out and counted.
+    ``area`` and ``bbox`` may be missing or null, as from COCO exports (None); ``predicted_iou`` and
+    ``stability_score`` may be missing (1.0), and null is no score. ``image`` may have ``drawn_on``,
+    upright or stored, see :func:`sami.core.images.drawn_on`. Other keys are ignored. One annotation
+    that cannot be used is left out and counted.
 
     Raises:
         BadSample: not JSON, not of this form, or none of its annotations is.
@@ -230,10 +230,8 @@ def _mask(told: Any, height: int, width: int) -> Mask:
         counts=counts,
         area=None if told.get("area") is None else _number(told["area"]),
         bbox=None if bbox is None else [_number(value) for value in bbox],
-        predicted_iou=1.0 if told.get("predicted_iou") is None else _number(told["predicted_iou"]),
-        stability_score=(
-            1.0 if told.get("stability_score") is None else _number(told["stability_score"])
-        ),
+        predicted_iou=_number(told.get("predicted_iou", 1.0)),
+        stability_score=_number(told.get("stability_score", 1.0)),
     )
 
 

@@ -8,6 +8,7 @@ On several GPUs: accelerate launch --config_file configs/accelerate/gpu_8.yaml f
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -46,7 +47,7 @@ from sami.core.weights import find_weights
 from sami.encoder import EncoderConfig
 
 STARTS = {"encoder.checkpoint": Start(TAKES_ENCODER), "decoder.checkpoint": Start(TAKES)}
-SHOWN, NAMED = 4, 8  # pictures in a picture, modules in a sentence
+SHOWN = 4  # pictures in a picture
 # What may change between two starts of one run; see sami/pretrain.py.
 FREE = {f"run.{item.name}" for item in fields(RunConfig) if item.name != "seed"} | {
     "eval",
@@ -297,10 +298,10 @@ def announce(
     start = cfg.encoder.checkpoint or "random weights"
     decoder = cfg.decoder.checkpoint or "random weights"
     run.say(f"encoder from {start}, decoder from {decoder}")
-    modules = sorted({name.rpartition(".")[0] for name in frozen})
-    if modules:
-        more = f" and {len(modules) - NAMED} more modules" if len(modules) > NAMED else ""
-        run.say(f"{', '.join(modules[:NAMED])}{more}: not trained, kept as at the start")
+    if frozen:
+        parts = Counter(name.partition(".")[0].replace("_", " ") for name in frozen)
+        told = ", ".join(f"{number} of the {part}" for part, number in parts.items())
+        run.say(f"not trained, but kept as at the start: {told} ({len(frozen)} tensors in all)")
     if not cfg.data.val_shards:
         run.say("no data.val_shards: nothing will be measured")
 

@@ -404,7 +404,7 @@ def announce(
         f"{layout.micro_batches_per_step}, {torch.get_num_threads()} thread(s) each"
     )
     if frozen:
-        run.say(f"{', '.join(frozen)}: not trained, kept as at the start")
+        run.say(f"not trained, but kept as at the start: {', '.join(frozen)}")
     if not cfg.data.val_shards:
         run.say("no data.val_shards: nothing will tell whether more than the mean was learnt")
     teacher = facts["teacher"]

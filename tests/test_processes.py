@@ -227,5 +227,5 @@ def test_shipped_configs_with_two_processes(tmp_path, config):
     assert done.returncode == 0, done.stderr
     assert (
         summary(tmp_path / "run")["steps"] == 3
-        and ": not trained, kept as at the start" in done.stdout
+        and "not trained, but kept as at the start: " in done.stdout
     )

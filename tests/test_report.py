@@ -118,7 +118,7 @@ def test_several_runs_of_every_kind(report, tmp_path):
     assert page.count("<img ") == len(re.findall(r'<img alt="[^"]+"', page))
     # It does not say which run is better.
     assert "one setting is better than another is not concluded here" in page
-    assert "Of 5 of the 5 settings there is one seed" in page
+    assert "5 of the 5 settings have one seed" in page
 
 
 def test_runs_that_differ_in_their_seed_are_one_line(tmp_path, report):
@@ -143,7 +143,7 @@ def test_runs_that_differ_in_their_seed_are_one_line(tmp_path, report):
     assert spread == pytest.approx([0.01, 0.01])
     code, page = report(*sorted(tmp_path.glob("*/finetune")))
     assert code == 0 and "one standard deviation on either side" in page
-    assert "3 seeds" in page and "there is one seed" not in page
+    assert "3 seeds" in page and "have one seed" not in page
     assert "not concluded here" in page
 
 

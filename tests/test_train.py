@@ -77,7 +77,10 @@ def test_run_folder(shards, tmp_path, call, kind):
     assert told["status"] == "finished" and told["evaluation"]["pictures"] == 3
     assert told["weights"] == "ema"
     told = (tmp_path / "log.txt").read_text()
-    assert re.search(r" mask_decoder.output\S+.*: not trained, kept as at the start", told)
+    assert re.search(
+        r"not trained, but kept as at the start: .*\d+ of the mask decoder \(\d+ tensors in all\)",
+        told,
+    )
     assert (tmp_path / "pictures" / "masks-0000008.png").exists()
     model = load_model(tmp_path)
     assert model.shape.image_size == 64 and not model.training

@@ -105,7 +105,8 @@ class RunFolder:
             raise_if_machine(error, path)
             why = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise UserError(
-                f"{path} is not the folder of a run ({why}); name one with summary.json, "
+                f"{path} is not the folder of a run that has begun ({why}); name one with "
+                "summary.json, "
                 "config.yaml and metrics.jsonl, or one of tools/evaluate.py; of a sweep, "
                 "NAME/*/STAGE"
             ) from error
@@ -437,8 +438,8 @@ def summary(runs: list[RunFolder], found: dict[str, Any] | None) -> str:
         text += "<p>Whether one setting is better than another is not concluded here."
         if alone:
             text += (
-                f" Of {alone} of the {settings} settings there is one seed: a difference from it "
-                "may be chance; run more seeds (--run.seed)."
+                f" {alone} of the {settings} settings have one seed: a difference between them may "
+                "be chance; run more seeds (--run.seed)."
             )
         text += "</p>"
     return text

@@ -565,8 +565,8 @@ def _expand_one(pattern: str, key: str) -> list[str]:
         raise UserError(f"{key}: {folder} is a folder; name the shards in it: {folder}/*.tar")
     if len(missing) == len(expanded):
         raise UserError(
-            f"{key}: '{pattern}' matches no file; make shards with tools/make_shards.py or "
-            "correct the pattern"
+            f"{key}: '{pattern}' matches no file; fetch the shards, make them with "
+            "tools/make_shards.py, or correct the pattern ([, ] and * in it match characters)"
         )
     if missing:
         raise UserError(
