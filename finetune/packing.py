@@ -4,14 +4,12 @@ What is written can be read: a picture's bytes are copied where shards take its 
 become PNG without a loss, and what cannot is left out by its reason.
 """
 
-import contextlib
 import hashlib
 import io
 import json
 import os
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +23,16 @@ from finetune.folders import extension_of
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError, not_written, raise_if_machine
-from sami.core.images import BACK, FORMATS, IMAGE_EXTENSIONS, TURNS, Drawn, drawn_on, open_image
+from sami.core.images import (
+    BACK,
+    FORMATS,
+    IMAGE_EXTENSIONS,
+    TURNS,
+    Drawn,
+    decoding,
+    drawn_on,
+    open_image,
+)
 from sami.core.images import Picture as Encoded
 from sami.core.labels import CLASSES
 
@@ -114,7 +121,7 @@ def make_sample(how: How, picture: Picture, key: str, written: Written) -> dict[
     data = _read(how.source / picture.path)
     encoded, drawn, unsure, told = open_image(data), "upright", False, None
     orientation = encoded.orientation  # Pillow forgets a TIFF's once it is loaded
-    with _decoding("damaged picture"):
+    with decoding("damaged picture"):
         Image.open(io.BytesIO(data), formats=FORMATS).verify()
     if picture.images is not None:
         entry = Entry(list(picture.images), list(picture.annotations))
@@ -157,7 +164,7 @@ def as_png(encoded: Encoded, drawn: Drawn) -> bytes:
     image, orientation, tiff = encoded.image, encoded.orientation, encoded.format == "TIFF"
     bits = np.max(image.tag_v2.get(258, 1)) if tiff else 8
     inverse = tiff and image.tag_v2.get(262) == 0
-    with _decoding("damaged picture"):
+    with decoding("damaged picture"):
         image.load()
         if image.mode == "I" and 0 <= image.getextrema()[0] <= image.getextrema()[1] < 65536:
             image = image.convert("I;16")
@@ -172,19 +179,6 @@ def as_png(encoded: Encoded, drawn: Drawn) -> bytes:
         stream = io.BytesIO()
         image.save(stream, "PNG", exif=b"")
         return stream.getvalue()
-
-
-@contextlib.contextmanager
-def _decoding(reason: str) -> Iterator[None]:
-    """Pillow's warnings kept quiet, and whatever it raises turned into BadSample."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (BadSample, MemoryError):
-        raise
-    except Exception as error:  # its readers raise whatever their parsing runs into
-        raise BadSample(reason) from error
 
 
 def _read(path: Path) -> bytes:

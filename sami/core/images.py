@@ -70,7 +70,7 @@ class Picture:
         Raises:
             BadSample: the EXIF data is damaged.
         """
-        with _decoding("damaged picture"):
+        with decoding("damaged picture"):
             told = self.image.getexif().get(0x0112, 1)
             return int(told) if told in TURNS else 1
 
@@ -105,7 +105,7 @@ class Picture:
         """
         orientation = self.orientation  # Pillow forgets a TIFF's with the turning
         self.stored  # noqa: B018 - likewise
-        with _decoding("damaged picture"):
+        with decoding("damaged picture"):
             if at_least is not None and self.format == "JPEG":
                 swap = drawn == "upright" and orientation in (5, 6, 7, 8)
                 self.image.draft(None, at_least[::-1] if swap else at_least)
@@ -176,7 +176,7 @@ def open_image(data: bytes) -> Picture:
     Raises:
         BadSample: not a picture, or larger than MAX_PIXELS.
     """
-    with _decoding("not a picture" if data else "empty file"):
+    with decoding("not a picture" if data else "empty file"):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         picture = Picture(data, image)
         width, height = picture.stored
@@ -234,7 +234,7 @@ def cut(picture: Picture, box: Box, sizes: list[int], flip: bool) -> list[np.nda
     (width, height), need = picture.upright, max(sizes)
     whole = _at_least(width, need, right - left), _at_least(height, need, bottom - top)
     pixels = picture.decode("upright", whole)
-    with _decoding("damaged picture"):
+    with decoding("damaged picture"):
         x, y = pixels.width / width, pixels.height / height
         region = (left * x, top * y, right * x, bottom * y)
         views = {
@@ -341,8 +341,13 @@ def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _decoding(reason: str) -> Iterator[None]:
-    """Pillow's warnings kept quiet, and whatever it raises turned into BadSample."""
+def decoding(reason: str) -> Iterator[None]:
+    """Pillow's warnings kept quiet, and whatever it raises turned into BadSample.
+
+    Raises:
+        BadSample: ``reason``, or too many pixels.
+        MachineError: the machine refused; nothing is known to be wrong with the picture.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
