@@ -147,6 +147,18 @@ def test_runs_that_differ_in_their_seed_are_one_line(tmp_path, report):
     assert "not concluded here" in page
 
 
+def test_where_a_run_stands_that_has_not_ended(tmp_path, report):
+    write_run(tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())
+    del told["steps"]
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(told | {"status": "running"}))
+    _, page = report(tmp_path / "run")
+    assert "running at step 3" in page and "running, 3 steps" in page
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    _, page = report(tmp_path / "run")
+    assert "running at step 0" in page
+
+
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn, at their end."""

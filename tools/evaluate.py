@@ -236,6 +236,7 @@ def main() -> int:
         }
         args.out.mkdir(parents=True, exist_ok=True)
         if shown:
+            print(f"drawing {len(shown)} pictures (--overlays 0 for none)", flush=True)
             drawn = tuple(prompting for prompting in promptings if prompting.draw == 0)
             draw_masks(args.out / "masks.png", model, shown, device, str(args.model), drawn)
         write_text(args.out / RESULT, json.dumps(result, indent=1) + "\n")

@@ -106,10 +106,15 @@ class RunFolder:
             why = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise UserError(
                 f"{path} is not the folder of a run that has begun ({why}); name one with "
-                "summary.json, "
-                "config.yaml and metrics.jsonl, or one of tools/evaluate.py; of a sweep, "
-                "NAME/*/STAGE"
+                "summary.json, config.yaml and metrics.jsonl, or one of tools/evaluate.py; of a "
+                "sweep, NAME/*/STAGE"
             ) from error
+
+    @property
+    def step(self) -> int:
+        """Where the run stands: at its end, or in its last recorded line."""
+        last = self.metrics[-1]["step"] if self.metrics else 0
+        return self.summary.get("steps", last)
 
     def column(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a number, where it was recorded."""
@@ -423,11 +428,7 @@ def summary(runs: list[RunFolder], found: dict[str, Any] | None) -> str:
         settings += len(groups)
         alone += sum(len(group) == 1 for group in groups.values())
         for name, group in groups.items():
-            states = {
-                f"{run.summary['status']} at step {run.summary.get('steps', '-')}"
-                for run in group
-                if run.summary
-            }
+            states = {f"{run.summary['status']} at step {run.step}" for run in group if run.summary}
             seeds = [f"{len(group)} seeds"] * (len(group) > 1)
             about = "; ".join([title, *seeds, *sorted(states)])
             lines.append(f"<li><b>{html.escape(name)}</b> ({about}): {results(group)}</li>")
@@ -504,7 +505,7 @@ def about(runs: list[RunFolder]) -> str:
         rows.append(
             [
                 run.name,
-                f"{told.get('status')}, {told.get('steps', '-')} steps",
+                f"{told.get('status')}, {run.step} steps",
                 threads,
                 f"{data.get('pictures')} ({data.get('fingerprint')})",
                 learnt if teacher else "-",
