@@ -25,10 +25,16 @@ if [ "$(sha256sum < pyproject.toml)" != "$(cat .venv/installed 2>/dev/null)" ]; 
     exit 2
   fi
   echo "Installing into .venv (torch and its libraries: some GB, once)"
+  # pip says nothing for a minute and more; a log that stands still looks like a hang.
+  (while sleep 20 >/dev/null 2>&1; do echo "still installing, $SECONDS s so far"; done) &
+  saying=$!
+  trap 'kill "$saying" 2>/dev/null' EXIT
   if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'; then
     echo "error: the installation failed, see above; with the cause removed, run the same command again" >&2
     exit 2
   fi
+  kill "$saying"
+  trap - EXIT
   sha256sum < pyproject.toml > .venv/installed
 fi
 export PATH="$PWD/.venv/bin:$PATH"
