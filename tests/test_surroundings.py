@@ -366,7 +366,6 @@ def test_devices_that_are_not_here(monkeypatch):
         ("evaluate", ["m.pt", "--shards", "x.tar"]),
         ("probe", ["r", "--shards", "x.tar", "--val-shards", "x.tar"]),
         ("cache_teacher", ["x.tar", "--out", "o"]),
-        ("cache_error", ["x.tar"]),
         ("bench", ["stream"]),
     ],
 )
