@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from sami.core.configfile import merge, read_layers
 
 IMAGE_SIZE, PATCH_SIZE = 224, 16  # stage 1's, where nothing else is said
 GRID = IMAGE_SIZE // PATCH_SIZE  # the released model's
@@ -20,7 +20,7 @@ def grid_of_config(file: Path, overrides: Mapping[str, Any]) -> int | None:
         file: its configuration.
         overrides: values by dotted key.
     """
-    told = yaml.safe_load(file.read_text(encoding="utf-8-sig")) or {}
+    told = merge(read_layers(str(file), ""))
 
     def value(group: str, name: str, default: Any) -> Any:
         return overrides.get(f"{group}.{name}", (told.get(group) or {}).get(name, default))

@@ -2,8 +2,10 @@
 
 import importlib
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 
 from finetune.classify import ClassifyConfig
 from finetune.train import FinetuneConfig
@@ -173,6 +175,46 @@ def test_odd_files(load, tmp_path, content, says):
 def test_files_that_are_fine(load, tmp_path, content):
     (tmp_path / "fine.yaml").write_bytes(content)
     assert load("--config", str(tmp_path / "fine.yaml")).optim.lr == 3
+
+
+def test_a_file_on_a_base(load, tmp_path):
+    """Field by field over what lies beside it, or where --config would look, in any notation."""
+    (tmp_path / "low.yaml").write_text("optim: {lr: 3, clip: 0.5}\ntrain.steps: 7\nrun:\n")
+    (tmp_path / "base.yaml").write_text("base: low.yaml\noptim.lr: 4\ntrain: {epochs: null}\n")
+    file = tmp_path / "fine.yaml"
+    file.write_text(f"base: {tmp_path}/base.yaml\noptim:\ntrain: {{steps: null, epochs: 2}}\n")
+    config = load("--config", str(file))
+    assert (config.optim.lr, config.optim.clip) == (4, 0.5)
+    assert (config.train.steps, config.train.epochs) == (None, 2)
+    assert load("--optim.lr", "5", "--config", str(file)).optim.lr == 5
+
+
+def test_a_shipped_base_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("base: configs/pretrain/mae_ti.yaml\nencoder: {name: vit_s}\n")
+    with pytest.raises(SystemExit):
+        load_config(PretrainConfig, ["--config", "own.yaml", "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["encoder"]["name"], shown["decoder"]["kind"]) == ("vit_s", "self")
+    assert shown["optim"]["lr"] == 2.4e-3 and "base" not in shown
+
+
+@pytest.mark.parametrize(
+    ("base", "content", "says"),
+    [
+        (b"", b"base: base.yaml\n", "fine.yaml: base {}/base.yaml is empty"),
+        (b"optim: {lr: 1}", b"base: no.yaml\n", "fine.yaml: base no.yaml does not exist"),
+        (b"optim: {lr: 1}", b"base: [base.yaml]\n", "base must be the path of a configuration"),
+        (b"base: fine.yaml", b"base: base.yaml\n", "fine.yaml leads back to a file that begins"),
+        (b"optim: {lrr: 1}", b"base: base.yaml\n", "{}/base.yaml: optim.lrr is not a known key"),
+        (b"optim: {lr: 1}", b"base: base.yaml\noptim: 3\n", "fine.yaml: optim must be a group"),
+        (b"optim: {lr: x}", b"base: base.yaml\n", "optim.lr must be a finite number, got x"),
+    ],
+)
+def test_odd_bases(load, tmp_path, base, content, says):
+    (tmp_path / "base.yaml").write_bytes(base)
+    (tmp_path / "fine.yaml").write_bytes(content)
+    assert says.format(tmp_path) in refusal(load, "--config", str(tmp_path / "fine.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,14 @@ from finetune.classification import DataConfig as LabelledConfig
 from finetune.model import DecoderConfig as HeadConfig
 from finetune.model import build_model
 from sami.core.config import load_config, require, to_dict
-from sami.core.configfile import ENTRIES, config_class_of, entry_of, meant_for, read_yaml
+from sami.core.configfile import (
+    ENTRIES,
+    config_class_of,
+    entry_of,
+    meant_for,
+    merge,
+    read_layers,
+)
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
 from sami.core.options import Options
@@ -105,7 +112,7 @@ def resolve(config: Path, options: list[str]) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: what the entry refuses.
     """
-    content = read_yaml(config, "")
+    content = merge(read_layers(str(config), ""))
     if "stages" in content:
         stages = content["stages"].values() if isinstance(content["stages"], dict) else []
         named = [one["config"] for one in stages if isinstance(one, dict) and "config" in one]

@@ -44,7 +44,7 @@ from matplotlib.figure import Figure
 from finetune.measures import DATA_SETS, TRIVIAL
 from sami.core.checkpoint import write_text
 from sami.core.config import require
-from sami.core.configfile import meant_for, read_yaml
+from sami.core.configfile import meant_for, merge, read_layers, read_yaml
 from sami.core.errors import UserError, not_written, raise_if_machine
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, run_entry
 from sami.core.options import Options
@@ -667,7 +667,7 @@ def _fields(entry: str, option: str) -> set[str]:
 
 def _digest(config: Path) -> str:
     """Of what a config file sets, not of its words."""
-    told = json.dumps(yaml.safe_load(config.read_text(encoding="utf-8")), sort_keys=True)
+    told = json.dumps(merge(read_layers(str(config), "")), sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()
 
 

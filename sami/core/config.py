@@ -19,11 +19,10 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from sami.core.configfile import flatten, meant_for, read_yaml, types_of
+from sami.core.configfile import flatten, meant_for, merge, read_layers, types_of
 from sami.core.errors import UserError
 from sami.core.options import QUOTE, join_lists, nearest
 from sami.core.paths import expand_path
-from sami.core.shipped import find
 
 Config = TypeVar("Config")
 PATH = {"path": True}  # metadata of a field that holds a path, or a pattern of shards
@@ -144,27 +143,27 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_file(path: str, config_class: type) -> str:
-    """A configuration file as YAML that holds known keys only."""
-    content = read_yaml(find(expand_path(path, "--config")), "--config")
+    """A configuration file, with what it begins from, as YAML that holds known keys only."""
+    layers = read_layers(expand_path(path, "--config"), "--config")
     types = types_of(config_class)
-    flat = flatten(content, types)
-    unknown = next((key for key in flat if key not in types), None)
-    if unknown is not None:
-        other = meant_for(content, path)
-        require(other is None, f"{path} {other}")
-        raise UserError(f"{path}: {unknown} is not a known key{_nearest(unknown, types, '')}")
-    for key, value in flat.items():
-        group = dataclasses.is_dataclass(types[key])
-        require(
-            not group or value in (None, {}),
-            f"{path}: {key} must be a group of keys, got {value}",
-        )
-        require(
-            value is not None or group or type(None) in typing.get_args(types[key]),
-            f"{path}: {key} must be {_type_words(types[key])}, got null",
-        )
-    held = {key: value for key, value in content.items() if value is not None}
-    return yaml.safe_dump(held, sort_keys=False)
+    for file, content in layers:
+        flat = flatten(content, types)
+        unknown = next((key for key in flat if key not in types), None)
+        if unknown is not None:
+            other = meant_for(merge(layers), path)
+            require(other is None, f"{path} {other}")
+            raise UserError(f"{file}: {unknown} is not a known key{_nearest(unknown, types, '')}")
+        for key, value in flat.items():
+            group = dataclasses.is_dataclass(types[key])
+            require(
+                not group or value in (None, {}),
+                f"{file}: {key} must be a group of keys, got {value}",
+            )
+            require(
+                value is not None or group or type(None) in typing.get_args(types[key]),
+                f"{file}: {key} must be {_type_words(types[key])}, got null",
+            )
+    return yaml.safe_dump(merge(layers), sort_keys=False)
 
 
 def _split_files(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Reading a YAML file of ours strictly, and knowing one that is meant for something else."""
+"""Reading YAML files of ours strictly; and knowing one that is meant for something else."""
 
 import codecs
 import dataclasses
@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from sami.core.errors import UserError, raise_if_machine
+from sami.core.paths import exists, expand_path
+from sami.core.shipped import find
 
 # The entries and what each is configured by. They are looked up by name, to say whose a file is.
 ENTRIES = {
@@ -18,6 +20,7 @@ ENTRIES = {
     "finetune/train.py": ("finetune.train", "FinetuneConfig"),
     "finetune/classify.py": ("finetune.classify", "ClassifyConfig"),
 }
+BASE = "base"  # key of a configuration that is another one but for what it says itself
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -82,6 +85,55 @@ def read_yaml(path: str | os.PathLike, told: str, see: str = "configs/") -> dict
     if odd is not None or None in content:
         raise refuse(f"has the key {odd}, which is no name; see {see}")
     return content
+
+
+def read_layers(path: str, told: str) -> list[tuple[str, dict[str, Any]]]:
+    """What a configuration file holds, and below it what the file holds that it names as ``base``.
+
+    A base lies beside the file that names it, or else where ``--config`` would find it.
+
+    Args:
+        path: the file, which need not exist in the working directory (:func:`find`).
+        told: what the user called it by, such as ``--config``; may be empty.
+
+    Returns:
+        Path and content of each file without the key ``base``, the lowest first.
+
+    Raises:
+        UserError: as :func:`read_yaml`; or bases that lead back to where they began.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    seen: set[Path] = set()
+    while True:
+        file = Path(find(path))
+        if file.resolve() in seen:
+            raise UserError(f"{told} {path} leads back to a file that begins from it; take it out")
+        seen.add(file.resolve())
+        content = read_yaml(file, told)
+        base = content.pop(BASE, None)
+        layers.insert(0, (path, content))
+        if base is None:
+            return layers
+        if not isinstance(base, str):
+            raise UserError(f"{path}: {BASE} must be the path of a configuration, got {base}")
+        told, base = f"{path}: {BASE}", expand_path(base, f"{path}: {BASE}")
+        beside = file.parent / base
+        path = str(beside) if exists(beside) else base
+
+
+def merge(layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """One content of several, by field; a later one wins. Dotted keys go into their groups."""
+    whole: dict[str, Any] = {}
+    for _, content in layers:
+        for key, value in content.items():
+            group, dot, field = key.partition(".")
+            if dot or isinstance(value, dict):
+                before = whole.get(group)
+                own = {field: value} if dot else value
+                whole[group] = (before if isinstance(before, dict) else {}) | own
+            elif value is not None:
+                whole[group] = value
+    return whole
 
 
 def flatten(tree: dict[str, Any], types: dict[str, Any], prefix: str = "") -> dict[str, Any]:
