@@ -73,6 +73,23 @@ def test_one_of_several_is_enough(train, tmp_path):
     assert found is not None and "6 of 16 have" in found
 
 
+def test_a_single_held_out_picture_is_found_under_another_name(train, tmp_path):
+    """Its own is not, nor one of several, which a set may well hold twice."""
+    only = lambda name: "new/x.jpg" if name == "p0002.jpg" else None  # noqa: E731
+    for name, more, found in (
+        ("same", (), True),
+        ("several", [(f"y{n}.jpg", b"other" * n) for n in range(1, 8)], False),
+    ):
+        path = rewritten(train / "s-000.tar", tmp_path / f"{name}.tar", only, more)
+        held_out = shards(path, tmp_path)
+        told = find_overlap(shards(train / "*.tar", tmp_path), held_out, "a", "b")
+        assert (told is not None) == found
+        assert not found or "s-000/p0002 in" in told and "(1 of 1 that were compared)" in told
+    write_shards(tmp_path / "other", (1,), seed=1)
+    own = shards(tmp_path / "other/*.tar", tmp_path)
+    assert find_overlap(shards(train / "*.tar", tmp_path), own, "a", "b") is None
+
+
 def test_alike_is_not_the_same(train, tmp_path):
     """One key and size with other content; single pictures that both hold by chance."""
     write_shards(tmp_path / "other", (6,), seed=1)

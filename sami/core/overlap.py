@@ -67,7 +67,8 @@ def find_overlap(
     again = []
     for mine, others in probes:
         again += [(mine, other) for other in others if _equal(mine, other)][:1]
-    if len(again) >= 2 and 4 * len(again) >= len(probes):  # many a set holds a few pictures twice
+    # Many a set holds a few pictures twice; a single held-out one is all that is measured.
+    if len(again) >= min(2, total) and 4 * len(again) >= len(probes) > 0:
         mine, theirs = again[0]
         return (
             f"{held_out_key} hold pictures of {train_key} under other keys, such as {_told(mine)} "
