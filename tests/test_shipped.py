@@ -53,6 +53,19 @@ def test_a_config_is_found_from_anywhere(tmp_path):
     assert done.returncode == 0 and "dir: runs/toy" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["demo.sh", "test.sh", "oldest.sh"])
+def test_the_scripts_tell_what_they_are_before_they_install(tmp_path, name):
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    (tmp_path / "pyproject.toml").touch()
+    script = tmp_path / "tools" / name
+    for word in ("--help", "-h"):
+        done = subprocess.run(["bash", script, word], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == ""
+        head = script.read_text().split("\n")[1].removeprefix("# ")
+        assert done.stdout.startswith(head) and "#" not in done.stdout
+    assert not list(tmp_path.glob(".venv*"))
+
+
 def test_the_scripts_write_nothing_into_an_installed_package(tmp_path):
     share = tmp_path / "site/sami/share"
     shutil.copytree(ROOT / "tools", share / "tools", ignore=shutil.ignore_patterns("__pycache__"))

@@ -3,6 +3,7 @@
 # checkout: installs both into .venv-oldest (torch once more: some GB) and runs a part of the tests.
 # Set PYTHON to choose the interpreter. `--install` only installs.
 set -euo pipefail
+[[ "${1:-}" != @(-h|--help) ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=$PWD/.venv-oldest
 python=${PYTHON:-python3}

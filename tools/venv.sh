@@ -1,6 +1,12 @@
 # Sourced by the other scripts: makes .venv in the project, once, installs the project into it and
 # puts it first on the PATH. Set PYTHON to choose the interpreter.
 set -euo pipefail
+case "${1:-}" in
+  -h | --help)  # the head of the script that is run; before anything is installed
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit 0
+    ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ ! -f pyproject.toml ]; then  # of an installed package: it would be written into
