@@ -158,6 +158,14 @@ def plain_path(name: str) -> str:
     return unicodedata.normalize("NFC", posixpath.normpath(name.strip().replace("\\", "/")))
 
 
+def as_text(name: str) -> str:
+    """A file's name in Unicode, if it is UTF-8, in whatever locale it was listed.
+
+    Under LC_ALL=C, without Python's UTF-8 mode, the bytes of what is not ASCII come as escapes.
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+
+
 @dataclass
 class Found:
     """Where the files lie that a list names.
@@ -256,7 +264,7 @@ def _best(
 
 def _loose(name: str) -> list[str]:
     """The parts of a path without what differs between systems: case and Unicode form."""
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", as_text(name)).casefold())
     return [part for part in folded.split("/") if part not in ("", ".", "..")] or [""]
 
 
@@ -373,7 +381,7 @@ def class_folders(files: list[str], source: Path) -> dict[str, str]:
         f"{source} holds pictures both in folders (classes) and beside them, such as "
         f"{loose[0] if loose else ''}; move the loose ones away",
     )
-    return {} if loose else {file: file.split("/")[0] for file in files}
+    return {} if loose else {file: as_text(file.split("/")[0]) for file in files}
 
 
 def question_names(class_of: dict[str, str], source: Path) -> None:

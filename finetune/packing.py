@@ -19,7 +19,7 @@ import webdataset as wds
 from PIL import Image
 
 from finetune.coco import Entry, to_sa1b, why_none
-from finetune.folders import extension_of
+from finetune.folders import as_text, extension_of
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError, not_written, raise_if_machine
@@ -206,16 +206,20 @@ def stamp(source: Path, pictures: list[Picture]) -> str:
     return digest.hexdigest()[:16]
 
 
-def claim(out: Path, prefix: str, plan: dict[str, object], shards: dict[str, str]) -> None:
-    """Make OUT this plan's folder, or find that it is.
+def claim(
+    out: Path, prefix: str, plan: dict[str, object], shards: dict[str, str], classes: list[str]
+) -> None:
+    """Make OUT this plan's folder, with its classes.json, or find that it is.
 
     Args:
         plan: what the shards are made of, in short, and how.
         shards: of each one's file name the :func:`stamp` of its pictures.
+        classes: the classes' names; empty for none.
 
     Raises:
-        UserError: it holds shards of another plan, or pictures changed since they were written into
-            it, or it cannot be written.
+        UserError: it holds shards of another plan, or of other classes (of another --prefix), or
+            pictures changed since they were written into it, or it cannot be written. Nothing is
+            written then.
     """
     file = out / f"{prefix}.plan.json"
     try:
@@ -248,19 +252,23 @@ def claim(out: Path, prefix: str, plan: dict[str, object], shards: dict[str, str
         f"{' ...' if len(stale) > 5 else ''}, and the same command writes them anew; or use "
         "another OUT",
     )
-    told = json.dumps(plan | {"stamps": shards}, indent=1) + "\n"
-    if not file.exists() or file.read_bytes() != told.encode():
+    written = {file: plan | {"stamps": shards}}
+    if classes:
+        _refuse_other_classes(out, classes)
+        written[out / CLASSES] = classes
+    for file, told in written.items():
+        text = json.dumps(told, indent=1) + "\n"
         try:
-            write_text(file, told)
+            if not file.exists() or file.read_bytes() != text.encode():
+                write_text(file, text)
         except OSError as error:
             raise not_written(error, str(out), "name another folder") from error
 
 
-def claim_classes(out: Path, classes: list[str]) -> None:
-    """Write OUT/classes.json, or find that it says the same.
-
+def _refuse_other_classes(out: Path, classes: list[str]) -> None:
+    """
     Raises:
-        UserError: it has other classes, of another --prefix.
+        UserError: OUT/classes.json numbers others, and shards beside it are read by it.
     """
     file = out / CLASSES
     if file.exists() and any(out.glob("*.tar")):
@@ -282,7 +290,6 @@ def claim_classes(out: Path, classes: list[str]) -> None:
             f"and shards beside it are read by it; number these as there, --classes {file}, or use "
             "another OUT"
         )
-    write_text(file, json.dumps(classes, indent=1) + "\n")
 
 
 def unclaim(out: Path, prefix: str, shards: list[Path], own_classes: bool) -> None:
@@ -298,7 +305,7 @@ def listing(pictures: list[Picture]) -> str:
     """Changes with the pictures' paths, labels or annotations."""
     rows = [
         (
-            p.path,
+            as_text(p.path),
             p.label,
             p.images[0] if p.images and len(p.images) == 1 else p.images,
             p.annotations,

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from finetune.folders import Classes, class_folders
+from finetune.packing import Picture, listing
 from sami.core.exits import run_entry
 from sami.core.shards import PICTURE, expand, read_range
 from tests.runs import ROOT, kill, opened, run, start, wait_for
@@ -225,11 +227,34 @@ def test_a_second_prefix_keeps_the_list(trained, tmp_path, called):
     code, _, error = called(val, trained, "--prefix", "val")
     assert code == 2 and "1 are in it alone, such as 'Cat'" in error
     assert f"--classes {trained}/classes.json" in error
-    assert (trained / "classes.json").read_bytes() == before and not list(trained.glob("val-*"))
+    assert (trained / "classes.json").read_bytes() == before and not list(trained.glob("val*"))
     words = (val, trained, "--prefix", "val", "--classes", trained / "classes.json")
     assert called(*words)[0] == 0
     assert (trained / "classes.json").read_bytes() == before
     assert sorted(labels(trained).values()) == [0, 1, 1, 2, 2]
+
+
+def test_what_is_refused_leaves_no_list(tmp_path, called):
+    """Shards of other pictures are there, and their classes.json is not."""
+    one, other = fill(tmp_path / "1", "ant/1.jpg"), fill(tmp_path / "2", "bee/1.jpg", "cat/2.jpg")
+    assert called(one, tmp_path / "out")[0] == 0
+    (tmp_path / "out/classes.json").unlink()
+    before = sorted((tmp_path / "out").iterdir())
+    assert called(other, tmp_path / "out")[0] == 2
+    assert sorted((tmp_path / "out").iterdir()) == before
+
+
+def test_names_that_were_listed_as_ascii(tmp_path):
+    """As LC_ALL=C without UTF-8 mode has them: escapes of their bytes."""
+    listed = ["caf\udcc3\udca9/a.png", "\udce9/b.png", "ant/c.png"]
+    classes = class_folders(listed, tmp_path)
+    assert list(classes.values()) == ["caf\u00e9", "\udce9", "ant"]
+    assert Classes(["caf\u00e9", "ant"]).numbers({classes[listed[0]], "ant"}) == {
+        "ant": 1,
+        "caf\u00e9": 0,
+    }
+    rows = [listing([Picture(name)]) for name in (listed[0], "caf\u00e9/a.png", listed[1])]
+    assert rows[0] == rows[1] != rows[2]
 
 
 HIDDEN = [

@@ -50,7 +50,6 @@ from finetune.packing import (
     Picture,
     Written,
     claim,
-    claim_classes,
     listing,
     stamp,
     unclaim,
@@ -196,9 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at once
         stamps = list(pool.map(partial(stamp, args.source), shares))
     own_classes = not (args.out / CLASSES).exists()
-    claim(args.out, args.prefix, plan, dict(zip(names, stamps, strict=True)))
-    if classes:
-        claim_classes(args.out, classes)
+    claim(args.out, args.prefix, plan, dict(zip(names, stamps, strict=True)), classes)
 
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     if len(missing) < len(paths):
