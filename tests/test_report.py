@@ -159,6 +159,19 @@ def test_where_a_run_stands_that_has_not_ended(tmp_path, report):
     assert "running at step 0" in page
 
 
+def test_a_start_that_failed_is_said_to_be_one(tmp_path, report, capsys):
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    told = {"entry": "sami/pretrain.py", "status": "failed", "exit_code": 2, "error": "no <shards>"}
+    (failed / "summary.json").write_text(json.dumps(told))
+    sentence = f"{failed} is a start of sami/pretrain.py that failed and left no run: no <shards>"
+    code, page = report(failed)
+    assert code == 0 and f"<p>{html.escape(sentence)}</p>" in page and "<ul></ul>" not in page
+    write_run(tmp_path / "run")
+    code, page = report(tmp_path / "run", failed)
+    assert code == 0 and html.escape(sentence) in page and "finished at step 1000" in page
+
+
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn, at their end."""

@@ -71,7 +71,8 @@ class RunFolder:
 
     Attributes:
         name: what tells it from the others; set by :func:`name_apart`.
-        kind: pretrain, finetune, classify, or evaluate for the folder of an evaluation.
+        kind: pretrain, finetune, classify, evaluate for the folder of an evaluation, or failed for
+            a start that never became a run.
         config: every field, as group.field.
         evaluation: what tools/evaluate.py found, if it was asked.
     """
@@ -91,6 +92,9 @@ class RunFolder:
         try:
             if not exists(own):
                 self.summary = json.loads((path / "summary.json").read_bytes())
+            if self.summary.get("status") == "failed" and not exists(path / "config.yaml"):
+                self.kind = "failed"
+            elif not exists(own):
                 groups = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
                 self.config = {f"{g}.{f}": v for g, told in groups.items() for f, v in told.items()}
                 self.metrics = MetricsFile(path / "metrics.jsonl").read()
@@ -109,6 +113,12 @@ class RunFolder:
                 "summary.json, config.yaml and metrics.jsonl, or one of tools/evaluate.py; of a "
                 "sweep, NAME/*/STAGE"
             ) from error
+
+    @property
+    def failure(self) -> str:
+        """What became of a start that failed, as a sentence."""
+        entry, why = self.summary.get("entry"), self.summary.get("error")
+        return f"{self.path} is a start of {entry} that failed and left no run: {why}"
 
     @property
     def step(self) -> int:
@@ -432,7 +442,9 @@ def summary(runs: list[RunFolder], found: dict[str, Any] | None) -> str:
             seeds = [f"{len(group)} seeds"] * (len(group) > 1)
             about = "; ".join([title, *seeds, *sorted(states)])
             lines.append(f"<li><b>{html.escape(name)}</b> ({about}): {results(group)}</li>")
-    text = f"<ul>{''.join(lines)}</ul>"
+    failures = [html.escape(run.failure) for run in runs if run.kind == "failed"]
+    text = f"<ul>{''.join(lines)}</ul>" * bool(lines)
+    text += "".join(f"<p>{sentence}</p>" for sentence in failures)
     if found is not None and found["differences"]:
         return text + conclusions(found)
     if settings > 1:
@@ -563,7 +575,7 @@ def of_kind(runs: list[RunFolder], kind: str, most: int) -> str:
 def page(runs: list[RunFolder], found: dict[str, Any] | None, most: int) -> str:
     """The whole of it."""
     name_apart(runs)
-    trained = [run for run in runs if run.kind != "evaluate"]
+    trained = [run for run in runs if run.kind in COLUMNS]
     sections = {"Summary": summary(runs, found)}
     if found is not None:
         command = f"<p><code>{html.escape(found['command'])}</code></p>"
@@ -613,6 +625,9 @@ def main() -> int:
             "its present form; run the same chain again, which trains nothing twice",
         )
     runs = [RunFolder(path) for path in args.runs]
+    for run in runs:
+        if run.kind == "failed":
+            print(run.failure)
     write_text(args.out, page(runs, found, args.pictures))
     print(args.out)
     return 0
