@@ -233,6 +233,17 @@ def test_bad_words(made, in_process, change, says):
     assert {path.name: path.read_bytes() for path in out.glob("*.*")} == before
 
 
+@pytest.mark.parametrize("checkpoint", ["", "nowhere.pth"])
+def test_a_dry_run_needs_no_weights(made, tmp_path, capsys, checkpoint):
+    shards, _ = made
+    dry = words(shards, tmp_path / "out", "--checkpoint", checkpoint, "--dry-run")
+    assert cache_teacher(dry) == 0
+    said = capsys.readouterr().out
+    assert "--checkpoint is not there yet: counted and timed with random weights" in said
+    assert "39 pictures in 3 shards: about" in said and "RANDOM" not in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_shards(made, tmp_path, in_process):
     shards, out = made
     code, said = in_process(cache_teacher, words(shards, shards[0].parent))

@@ -12,12 +12,14 @@ made, and each shard's samples and checksum.
 Several processes share the work: with accelerate launch, or each with its --slice (0/8, 1/8, ... in
 a SLURM array). Killed, the same command goes on: finished shards stay.
 
---dry-run  says how many pictures, bytes and hours it would be, from one batch, and writes nothing.
+--dry-run  says how many pictures, bytes and hours it would be, from one batch, and writes nothing;
+           the weights need not be there yet.
 --verify   looks at the checksums of the finished shards, and computes 1 % of the pictures again.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import re
 import sys
@@ -42,7 +44,7 @@ from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.exits import run_entry
 from sami.core.options import Options
-from sami.core.paths import local_path, path_pattern
+from sami.core.paths import exists, local_path, path_pattern
 from sami.core.processes import DEVICES, check_launch, choose_device
 from sami.core.progress import Progress as Lines
 from sami.core.run import TimeLeft, environment
@@ -140,6 +142,9 @@ def make_seer(args: argparse.Namespace) -> tuple[Seer, dict[str, object]]:
         heads=args.heads,
     )
     config.check()
+    if args.dry_run and not exists(args.checkpoint or ""):
+        print("--checkpoint is not there yet: counted and timed with random weights instead")
+        config = dataclasses.replace(config, checkpoint="random")
     teacher = load_teacher(config, "--checkpoint")
     told = describe_teacher(config, teacher)
     tokens = args.image_size // teacher.encoder.patch_size
@@ -256,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{cache.sha256[:12]}, {cache.precision} on {seer.device}; {cache.grid} x {cache.grid} "
         f"{cache.dtype}"
     )
-    if cache.random:
+    if cache.random and not args.dry_run:
         print("*** THE TEACHER IS RANDOM (--checkpoint random): these are not SAM's features ***")
     manifest = Manifest(args.out, cache)
     if args.verify:
