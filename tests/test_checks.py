@@ -10,6 +10,7 @@ import pytest
 
 from finetune import classify, train
 from sami import pretrain
+from sami.core.config import needs_of
 from tests.runs import ROOT, arguments, run, write_cache, write_shards
 from tests.test_entrypoints import readme_commands
 from tools.make_toy_shards import write_shard
@@ -175,6 +176,22 @@ def test_all_that_is_missing_is_named_at_once(
         assert f"({len(missing)})" in error
     if "encoder.checkpoint" in " ".join(missing):
         assert "encoder.checkpoint takes the folder of a run of stage 1" in error
+    data = "SA-1B's tars" if entry == "finetune" else "ImageNet-1K as shards"
+    assert f"configs/{entry}/{config}.yaml needs {data}" in error
+    assert error.endswith(" (docs/data.md tells how they are got and made)\n")
+
+
+def test_what_a_configuration_needs(tmp_path):
+    for path in [path for path in ROOT.glob("configs/*/*.yaml") if path.parent.name in ENTRIES]:
+        assert needs_of(["--config", str(path)]).startswith(f"{path} needs "), path
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "# Title.\n# Needs   tars of v1.0, and\n#         more (b.yaml). Else nothing.\n"
+    )
+    told = needs_of(["--run.seed=1", f"--config={file}"])
+    assert told.startswith(f"{file} needs tars of v1.0, and more (b.yaml) (docs/data.md ")
+    file.write_text("run: {}\n")
+    assert needs_of([f"--config={file}"]) == needs_of([]) == ""
 
 
 def test_the_readmes_first_look(tmp_path, call, monkeypatch):

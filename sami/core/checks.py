@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sami.core.config import load_config, require
+from sami.core.config import load_config, needs_of, require
 from sami.core.errors import BadSample, MachineError, UserError
 from sami.core.exits import FINISHED
 from sami.core.order import Order
@@ -53,9 +53,10 @@ def start_entry(
     only_check = "--check" in words
     config = load_config(config_class, [word for word in words if word != "--check"])
     entry, missing = entry_of_groups(vars(config)), partial(find_missing, config, starts_of(config))
+    needs = needs_of(words)
     if not only_check:
         with Run(config.run, config.train.precision, entry) as run:
-            require_inputs(missing())
+            require_inputs(missing(), needs)
             return train(config, run, False)
     require(
         not is_launched() or os.environ.get("WORLD_SIZE", "1") == "1",
@@ -70,16 +71,17 @@ def start_entry(
         elsewhere = dataclasses.replace(config.run, dir=folder, wandb="disabled")
         config = dataclasses.replace(config, run=elsewhere)
         with Run(config.run, config.train.precision, entry) as run:
-            require_inputs(missing())
+            require_inputs(missing(), needs)
             code = train(config, run, True)
     print(f"not checked: {NOT_CHECKED.format(folder=own)}")
     return code
 
 
-def require_inputs(found: list[str | None]) -> None:
+def require_inputs(found: list[str | None], needs: str = "") -> None:
     """
     Args:
         found: a sentence for each input of a run that is missing.
+        needs: what the configuration needs, of :func:`sami.core.config.needs_of`.
 
     Raises:
         UserError: what is missing, all of it in one sentence.
@@ -87,7 +89,8 @@ def require_inputs(found: list[str | None]) -> None:
     missing = [words for words in found if words]
     numbered = "; ".join(f"({number}) {words}" for number, words in enumerate(missing, 1))
     many = f"{len(missing)} inputs are missing: {numbered}"
-    require(not missing, missing[0] if len(missing) == 1 else many)
+    told = "".join(missing) if len(missing) < 2 else many
+    require(not missing, f"{told}; {needs}" if needs else told)
 
 
 def find_missing(config: Any, starts: dict[str, Start]) -> list[str | None]:

@@ -187,6 +187,19 @@ def _split_files(argv: list[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
+def needs_of(argv: Sequence[str]) -> str:
+    """What the head of a command line's last configuration file says that it needs; "" if nothing.
+
+    Shipped files have a line ``# Needs   SA-1B's tars as they are, and ...``; its first sentence.
+    """
+    for file in reversed(_split_files(list(argv))[0]):
+        head = find(expand_path(file, "--config")).read_text(encoding="utf-8")
+        if told := re.search(r"^# Needs +(.*(?:\n# {4,}.*)*)", head, re.M):
+            needs = re.split(r"\.(?=\s|$)", re.sub(r"\s*\n# +", " ", told[1]))[0]
+            return f"{file} needs {needs} (docs/data.md tells how they are got and made)"
+    return ""
+
+
 def _type_words(kind: Any) -> str:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
