@@ -166,6 +166,8 @@ class Run:
         self._may_write = self._begun = True
         if not self.is_main:
             return
+        if step:
+            self.say(f"resuming from {self.dir}/checkpoints/step-{step}")
         self.metrics.cut_back(step)
         (self.dir / "pictures").mkdir(exist_ok=True)
         (self.dir / "stop").unlink(missing_ok=True)

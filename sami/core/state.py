@@ -271,7 +271,6 @@ class State:
                 continue
             self._refuse_another(meta, identity, free)
             self._load(stored)
-            run.say(f"resuming from {checkpoint}")
             return meta["step"], [Leg.from_dict(leg) for leg in meta["data"]["legs"]]
         if checkpoints:
             raise UserError(
