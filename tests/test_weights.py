@@ -486,6 +486,23 @@ def test_runs_of_earlier_versions_are_recognised(tmp_path):
         assert entry_of(folder) == entry
 
 
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        (None, "the path is empty; give the folder of a run of stage 2"),
+        ("", "the path is empty; give"),
+        (3, "the path is 3, which is no path; give"),
+        (b"a", "the path is b'a', which is no path; give"),
+        (".", ". is an empty folder; give"),
+    ],
+)
+def test_what_is_no_path_of_a_model(tmp_path, monkeypatch, path, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_model(path)
+    assert str(error.value).startswith(says)
+
+
 def test_an_empty_path_is_none_and_not_here(models, tmp_path, monkeypatch):
     """Path("") is the working directory, and there may be weights in it."""
     monkeypatch.chdir(tmp_path)

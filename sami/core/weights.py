@@ -152,8 +152,10 @@ def find_weights(path: str | Path | None, takes: Takes, option: str = "") -> Fou
         UserError: there is none, or another than ``takes`` tells.
     """
     what, remedy = f"{option} {path}".strip(), takes.remedy(option)
-    if path is None or not str(path):
+    if path is None or path == "":
         raise UserError(f"{option or 'the path'} is empty; {remedy}")
+    if not isinstance(path, (str, Path)):
+        raise UserError(f"{option or 'the path'} is {path!r}, which is no path; {remedy}")
     place = Path(path)
     try:
         mode = place.stat().st_mode
