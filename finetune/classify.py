@@ -37,11 +37,12 @@ from sami.core.order import Layout, Order, deal
 from sami.core.processes import exact
 from sami.core.progress import follow
 from sami.core.run import Run, RunConfig, is_due
-from sami.core.shards import Shard, fingerprint, read_range
+from sami.core.shards import RawSample, Shard, fingerprint, read_range
 from sami.core.starts import Start, find_starts
 from sami.core.state import State
 from sami.core.stream import Batches, make_loader, open_data, take_up
 from sami.encoder import TAKES, EncoderConfig
+from sami.heldout import pictures_of, tell_unusable
 from sami.sam_encoder import SAM_SHAPES
 
 STARTS = {"encoder.checkpoint": Start(TAKES)}
@@ -251,19 +252,21 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
 
 
 class HeldOut(IterableDataset):
-    """The held-out samples of one rank in fixed order; bad ones are left out."""
+    """The held-out samples of one rank in fixed order; of each bad one its key and reason."""
 
     def __init__(self, shards: list[Shard], samples: Labelled, positions: range) -> None:
         self.shards, self.samples, self.positions = shards, samples, positions
 
-    def __iter__(self) -> Iterator[LabelledBatch]:
+    def __iter__(self) -> Iterator[LabelledBatch | RawSample]:
         info = get_worker_info()
         number, of = (0, 1) if info is None else (info.id, info.num_workers)
         items: list[tuple] = []
         positions = deal(self.positions, number, of)
         for sample in read_range(self.shards, positions, self.samples.fields):
-            with contextlib.suppress(BadSample):
+            try:
                 items.append(self.samples.decode_held_out(sample))
+            except BadSample as error:
+                yield RawSample(sample.key, reason=str(error))
             if len(items) == BATCH:
                 yield self.samples.collate(items)
                 items = []
@@ -284,16 +287,21 @@ def evaluate(
     positions = range(min(cfg.eval.samples or total, total))
     dataset = HeldOut(shards, samples, deal(positions, run.rank, run.processes))
     counts = torch.zeros(3, dtype=exact(run.device), device=run.device)  # right, among 5, pictures
+    unusable: list[RawSample] = []
     model.eval()
     loader = make_loader(dataset, cfg.data.workers, run.device)
     mine = len(dataset.positions)
-    for batch in follow(loader, "held out", mine, run.say, lambda batch: len(batch.labels)):
+    for batch in follow(loader, "held out", mine, run.say, pictures_of):
+        if isinstance(batch, RawSample):
+            unusable.append(batch)
+            continue
         batch = batch.to(run.device)
         with run.accelerator.autocast():
             logits = model(batch.images)
         best = logits.topk(min(5, cfg.data.classes), dim=1).indices == batch.labels[:, None]
         counts += torch.stack([best[:, 0].sum(), best.sum(), best.new_ones(len(best)).sum()])
     model.train()
+    tell_unusable(run, unusable, len(positions))
     right, among, pictures = run.accelerator.reduce(counts, "sum").tolist()
     require(
         pictures > 0,

@@ -22,6 +22,7 @@ from sami.core.shards import PICTURE, RawSample
 
 NORMALISED = "polygon in 0..1, not in pixels"
 MAX_COORDINATE = 1e12  # pixels; JSON's numbers may have any number of digits
+DEGENERATE = "part of an object, a polygon of fewer than 3 points"  # the object itself is kept
 LEFT_OUT = "left out"  # a part of a sample: how many annotations were, by reason, as JSON
 OTHER_SIZES = "image entries of one file differ in size"
 
@@ -197,7 +198,7 @@ def _refuse_normalised(path: Path, annotations: list[Any]) -> None:
         told = annotation.get("segmentation") if isinstance(annotation, dict) else None
         if isinstance(told, list) and told:
             polygons += 1
-            normalised += _is_normalised(told)
+            normalised += _is_normalised(_with_area(told))
     if 2 * normalised > polygons:
         raise UserError(
             f"--coco {path}: {normalised} of {polygons} polygons are in 0..1, as YOLO's labels and "
@@ -208,7 +209,7 @@ def _refuse_normalised(path: Path, annotations: list[Any]) -> None:
 
 def _is_normalised(polygons: list[Any]) -> bool:
     """Whether all coordinates lie in 0..1, up to a little."""
-    return all(
+    return bool(polygons) and all(
         isinstance(polygon, list)
         and len(polygon) >= 6
         and all(type(value) in (int, float) and -0.1 <= value <= 1.1 for value in polygon)
@@ -379,10 +380,11 @@ def to_sa1b(
     kept, left_out = [], Counter()
     for number, annotation in enumerate(entry.annotations):
         try:
-            counts, ends = _run_lengths(annotation, height, width, keep_crowd)
+            counts, ends, degenerate = _run_lengths(annotation, height, width, keep_crowd)
         except BadSample as error:
             left_out[str(error)] += 1
             continue
+        left_out.update({DEGENERATE: degenerate} if degenerate else {})
         left, top, right, bottom = box(ends, height)
         starts, stops = ends[0:-1:2], ends[1::2]
         longest = int(np.argmax(stops - starts[: len(stops)]))
@@ -411,8 +413,8 @@ def why_none(left_out: Counter[str]) -> str:
 
 def _run_lengths(
     annotation: Any, height: int, width: int, keep_crowd: bool
-) -> tuple[str, np.ndarray]:
-    """The mask as COCO's string, and where its runs end.
+) -> tuple[str, np.ndarray, int]:
+    """The mask as COCO's string, where its runs end, and how many of its polygons are none.
 
     Raises:
         BadSample: not usable, with the reason.
@@ -421,7 +423,7 @@ def _run_lengths(
         raise BadSample("not an annotation")
     if annotation.get("iscrowd") not in (None, 0, "", "0") and not keep_crowd:
         raise BadSample("crowd")
-    told = annotation.get("segmentation")
+    told, degenerate = annotation.get("segmentation"), 0
     if isinstance(told, dict):
         if told.get("size") != [height, width]:
             raise BadSample("mask size differs from the picture's")
@@ -434,18 +436,28 @@ def _run_lengths(
         if area(ends) == 0:
             raise BadSample("empty mask")
     elif isinstance(told, list) and told:
-        for polygon in told:
+        drawn = _with_area(told)
+        degenerate = len(told) - len(drawn)
+        for polygon in drawn or told:
             _check_polygon(polygon, height, width)
-        if max(height, width) > 2 and _is_normalised(told):
+        if max(height, width) > 2 and _is_normalised(drawn):
             raise BadSample(NORMALISED)
-        merged = coco_mask.merge(coco_mask.frPyObjects(told, height, width))
+        merged = coco_mask.merge(coco_mask.frPyObjects(drawn, height, width))
         counts = merged["counts"].decode()
         ends = decode_counts(counts, height, width)
         if area(ends) == 0:
-            raise BadSample(_why_empty(told, height, width))
+            raise BadSample(_why_empty(drawn, height, width))
     else:
         raise BadSample("no segmentation" + ", a box only" * bool(annotation.get("bbox")))
-    return counts, ends
+    return counts, ends, degenerate
+
+
+def _with_area(polygons: list[Any]) -> list[Any]:
+    """The polygons of an object without those of fewer than 3 points.
+
+    pycocotools takes such a one for a box if it comes first, and draws nothing of it elsewhere.
+    """
+    return [one for one in polygons if not (isinstance(one, list) and len(one) < 6)]
 
 
 def _why_empty(polygons: list[list[float]], height: int, width: int) -> str:

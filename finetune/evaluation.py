@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from finetune.coco import LEFT_OUT
+from finetune.coco import DEGENERATE, LEFT_OUT
 from finetune.data import UNSURE
 from finetune.losses import mask_iou
 from finetune.prompt_encoder import BOTTOM_RIGHT, FOREGROUND, TOP_LEFT
@@ -34,6 +34,7 @@ from sami.core.progress import follow
 from sami.core.run import Run
 from sami.core.shards import PICTURE, RawSample, Shard, read_range
 from sami.core.stream import make_loader
+from sami.heldout import tell_unusable
 
 CHOICES = ("predicted", "oracle")  # which of three masks is scored
 DECODED_AT_ONCE = 64  # prompts of a picture
@@ -153,14 +154,6 @@ class Judged:
         return discs(self.ends, *self.size, self.prompts(prompting)[0].numpy())
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A picture that cannot be evaluated on, and why."""
-
-    key: str
-    reason: str
-
-
 class Source(Protocol):
     """Where encoded samples come from, in fixed order."""
 
@@ -209,14 +202,14 @@ class Pictures(IterableDataset):
         self.clicks = max((prompting.clicks for prompting in random), default=1)
         self.centres = any(prompting.kind == "centre" for prompting in promptings)
 
-    def __iter__(self) -> Iterator[Judged | LeftOut]:
+    def __iter__(self) -> Iterator[Judged | RawSample]:
         info = get_worker_info()
         number, of = (0, 1) if info is None else (info.id, info.num_workers)
         for sample in self.source.read(number, of):
             try:
                 yield self._judged(sample)
             except BadSample as error:
-                yield LeftOut(sample.key, str(error))
+                yield RawSample(sample.key, reason=str(error))
 
     def _judged(self, sample: RawSample) -> Judged:
         encoded, told = open_image(sample.part(PICTURE)), parse_annotations(sample.part("json"))
@@ -253,7 +246,11 @@ class Pictures(IterableDataset):
             torch.tensor([box(e, size[0]) for e in ends], dtype=torch.float32),
             torch.from_numpy(np.array(clicks, np.float32)),
             torch.from_numpy(centres.astype(np.float32)),
-            notes=[f"object left out: {why}" for why in left_out.elements()] + [UNSURE] * unsure,
+            notes=[
+                f"{'left out' if why == DEGENERATE else 'object left out'}: {why}"
+                for why in left_out.elements()
+            ]
+            + [UNSURE] * unsure,
         )
         judged.trivial += [judged.trivial_iou(prompting) for prompting in self.promptings]
         return judged
@@ -283,15 +280,15 @@ def evaluate(
     positions = range(min(config.samples, sum(shard.count for shard in shards)))
     source = ShardSource(shards, deal(positions, run.rank, run.processes))
     dataset = Pictures(source, model.shape, PROMPTINGS, config.masks, seed, drawn)
-    unusable, noted = Counter(), Counter()
+    unusable, noted = [], Counter()
     sums = torch.zeros(len(PROMPTINGS) + 2, dtype=exact(run.device), device=run.device)
     answers = [1 if p.kind == "box" else len(RADII) for p in PROMPTINGS]
     trivial = torch.zeros(sum(answers), dtype=exact(run.device), device=run.device)
     model.eval()
     loader = make_loader(dataset, workers, run.device)
     for judged in follow(loader, "held out", len(source), run.say):
-        if isinstance(judged, LeftOut):
-            unusable[judged.reason] += 1
+        if isinstance(judged, RawSample):
+            unusable.append(judged)
             continue
         noted.update(judged.notes)
         with run.accelerator.autocast():
@@ -301,12 +298,8 @@ def evaluate(
     model.train()
     *totals, pictures, objects = run.accelerator.reduce(sums, "sum").tolist()
     best = [part.max().item() for part in run.accelerator.reduce(trivial, "sum").split(answers)]
-    gathered = zip(*run.gather((unusable, noted)), strict=True)
-    unusable, noted = (sum(counts, Counter()) for counts in gathered)
-    if unusable:
-        run.say_once(
-            f"{unusable.total()} of {len(positions)} held-out pictures unusable: {dict(unusable)}"
-        )
+    tell_unusable(run, unusable, len(positions))
+    noted = sum(run.gather(noted), Counter())
     if noted:
         run.say_once(f"noted of held-out pictures: {dict(noted)}")
     words = [prompting.name.replace(" ", "_") for prompting in PROMPTINGS]

@@ -3,7 +3,6 @@
 Region, flip and mask are drawn from (seed, epoch, sample key) and from nothing else.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -257,7 +256,7 @@ def make_sample(
 
 
 class HeldOut(IterableDataset):
-    """The held-out samples of one rank in fixed order; bad ones are left out."""
+    """The held-out samples of one rank in fixed order; of each bad one its key and reason."""
 
     def __init__(
         self, shards: list[Shard], views: Views, positions: range, batch_size: int
@@ -265,13 +264,15 @@ class HeldOut(IterableDataset):
         self.shards, self.views, self.positions = shards, views, positions
         self.batch_size = batch_size
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | RawSample]:
         info = get_worker_info()
         number, of = (0, 1) if info is None else (info.id, info.num_workers)
         positions, items = deal(self.positions, number, of), []
         for sample in read_range(self.shards, positions, self.views.fields):
-            with contextlib.suppress(BadSample):
+            try:
                 items.append(self.views.decode_held_out(sample))
+            except BadSample as error:
+                yield RawSample(sample.key, reason=str(error))
             if len(items) == self.batch_size:
                 yield self.views.collate(items)
                 items = []

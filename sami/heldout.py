@@ -1,8 +1,10 @@
 """The held-out measure: does the student know more of the target than its mean?"""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -12,7 +14,7 @@ from sami.core.order import deal
 from sami.core.processes import exact
 from sami.core.progress import follow
 from sami.core.run import Run
-from sami.core.shards import Shard
+from sami.core.shards import RawSample, Shard
 from sami.core.stream import make_loader
 from sami.data import Batch, HeldOut, Views
 from sami.model import MaskedReconstruction, token_errors
@@ -137,10 +139,14 @@ def measure(
     positions = range(min(samples, sum(shard.count for shard in shards)))
     dataset = HeldOut(shards, views, deal(positions, run.rank, run.processes), BATCH)
     sums = Sums(model.encoder.grid**2, model.head.out_features, run.device)
+    unusable: list[RawSample] = []
     model.eval()
     loader = make_loader(dataset, workers, run.device)
     mine = len(dataset.positions)
-    for batch in follow(loader, "held out", mine, run.say, lambda batch: len(batch.student)):
+    for batch in follow(loader, "held out", mine, run.say, pictures_of):
+        if isinstance(batch, RawSample):
+            unusable.append(batch)
+            continue
         batch = batch.to(run.device)
         target = targets(batch)
         with run.accelerator.autocast():
@@ -149,7 +155,27 @@ def measure(
     model.train()
     for tensor in sums.tensors():
         tensor.copy_(run.accelerator.reduce(tensor, "sum"))
-    unusable = len(positions) - int(sums.pictures)
-    if unusable:
-        run.say(f"{unusable} of {len(positions)} held-out pictures unusable")
+    tell_unusable(run, unusable, len(positions))
     return sums.measures(model.loss_config.tokens)
+
+
+def pictures_of(item: Any) -> int:
+    """Pictures in a batch, or in one that is unusable."""
+    return 1 if isinstance(item, RawSample) else len(item.keys)
+
+
+def tell_unusable(run: Run, unusable: list[RawSample], pictures: int) -> None:
+    """Say, once, how many held-out pictures of all ranks are unusable and why. Collective.
+
+    Args:
+        unusable: of this rank, with their reasons.
+        pictures: that were asked for, of all ranks.
+    """
+    gathered = run.gather([(one.reason, one.key) for one in unusable])
+    told = [one for part in gathered for one in part]
+    if told:
+        counts = dict(Counter(reason for reason, _ in told))
+        run.say_once(
+            f"{len(told)} of {pictures} held-out pictures unusable: {counts}, the first is "
+            f"{told[0][1]}"
+        )

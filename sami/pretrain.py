@@ -345,7 +345,8 @@ def load_shown(run: Run, shards: list[Shard], views: Views) -> Batch | None:
     if not run.is_main:
         return None
     positions = range(min(10 * SHOWN, sum(shard.count for shard in shards)))
-    return next(iter(HeldOut(shards, views, positions, SHOWN)), None)
+    found = HeldOut(shards, views, positions, SHOWN)
+    return next((batch for batch in found if isinstance(batch, Batch)), None)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.evaluation import Judged, LeftOut, Pictures
+from finetune.evaluation import Judged, Pictures
 from finetune.rle import FOREIGN, MISFIT, parse_annotations
 from sami.core.errors import BadSample
 from sami.core.shards import PICTURE, RawSample
@@ -129,7 +129,7 @@ def test_where_none_is_left_the_sample_is_bad_by_their_reason():
         sample = RawSample("a/b", GOOD.parts | {"json": data})
         with pytest.raises(BadSample, match=f"^{reason}$"):
             maker().decode(sample, 0, False)
-        assert list(Pictures(Given([sample]), SHAPE)) == [LeftOut("a/b", reason)]
+        assert list(Pictures(Given([sample]), SHAPE)) == [RawSample("a/b", reason=reason)]
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from finetune.coco import CocoSource, Entry, read_coco, to_sa1b
+from finetune.coco import DEGENERATE, NORMALISED, CocoSource, Entry, read_coco, to_sa1b
 from finetune.evaluation import Pictures
 from finetune.folders import find_files, plain_path
 from finetune.rle import decode_counts, parse_annotations, sample
@@ -107,6 +107,8 @@ def test_each_kind_of_segmentation():
         ({"segmentation": []}, "no segmentation"),
         ({"segmentation": {"size": [HEIGHT, WIDTH]}}, "no segmentation"),
         ({"segmentation": [[1, 2, 3, 4, 5]]}, "malformed polygon"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "malformed polygon"),
+        ({"segmentation": [[], [1, 2]]}, "malformed polygon"),
         ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "malformed polygon"),
         ({"segmentation": [SQUARE, "x"]}, "malformed polygon"),
         ({"segmentation": [[0, 0, 1e9, 0, 1e9, 1e9]]}, "polygon far outside of the picture"),
@@ -455,6 +457,27 @@ def test_a_file_without_a_picture_that_is_annotated(tmp_path, make):
     ):
         done = make(folder, tmp_path / "out", write(tmp_path, [image(1, "a.png")], given))
         assert done.returncode == 2 and f"none of its 1 pictures {says}" in done.stderr
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("part", [[], [1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5]])
+def test_a_polygon_of_fewer_than_3_points_leaves_the_others(tmp_path, part, place):
+    """Wherever it stands; the mask is that of the others alone, as pycocotools draws them."""
+    others = [SQUARE, [40, 5, 50, 5, 45, 20]]
+    parts = [*others[:place], part, *others[place:]]
+    entry = Entry([image(1, "a.png")], [{"segmentation": parts}, {"segmentation": others}])
+    told, left_out = to_sa1b(entry, "a.png")
+    first, second = (one["segmentation"]["counts"] for one in told["annotations"])
+    whole = coco_mask.merge(coco_mask.frPyObjects(others, HEIGHT, WIDTH))
+    assert first == second == whole["counts"].decode()
+    assert left_out == {DEGENERATE: 1}
+    small = [[x / WIDTH if n % 2 == 0 else x / HEIGHT for n, x in enumerate(SQUARE)], part]
+    _, left_out = to_sa1b(Entry(entry.images, [{"segmentation": small}]), "a.png")
+    assert left_out == {NORMALISED: 1}
+    folder = drawn(tmp_path / "pictures", "a.png")
+    path = write(tmp_path, entry.images, [{"image_id": 1, "segmentation": parts}])
+    (judged,) = Pictures(CocoSource.of(read_coco(path), folder), SHAPE)
+    assert len(judged.ends) == 1 and judged.notes == [f"left out: {DEGENERATE}"]
 
 
 def test_evaluation_tells_which_masks_were_left_out(tmp_path):

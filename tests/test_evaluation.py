@@ -439,7 +439,8 @@ def test_means_are_over_objects(tmp_path):
     model, run = Sam(SHAPE), Alone()
     told = evaluate(run, model, source.shards, EvalConfig(), 0)
     assert told["pictures"] == 2 and told["objects"] == 7
-    assert run.said == ["1 of 3 held-out pictures unusable: {'no usable mask': 1}"]
+    why = "{'no usable mask': 1}, the first is s/c"
+    assert run.said == [f"1 of 3 held-out pictures unusable: {why}"]
     model.eval()
     pictures = Pictures(ShardSource(source.shards, range(3)), SHAPE, PROMPTINGS, 64)
     usable = [one for one in pictures if isinstance(one, Judged)]

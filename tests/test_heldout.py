@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from sami.core.images import MEAN, STD
-from sami.heldout import Sums
+from sami.core.shards import RawSample
+from sami.heldout import Sums, tell_unusable
 from sami.model import pixel_target
 from sami.pictures import (
     draw_reconstruction,
@@ -17,7 +18,9 @@ from sami.pictures import (
     pca_colours,
     pixels_back,
 )
+from sami.pretrain import main
 from tests import reference
+from tests.runs import arguments, summary, write_shards
 
 CPU = torch.device("cpu")
 B, N, C = 7, 9, 5
@@ -138,3 +141,27 @@ def test_what_is_explained_of_a_picture():
     assert explained(target, constant, masked) == pytest.approx([0] * 3, abs=1e-6)
     right = torch.zeros_like(target).scatter(1, places, target.gather(1, places))
     assert explained(target, right, masked) == pytest.approx([1] * 3)
+
+
+def test_unusable_pictures_are_told_with_their_reasons(tmp_path, in_process):
+    """Once, and the first of them; the others are measured."""
+    shards = write_shards(tmp_path / "train", (9,))
+    held_out = write_shards(tmp_path / "val", (7, 4), seed=1, corrupt=1)
+    options = {"data.val_shards": held_out, "train.steps": 2, "eval.every": 1}
+    code, said = in_process(main, arguments(tmp_path / "run", shards, **options))
+    assert code == 0, said
+    log = (tmp_path / "run/log.txt").read_text()
+    why = "{'damaged picture': 1}, the first is s-000/p0000"
+    assert log.count(f"1 of 11 held-out pictures unusable: {why}") == 1
+    assert summary(tmp_path / "run")["evaluation"]["pictures"] == 10
+
+
+def test_unusable_pictures_of_all_ranks_are_counted(capsys):
+    class Ranks:
+        gather = staticmethod(lambda mine: [[("b", "s/9")], mine])
+        say_once = staticmethod(print)
+
+    tell_unusable(Ranks, [RawSample("s/1", reason="a"), RawSample("s/2", reason="b")], 5)
+    assert capsys.readouterr().out == (
+        "3 of 5 held-out pictures unusable: {'b': 2, 'a': 1}, the first is s/9\n"
+    )

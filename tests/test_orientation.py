@@ -228,7 +228,8 @@ def test_a_run_says_it_once_and_counts(tmp_path, in_process):
     assert told["orientation_unsure"] == 8
     assert sorted(told["orientation_unsure_keys"]) == [f"s/{n}" for n in range(4)]
     assert log.count(f"{UNSURE} (the first is s/") == log.count(f"{UNSURE}: 8 times") == 1
-    assert log.count("1 of 13 held-out pictures unusable: {'not a picture': 1}") == 1
+    why = "{'not a picture': 1}, the first is s/12"
+    assert log.count(f"1 of 13 held-out pictures unusable: {why}") == 1
     assert log.count(f"noted of held-out pictures: {{'{UNSURE}': 4, ") == 1
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from finetune.coco import CocoSource, read_coco
-from finetune.evaluation import CHOICES, LeftOut, Pictures, Prompting, ShardSource, Source, score
+from finetune.evaluation import CHOICES, Pictures, Prompting, ShardSource, Source, score
 from finetune.measures import PAPER, SIZES, SOURCE, TRIVIAL, Measured, data_set
 from finetune.model import TAKES, load_model
 from finetune.pictures import draw_masks
@@ -43,7 +43,7 @@ from sami.core.options import Options
 from sami.core.paths import local_path, path_pattern
 from sami.core.processes import DEVICES, choose_device
 from sami.core.progress import track
-from sami.core.shards import expand, open_sources
+from sami.core.shards import RawSample, expand, open_sources
 from sami.core.stream import make_loader
 from sami.core.tables import show_table
 from sami.core.weights import find_weights
@@ -111,7 +111,7 @@ def measure(
     loader = make_loader(dataset, args.workers, device)
     bf16 = args.precision == "bf16"
     for judged in track(loader, "evaluating", total=len(source)):
-        if isinstance(judged, LeftOut):
+        if isinstance(judged, RawSample):
             unusable[judged.reason] += 1
             continue
         noted.update(judged.notes)
