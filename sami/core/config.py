@@ -23,6 +23,7 @@ from sami.core.configfile import flatten, meant_for, merge, read_layers, types_o
 from sami.core.errors import UserError
 from sami.core.options import QUOTE, join_lists, nearest
 from sami.core.paths import expand_path
+from sami.core.shipped import find
 
 Config = TypeVar("Config")
 PATH = {"path": True}  # metadata of a field that holds a path, or a pattern of shards
@@ -190,13 +191,16 @@ def _split_files(argv: list[str]) -> tuple[list[str], list[str]]:
 def needs_of(argv: Sequence[str]) -> str:
     """What the head of a command line's last configuration file says that it needs; "" if nothing.
 
-    Shipped files have a line ``# Needs   SA-1B's tars as they are, and ...``; its first sentence.
+    Shipped files, or their bases, have a line ``# Needs   SA-1B's tars as they are, and ...``; its
+    first sentence.
     """
-    for file in reversed(_split_files(list(argv))[0]):
-        head = find(expand_path(file, "--config")).read_text(encoding="utf-8")
+    files = _split_files(list(argv))[0][-1:]
+    layers = [layer for file in files for layer in read_layers(expand_path(file, "--config"), "")]
+    for path, _ in reversed(layers):
+        head = find(path).read_text(encoding="utf-8")
         if told := re.search(r"^# Needs +(.*(?:\n# {4,}.*)*)", head, re.M):
             needs = re.split(r"\.(?=\s|$)", re.sub(r"\s*\n# +", " ", told[1]))[0]
-            return f"{file} needs {needs} (docs/data.md tells how they are got and made)"
+            return f"{files[0]} needs {needs} (docs/data.md tells how they are got and made)"
     return ""
 
 
