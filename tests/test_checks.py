@@ -186,7 +186,7 @@ def test_what_a_configuration_needs(tmp_path):
         assert needs_of(["--config", str(path)]).startswith(f"{path} needs "), path
     file = tmp_path / "a.yaml"
     file.write_text(
-        "# Title.\n# Needs   tars of v1.0, and\n#         more (b.yaml). Else nothing.\n"
+        "# Title.\n# Needs   tars of v1.0, and\n#         more (b.yaml). Else nothing.\nrun: {}\n"
     )
     told = needs_of(["--run.seed=1", f"--config={file}"])
     assert told.startswith(f"{file} needs tars of v1.0, and more (b.yaml) (docs/data.md ")
