@@ -30,7 +30,7 @@ from sami.probe import read_label
 
 
 @dataclass
-class DataConfig:
+class LabelDataConfig:
     """Labelled pictures.
 
     Attributes:
@@ -101,27 +101,27 @@ class AugmentConfig:
 
 
 @dataclass
-class LabelledBatch:
+class LabelBatch:
     """``images`` fp32 [B, 3, H, H], normalised, and ``labels`` [B]; ``keys`` of the samples."""
 
     images: torch.Tensor
     labels: torch.Tensor
     keys: list[str]
 
-    def to(self, device: torch.device) -> "LabelledBatch":
+    def to(self, device: torch.device) -> "LabelBatch":
         images, labels = (x.to(device, non_blocking=True) for x in (self.images, self.labels))
-        return LabelledBatch(images, labels, self.keys)
+        return LabelBatch(images, labels, self.keys)
 
-    def pin_memory(self) -> "LabelledBatch":
-        return LabelledBatch(self.images.pin_memory(), self.labels.pin_memory(), self.keys)
+    def pin_memory(self) -> "LabelBatch":
+        return LabelBatch(self.images.pin_memory(), self.labels.pin_memory(), self.keys)
 
 
-class Labelled:
+class LabelTransform:
     """How samples are made; what is random follows from (seed, epoch, sample key)."""
 
     fields: ClassVar[tuple[str, ...]] = (PICTURE, "cls")
 
-    def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int) -> None:
+    def __init__(self, data: LabelDataConfig, augment: AugmentConfig, seed: int) -> None:
         self.seed, self.classes = seed, data.classes
         common = {"interpolation": "bicubic", "mean": MEAN, "std": STD}
         self.augmented = create_transform(
@@ -162,9 +162,9 @@ class Labelled:
             raise BadSample("class number is not under data.classes")
         return sample.key, transform(open_image(sample.part(PICTURE)).decode()), label
 
-    def collate(self, items: list[tuple]) -> LabelledBatch:
+    def collate(self, items: list[tuple]) -> LabelBatch:
         keys, images, labels = zip(*items, strict=True)
-        return LabelledBatch(torch.stack(images), torch.tensor(labels), list(keys))
+        return LabelBatch(torch.stack(images), torch.tensor(labels), list(keys))
 
 
 def _shorten(image: Image.Image) -> Image.Image:
@@ -202,7 +202,7 @@ def _posterize(image: Image.Image, bits: int, **rest: Any) -> Image.Image:
 
 
 def build_classifier(
-    encoder: EncoderConfig, data: DataConfig, augment: AugmentConfig
+    encoder: EncoderConfig, data: LabelDataConfig, augment: AugmentConfig
 ) -> VisionTransformer:
     """timm's ViT with mean pooling; from stage 1's encoder, or from scratch without a checkpoint.
 

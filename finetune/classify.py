@@ -20,9 +20,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from finetune.classification import (
     AugmentConfig,
     Classification,
-    DataConfig,
-    Labelled,
-    LabelledBatch,
+    LabelBatch,
+    LabelDataConfig,
+    LabelTransform,
     build_classifier,
     build_groups,
 )
@@ -88,7 +88,7 @@ class ClassifyConfig:
     """ImageNet finetuning after stage 1."""
 
     run: RunConfig = field(default_factory=RunConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: LabelDataConfig = field(default_factory=LabelDataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -120,7 +120,7 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
     sources, held_out = open_data(cfg.data, run)
     order = Order(
         sources,
-        fields=Labelled.fields,
+        fields=LabelTransform.fields,
         batch_size=cfg.train.batch_size,
         seed=cfg.run.seed,
         buffer_bytes=cfg.data.shuffle_mb * 1_000_000,
@@ -161,7 +161,7 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
         run,
         optimizer=build_groups(model, cfg.optim),
     )
-    samples = Labelled(cfg.data, cfg.augment, cfg.run.seed)
+    samples = LabelTransform(cfg.data, cfg.augment, cfg.run.seed)
     facts = {
         "started_from": started_from,
         "data": {
@@ -254,10 +254,10 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
 class HeldOut(IterableDataset):
     """The held-out samples of one rank in fixed order; of each bad one its key and reason."""
 
-    def __init__(self, shards: list[Shard], samples: Labelled, positions: range) -> None:
+    def __init__(self, shards: list[Shard], samples: LabelTransform, positions: range) -> None:
         self.shards, self.samples, self.positions = shards, samples, positions
 
-    def __iter__(self) -> Iterator[LabelledBatch | RawSample]:
+    def __iter__(self) -> Iterator[LabelBatch | RawSample]:
         info = get_worker_info()
         number, of = (0, 1) if info is None else (info.id, info.num_workers)
         items: list[tuple] = []
@@ -278,7 +278,7 @@ class HeldOut(IterableDataset):
 def evaluate(
     run: Run,
     model: VisionTransformer,
-    samples: Labelled,
+    samples: LabelTransform,
     shards: list[Shard],
     cfg: ClassifyConfig,
 ) -> dict[str, float]:

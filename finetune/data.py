@@ -35,7 +35,7 @@ UNSURE = "turned by EXIF, and its masks fit both ways: masks_drawn_on decided"  
 
 
 @dataclass
-class DataConfig:
+class MaskDataConfig:
     """Pictures and masks of stage 2.
 
     Attributes:
@@ -94,7 +94,7 @@ class DataConfig:
 
 
 @dataclass
-class Batch:
+class PromptBatch:
     """A micro-batch as it leaves the loader; K is the most objects that any picture has.
 
     ``images`` uint8 [B, 3, H, H]; ``masks`` bool [B, K, h, h]; ``there`` bool [B, K];
@@ -117,12 +117,12 @@ class Batch:
 
     TENSORS: ClassVar = ("images", "masks", "there", "inside", "points", "labels", "places")
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> "PromptBatch":
         """The tensors on a device, without waiting for the copy."""
         moved = {n: getattr(self, n).to(device, non_blocking=True) for n in self.TENSORS}
         return replace(self, **moved)
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> "PromptBatch":
         """In page-locked memory, which lets the copy to the device overlap."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in self.TENSORS})
 
@@ -133,7 +133,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Prompted:
+class PromptTransform:
     """How samples are made: everything of the configuration that a sample depends on."""
 
     seed: int
@@ -152,9 +152,11 @@ class Prompted:
     fields: ClassVar[tuple[str, ...]] = (PICTURE, "json")
 
     @staticmethod
-    def of(data: DataConfig, prompt: PromptConfig, loss_size: int, seed: int) -> "Prompted":
+    def of(
+        data: MaskDataConfig, prompt: PromptConfig, loss_size: int, seed: int
+    ) -> "PromptTransform":
         """Of a configuration."""
-        return Prompted(
+        return PromptTransform(
             seed,
             data.image_size,
             loss_size,
@@ -207,7 +209,7 @@ class Prompted:
             counted = ([], [])
         return sample.key, picture, inside, masks, points, labels, places, *counted
 
-    def collate(self, items: list[tuple]) -> Batch:
+    def collate(self, items: list[tuple]) -> PromptBatch:
         """A batch of what :meth:`decode` made; missing objects are empty slots."""
         keys, pictures, inside, masks, points, labels, places, unsure, left_out = zip(
             *items, strict=True
@@ -222,7 +224,7 @@ class Prompted:
             return torch.from_numpy(table)
 
         there = np.arange(most) < np.array([len(array) for array in masks])[:, None]
-        return Batch(
+        return PromptBatch(
             images=torch.from_numpy(np.stack([p.transpose(2, 0, 1) for p in pictures])),
             masks=filled(masks, False),
             there=torch.from_numpy(there),

@@ -42,7 +42,7 @@ PIXELS_AT_ONCE = 2**25  # of masks that are compared together
 
 
 @dataclass
-class EvalConfig:
+class MaskEvalConfig:
     """The evaluation on ``data.val_shards``.
 
     Attributes:
@@ -62,7 +62,7 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class Prompting:
+class PromptSpec:
     """How each object is prompted.
 
     Attributes:
@@ -85,26 +85,26 @@ class Prompting:
         return clicks if self.kind == "random" else f"{clicks}, centre first"
 
     @staticmethod
-    def parse(word: str, seeds: int) -> list["Prompting"]:
+    def parse(word: str, seeds: int) -> list["PromptSpec"]:
         """``box``, ``3`` (random clicks, in ``seeds`` draws) or ``centre-3``.
 
         Raises:
             ValueError: none of them.
         """
         if word == "box":
-            return [Prompting("box")]
+            return [PromptSpec("box")]
         kind, number = ("centre", word[7:]) if word.startswith("centre-") else ("random", word)
         if not number.isdecimal() or int(number) < 1:
             raise ValueError(word)
         draws = seeds if kind == "random" else 1
-        return [Prompting(kind, int(number), draw) for draw in range(draws)]
+        return [PromptSpec(kind, int(number), draw) for draw in range(draws)]
 
 
-PROMPTINGS = (Prompting("box"), Prompting("random", 1), Prompting("random", 3))  # while training
+PROMPTS = (PromptSpec("box"), PromptSpec("random", 1), PromptSpec("random", 3))  # while training
 
 
 @dataclass
-class Judged:
+class EvalSample:
     """A picture to be evaluated on, with K objects.
 
     ``image`` uint8 [3, h, w], within the model's input; ``size`` the picture's own height and
@@ -125,7 +125,7 @@ class Judged:
     trivial: list[np.ndarray] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def head(self, count: int) -> "Judged":
+    def head(self, count: int) -> "EvalSample":
         """The same with its first objects alone."""
         return replace(
             self,
@@ -136,7 +136,7 @@ class Judged:
             trivial=[iou[:, :count] for iou in self.trivial],
         )
 
-    def prompts(self, prompting: Prompting) -> tuple[torch.Tensor, torch.Tensor]:
+    def prompts(self, prompting: PromptSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """Points [K, P, 2] and labels [K, P]; of ``centre`` the first click alone."""
         if prompting.kind == "box":
             points, label = self.boxes.view(-1, 2, 2), [TOP_LEFT, BOTTOM_RIGHT]
@@ -147,14 +147,14 @@ class Judged:
             label = [FOREGROUND] * prompting.clicks
         return points, torch.tensor(label).expand(len(points), -1)
 
-    def trivial_iou(self, prompting: Prompting) -> np.ndarray:
+    def trivial_iou(self, prompting: PromptSpec) -> np.ndarray:
         """IoU of the answers that need no model, fp64 [answers, K]: the filled box, or discs."""
         if prompting.kind == "box":
             return filled_box(self.ends, *self.size)
         return discs(self.ends, *self.size, self.prompts(prompting)[0].numpy())
 
 
-class Source(Protocol):
+class EvalSource(Protocol):
     """Where encoded samples come from, in fixed order."""
 
     def __len__(self) -> int: ...
@@ -177,14 +177,14 @@ class ShardSource:
         yield from read_range(self.shards, deal(self.positions, number, of), (PICTURE, "json"))
 
 
-class Pictures(IterableDataset):
+class EvalDataset(IterableDataset):
     """Pictures with their objects and prompts; of those that cannot be used, the reason."""
 
     def __init__(
         self,
-        source: Source,
+        source: EvalSource,
         shape: ModelShape,
-        promptings: tuple[Prompting, ...] = PROMPTINGS,
+        promptings: tuple[PromptSpec, ...] = PROMPTS,
         masks: int | None = None,
         seed: int = 0,
         drawn: Drawn = "upright",
@@ -202,7 +202,7 @@ class Pictures(IterableDataset):
         self.clicks = max((prompting.clicks for prompting in random), default=1)
         self.centres = any(prompting.kind == "centre" for prompting in promptings)
 
-    def __iter__(self) -> Iterator[Judged | RawSample]:
+    def __iter__(self) -> Iterator[EvalSample | RawSample]:
         info = get_worker_info()
         number, of = (0, 1) if info is None else (info.id, info.num_workers)
         for sample in self.source.read(number, of):
@@ -211,7 +211,7 @@ class Pictures(IterableDataset):
             except BadSample as error:
                 yield RawSample(sample.key, reason=str(error))
 
-    def _judged(self, sample: RawSample) -> Judged:
+    def _judged(self, sample: RawSample) -> EvalSample:
         encoded, told = open_image(sample.part(PICTURE)), parse_annotations(sample.part("json"))
         size = (told.height, told.width)
         drawn, unsure = drawn_on(encoded, told.width, told.height, told.drawn_on, self.drawn)
@@ -238,7 +238,7 @@ class Pictures(IterableDataset):
         if self.centres:
             centres = np.array([centre_of(paint(e, *size)) for e in ends], float)
         picture = resize_whole(encoded, *self.shape.frame(*size), drawn).transpose(2, 0, 1)
-        judged = Judged(
+        judged = EvalSample(
             sample.key,
             torch.from_numpy(np.ascontiguousarray(picture)),
             size,
@@ -261,16 +261,16 @@ def evaluate(
     run: Run,
     model: Sam,
     shards: list[Shard],
-    config: EvalConfig,
+    config: MaskEvalConfig,
     workers: int,
     seed: int = 0,
     drawn: Drawn = "upright",
 ) -> dict[str, float | None]:
-    """Mean IoU over objects by PROMPTINGS, the same on all ranks. Collective.
+    """Mean IoU over objects by PROMPTS, the same on all ranks. Collective.
 
     Args:
         model: unwrapped.
-        drawn: as :class:`Pictures` has it.
+        drawn: as :class:`EvalDataset` has it.
 
     Returns:
         ``miou_box``, ``miou_1_click`` and ``miou_3_clicks``, each with what needs no model as
@@ -279,10 +279,10 @@ def evaluate(
     """
     positions = range(min(config.samples, sum(shard.count for shard in shards)))
     source = ShardSource(shards, deal(positions, run.rank, run.processes))
-    dataset = Pictures(source, model.shape, PROMPTINGS, config.masks, seed, drawn)
+    dataset = EvalDataset(source, model.shape, PROMPTS, config.masks, seed, drawn)
     unusable, noted = [], Counter()
-    sums = torch.zeros(len(PROMPTINGS) + 2, dtype=exact(run.device), device=run.device)
-    answers = [1 if p.kind == "box" else len(RADII) for p in PROMPTINGS]
+    sums = torch.zeros(len(PROMPTS) + 2, dtype=exact(run.device), device=run.device)
+    answers = [1 if p.kind == "box" else len(RADII) for p in PROMPTS]
     trivial = torch.zeros(sum(answers), dtype=exact(run.device), device=run.device)
     model.eval()
     loader = make_loader(dataset, workers, run.device)
@@ -292,7 +292,7 @@ def evaluate(
             continue
         noted.update(judged.notes)
         with run.accelerator.autocast():
-            iou = score(model, judged, run.device, PROMPTINGS, CHOICES[:1])[:, 0]
+            iou = score(model, judged, run.device, PROMPTS, CHOICES[:1])[:, 0]
         sums += torch.cat([iou.sum(1), iou.new_tensor([1, iou.shape[1]])])
         trivial += trivial.new_tensor(np.concatenate(judged.trivial).sum(1))
     model.train()
@@ -302,7 +302,7 @@ def evaluate(
     noted = sum(run.gather(noted), Counter())
     if noted:
         run.say_once(f"noted of held-out pictures: {dict(noted)}")
-    words = [prompting.name.replace(" ", "_") for prompting in PROMPTINGS]
+    words = [prompting.name.replace(" ", "_") for prompting in PROMPTS]
     names = [f"{kind}_{word}" for kind in ("miou", "trivial") for word in words]
     means = {
         name: total / objects if objects else None
@@ -314,9 +314,9 @@ def evaluate(
 @torch.no_grad()
 def score(
     model: Sam,
-    judged: Judged,
+    judged: EvalSample,
     device: torch.device,
-    promptings: tuple[Prompting, ...],
+    promptings: tuple[PromptSpec, ...],
     choices: tuple[str, ...] = CHOICES,
 ) -> torch.Tensor:
     """IoU of each object, fp64 [promptings, choices, K] on the device, at the picture's size.
@@ -349,7 +349,7 @@ def score(
 
 @torch.no_grad()
 def masks_of(
-    model: Sam, judged: Judged, device: torch.device, prompting: Prompting
+    model: Sam, judged: EvalSample, device: torch.device, prompting: PromptSpec
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The masks that the model thinks best, and what it was asked, on the CPU.
 
@@ -364,7 +364,7 @@ def masks_of(
 
 
 def _decode(
-    model: Sam, embedding: torch.Tensor, judged: Judged, prompting: Prompting, part: slice
+    model: Sam, embedding: torch.Tensor, judged: EvalSample, prompting: PromptSpec, part: slice
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """All four masks' logits [K, 4, 4h, 4w], the number [K] of the one thought best, the prompts.
 
@@ -399,7 +399,7 @@ def _correct(
     model: Sam,
     logits: torch.Tensor,
     best: torch.Tensor,
-    judged: Judged,
+    judged: EvalSample,
     part: slice,
     points: torch.Tensor,
     labels: torch.Tensor,

@@ -167,7 +167,7 @@ def as_text(name: str) -> str:
 
 
 @dataclass
-class Found:
+class FoundFiles:
     """Where the files lie that a list names.
 
     ``files``: path below the folder by name; ``moved``: what was found under another folder, as it
@@ -179,7 +179,7 @@ class Found:
     counted: int = 0
 
 
-def find_files(names: list[str], folder: Path, counted: Sequence[str] = ()) -> Found:
+def find_files(names: list[str], folder: Path, counted: Sequence[str] = ()) -> FoundFiles:
     """Find the files that ``names`` (of :func:`plain_path`) mean.
 
     A name is a path below the folder. One that leads nowhere is looked for with the escapes of URLs
@@ -194,7 +194,7 @@ def find_files(names: list[str], folder: Path, counted: Sequence[str] = ()) -> F
         UserError: two files for one of ``names``, or two of them for one file.
     """
     require(folder.is_dir(), f"{folder} is not a folder; name the one with the pictures")
-    found = Found({n: n for n in names if not n.startswith("/") and (folder / n).is_file()})
+    found = FoundFiles({n: n for n in names if not n.startswith("/") and (folder / n).is_file()})
     lacking = [name for name in names if name not in found.files]
     others = [name for name in counted if name.startswith("/") or not (folder / name).is_file()]
     found.counted = len(counted) - len(others)

@@ -18,7 +18,7 @@ FOCAL_WEIGHT, DICE_WEIGHT = 20.0, 1.0
 
 
 @dataclass
-class LossConfig:
+class MaskLossConfig:
     """The mask loss.
 
     Attributes:
@@ -61,7 +61,7 @@ def stage2_losses(
     logits: torch.Tensor,
     iou: torch.Tensor,
     targets: Targets,
-    config: LossConfig,
+    config: MaskLossConfig,
     asked: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """All losses of a batch, in fp32.

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-from finetune.evaluation import CHOICES, Prompting
+from finetune.evaluation import CHOICES, PromptSpec
 from finetune.trivial import RADII
 
 SIZES = {"all": (0, np.inf), "S": (0, 32**2), "M": (32**2, 96**2), "L": (96**2, np.inf)}  # COCO's
@@ -37,7 +37,7 @@ class Measured:
     pixels; ``trivial``: of each picture, for each prompting, fp64 [answers, K].
     """
 
-    promptings: tuple[Prompting, ...]
+    promptings: tuple[PromptSpec, ...]
     iou: list[np.ndarray] = field(default_factory=list)
     areas: list[np.ndarray] = field(default_factory=list)
     trivial: list[list[np.ndarray]] = field(default_factory=list)

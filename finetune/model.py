@@ -35,7 +35,7 @@ TAKES_ENCODER = Takes(  # encoder.checkpoint in stage 2
 
 
 @dataclass
-class DecoderConfig:
+class MaskDecoderConfig:
     """The prompt encoder and mask decoder.
 
     Attributes:
@@ -81,7 +81,7 @@ def height_of(name: str, depth: int) -> int:
 
 def build_model(
     encoder: EncoderConfig,
-    decoder: DecoderConfig,
+    decoder: MaskDecoderConfig,
     image_size: int,
     resize: str,
     checkpointing: bool,
@@ -179,7 +179,7 @@ PARTS = ("prompt_encoder", "mask_decoder")
 
 
 def _load_decoder(
-    decoder: DecoderConfig, say: Callable[[str], None]
+    decoder: MaskDecoderConfig, say: Callable[[str], None]
 ) -> tuple[dict[str, dict[str, torch.Tensor]], str]:
     """The tensors of a prompt encoder and a mask decoder, by attribute; and their file.
 
@@ -229,7 +229,7 @@ def _renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def export_header(model: Sam, **more: Any) -> dict[str, str]:
+def model_header(model: Sam, **more: Any) -> dict[str, str]:
     """Metadata of ``model.safetensors``: JSON with the shape and what else there is to know."""
     return {"model": json.dumps({**model.shape.header(), **more})}
 

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from finetune.data import Batch
-from finetune.losses import LossConfig, stage2_losses
+from finetune.data import PromptBatch
+from finetune.losses import MaskLossConfig, stage2_losses
 from finetune.prompt_encoder import PADDING
 from finetune.prompts import PromptConfig, append_clicks, correction_clicks
 from finetune.sam import Sam
@@ -19,13 +19,13 @@ class Objective(nn.Module):
     torch's default generator, which the loop seeds by the step.
     """
 
-    def __init__(self, model: Sam, loss: LossConfig, prompt: PromptConfig) -> None:
+    def __init__(self, model: Sam, loss: MaskLossConfig, prompt: PromptConfig) -> None:
         super().__init__()
         self.model, self.loss, self.prompt = model, loss, prompt
         if self.model.takes_background and not prompt.corrections:
             model.prompt_encoder.mask_downscaling.requires_grad_(False)  # no mask is ever given
 
-    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def forward(self, batch: PromptBatch) -> dict[str, torch.Tensor]:
         """Losses of a batch on the device; see :func:`stage2_losses`."""
         points, labels, total = batch.points, batch.labels, {}
         both = self.model.takes_background

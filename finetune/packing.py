@@ -40,7 +40,7 @@ COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # and thei
 LOSSLESS = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")  # Pillow's modes that PNG holds
 
 
-class Picture(NamedTuple):
+class SourcePicture(NamedTuple):
     """A picture to be written: its path below the source and what comes with it."""
 
     path: str
@@ -84,7 +84,7 @@ class Written:
         self.noted += other.noted
 
 
-def write_shard(how: How, path: Path, first: int, pictures: list[Picture]) -> Written:
+def pack_shard(how: How, path: Path, first: int, pictures: list[SourcePicture]) -> Written:
     """One tar, under another name until it is whole and on the disk.
 
     Args:
@@ -99,7 +99,7 @@ def write_shard(how: How, path: Path, first: int, pictures: list[Picture]) -> Wr
             with wds.TarWriter(file, mtime=0) as writer:
                 for number, picture in enumerate(pictures, first):
                     try:
-                        writer.write(make_sample(how, picture, f"{number:08d}", written))
+                        writer.write(pack_sample(how, picture, f"{number:08d}", written))
                         written.pictures += 1
                     except BadSample as error:
                         written.bad.append((picture.path, str(error)))
@@ -111,7 +111,7 @@ def write_shard(how: How, path: Path, first: int, pictures: list[Picture]) -> Wr
     return written
 
 
-def make_sample(how: How, picture: Picture, key: str, written: Written) -> dict[str, Any]:
+def pack_sample(how: How, picture: SourcePicture, key: str, written: Written) -> dict[str, Any]:
     """A picture's members; what was left out of it, or done to it, is added to ``written``.
 
     Raises:
@@ -194,7 +194,7 @@ def _read(path: Path) -> bytes:
 # ---- The plan of a folder
 
 
-def stamp(source: Path, pictures: list[Picture]) -> str:
+def stamp(source: Path, pictures: list[SourcePicture]) -> str:
     """Changes when one of the files does: by their sizes and times, not their content."""
     digest = hashlib.sha256()
     for picture in pictures:
@@ -301,7 +301,7 @@ def unclaim(out: Path, prefix: str, shards: list[Path], own_classes: bool) -> No
         (out / CLASSES).unlink(missing_ok=True)
 
 
-def listing(pictures: list[Picture]) -> str:
+def listing(pictures: list[SourcePicture]) -> str:
     """Changes with the pictures' paths, labels or annotations."""
     rows = [
         (

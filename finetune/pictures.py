@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from scipy.ndimage import binary_dilation, binary_erosion
 
-from finetune.evaluation import PROMPTINGS, Judged, Prompting, masks_of, paint
+from finetune.evaluation import PROMPTS, EvalSample, PromptSpec, masks_of, paint
 from finetune.losses import mask_iou
 from finetune.prompt_encoder import BACKGROUND, FOREGROUND, TOP_LEFT
 from finetune.sam import Sam
@@ -21,7 +21,7 @@ SIDE = 560  # pixels of a panel's longer side
 COLUMNS, GAP, STRIP, HEAD, DPI = 3, 12, 26, 64, 100  # panels in a row; pixels
 MOST = len(OBJECTS)  # objects of a picture: more would share their colours
 OUTLINE = 2  # pixels
-SHOWN = PROMPTINGS[:2]  # box and one click
+SHOWN = PROMPTS[:2]  # box and one click
 KEY = (
     "Each prompt has its mask's colour: dashed box, star (a click in the object), cross (a click "
     "beside it). At it: the object's number, and its mask's IoU; empty: the mask has no pixel."
@@ -31,10 +31,10 @@ KEY = (
 def draw_masks(
     path: Path,
     model: Sam,
-    pictures: list[Judged],
+    pictures: list[EvalSample],
     device: torch.device,
     title: str,
-    promptings: tuple[Prompting, ...] = SHOWN,
+    promptings: tuple[PromptSpec, ...] = SHOWN,
 ) -> None:
     """Write a PNG: of each picture the true masks, and the masks by each kind of prompt."""
     save_png(figure_of(model, pictures, device, title, promptings), path, DPI)
@@ -42,10 +42,10 @@ def draw_masks(
 
 def figure_of(
     model: Sam,
-    pictures: list[Judged],
+    pictures: list[EvalSample],
     device: torch.device,
     title: str,
-    promptings: tuple[Prompting, ...] = SHOWN,
+    promptings: tuple[PromptSpec, ...] = SHOWN,
 ) -> Figure:
     """What :func:`draw_masks` writes; a panel's pixels are pixels of the PNG."""
     columns = min(COLUMNS, 1 + len(promptings))
@@ -80,10 +80,10 @@ def _panel(size: tuple[int, int]) -> tuple[int, int]:
 def _draw_picture(
     axes: list[Axes],
     model: Sam,
-    judged: Judged,
+    judged: EvalSample,
     size: tuple[int, int],
     device: torch.device,
-    promptings: tuple[Prompting, ...],
+    promptings: tuple[PromptSpec, ...],
 ) -> None:
     """Fill a picture's panels: the truth, and then each kind of prompt."""
     frame = model.shape.frame(*judged.size)
@@ -95,7 +95,7 @@ def _draw_picture(
     told = f"{count} of {objects} masks" if count < objects else f"{objects} masks"
     _show(axes[0], image, shrink(truth, size), f"{judged.key}: {told}, as annotated")
     taken: list[tuple[float, ...]] = []
-    for number, point in enumerate(judged.prompts(Prompting("random", 1))[0][:, 0]):
+    for number, point in enumerate(judged.prompts(PromptSpec("random", 1))[0][:, 0]):
         _label(axes[0], number, f"{number + 1}", _on_panel(point, judged.size, size), taken)
     for axis, prompting in zip(axes[1:], promptings, strict=True):
         masks, points, labels = masks_of(model, judged, device, prompting)

@@ -15,16 +15,16 @@ from functools import partial
 
 import torch
 
-from finetune.data import UNSURE, DataConfig, Prompted
-from finetune.evaluation import EvalConfig, Judged, Pictures, ShardSource, evaluate
-from finetune.losses import LossConfig
+from finetune.data import UNSURE, MaskDataConfig, PromptTransform
+from finetune.evaluation import EvalDataset, EvalSample, MaskEvalConfig, ShardSource, evaluate
+from finetune.losses import MaskLossConfig
 from finetune.model import (
     TAKES,
     TAKES_ENCODER,
-    DecoderConfig,
+    MaskDecoderConfig,
     build_model,
-    export_header,
     height_of,
+    model_header,
 )
 from finetune.objective import Objective
 from finetune.pictures import draw_masks
@@ -82,12 +82,12 @@ class FinetuneConfig:
     """Stage 2: the encoder of stage 1 with SAM's mask decoder, trained together on SA-1B."""
 
     run: RunConfig = field(default_factory=RunConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    data: MaskDataConfig = field(default_factory=MaskDataConfig)
+    eval: MaskEvalConfig = field(default_factory=MaskEvalConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    decoder: MaskDecoderConfig = field(default_factory=MaskDecoderConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: MaskLossConfig = field(default_factory=MaskLossConfig)
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=4e-4,
@@ -124,7 +124,7 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
     sources, held_out = open_data(cfg.data, run)
     order = Order(
         sources,
-        fields=Prompted.fields,
+        fields=PromptTransform.fields,
         batch_size=cfg.train.batch_size,
         seed=cfg.run.seed,
         buffer_bytes=cfg.data.shuffle_mb * 1_000_000,
@@ -155,7 +155,7 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
     objective = Objective(model, cfg.loss, cfg.prompt).to(run.device)
     depth = model.shape.encoder.depth
     state = State(objective, cfg.optim, cfg.train, run, lambda name: height_of(name, depth))
-    samples = Prompted.of(
+    samples = PromptTransform.of(
         cfg.data, cfg.prompt, cfg.loss.size or model.shape.mask_size, cfg.run.seed
     )
     facts = {
@@ -258,8 +258,8 @@ def draw(run: Run, model: Sam, shards: list[Shard], step: int, drawn: Drawn) -> 
         return
     positions = range(min(SHOWN, sum(shard.count for shard in shards)))
     path = run.dir / "pictures" / f"masks-{step:07d}.png"
-    found = Pictures(ShardSource(shards, positions), model.shape, masks=8, drawn=drawn)
-    shown = [judged for judged in found if isinstance(judged, Judged)]
+    found = EvalDataset(ShardSource(shards, positions), model.shape, masks=8, drawn=drawn)
+    shown = [judged for judged in found if isinstance(judged, EvalSample)]
     if shown:
         model.eval()
         with run.accelerator.autocast():
@@ -308,7 +308,7 @@ def announce(
 
 def make_export(model: Sam, step: int, weights: str) -> Export:
     """The model as it is opened by others, at every checkpoint and at the end."""
-    header = export_header(model, weights=weights, training={"steps": step})
+    header = model_header(model, weights=weights, training={"steps": step})
     return Export("model.safetensors", model.state_dict(), header)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.evaluation import Judged, Pictures
+from finetune.evaluation import EvalDataset, EvalSample
 from finetune.rle import FOREIGN, MISFIT, parse_annotations
 from sami.core.errors import BadSample
 from sami.core.shards import PICTURE, RawSample
@@ -53,8 +53,8 @@ def used_by(data):
     assert not unsure and all(key == "a/b" for _, key in left_out)
     small = [mask[np.ix_(rows, columns)] for mask in MASKS]
     trained = {n for n, one in enumerate(small) if any((one == mask).all() for mask in masks)}
-    (judged,) = Pictures(Given([sample]), SHAPE)
-    assert isinstance(judged, Judged)
+    (judged,) = EvalDataset(Given([sample]), SHAPE)
+    assert isinstance(judged, EvalSample)
     found = [paint(ends, HEIGHT, WIDTH) for ends in judged.ends]
     judged_on = {n for n, one in enumerate(MASKS) if any((one == mask).all() for mask in found)}
     assert sorted(judged.notes) == sorted(noted)
@@ -129,7 +129,7 @@ def test_where_none_is_left_the_sample_is_bad_by_their_reason():
         sample = RawSample("a/b", GOOD.parts | {"json": data})
         with pytest.raises(BadSample, match=f"^{reason}$"):
             maker().decode(sample, 0, False)
-        assert list(Pictures(Given([sample]), SHAPE)) == [RawSample("a/b", reason=reason)]
+        assert list(EvalDataset(Given([sample]), SHAPE)) == [RawSample("a/b", reason=reason)]
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)

@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finetune.classification import AugmentConfig, DataConfig, Labelled
+from finetune.classification import AugmentConfig, LabelDataConfig, LabelTransform
 from finetune.data import NO_PIXEL, loss_pixels
-from finetune.evaluation import PROMPTINGS, Judged, Pictures, Prompting, score
+from finetune.evaluation import PROMPTS, EvalDataset, EvalSample, PromptSpec, score
 from finetune.pictures import draw_masks
 from finetune.sam import ModelShape, Sam, frame_of
 from sami.caching import prepare
@@ -156,14 +156,14 @@ def models():
 @pytest.mark.parametrize("resize", ["square", "longest"])
 def test_evaluation(models, resize, tmp_path):
     """Scores are IoUs, and the pictures of it are drawn."""
-    promptings = (*PROMPTINGS, *Prompting.parse("centre-2", 1))
+    promptings = (*PROMPTS, *PromptSpec.parse("centre-2", 1))
     rng = np.random.default_rng(1)
     more = [tuple(int(v) for v in np.exp(rng.uniform(0, 6, 2))) for _ in range(6)]
     shown, model = [], models[resize]
     for width, height in [*EXTREME, *more]:
         sample, mask = sample_of(width, height)
-        (judged,) = Pictures(Given([sample]), model.shape, promptings)
-        assert isinstance(judged, Judged) and judged.size == (height, width)
+        (judged,) = EvalDataset(Given([sample]), model.shape, promptings)
+        assert isinstance(judged, EvalSample) and judged.size == (height, width)
         frame = model.shape.frame(height, width)
         assert tuple(judged.image.shape[1:]) == frame and between(
             judged.image.permute(1, 2, 0).numpy()
@@ -183,7 +183,9 @@ def test_evaluation(models, resize, tmp_path):
 def test_classification_and_probe(size):
     """timm alone would bring the short side to 256 px: 65,535 x 1 to 13 GB."""
     sample, _ = sample_of(*size)
-    samples = Labelled(DataConfig(image_size=32), AugmentConfig(auto="", erase=0.0), seed=0)
+    samples = LabelTransform(
+        LabelDataConfig(image_size=32), AugmentConfig(auto="", erase=0.0), seed=0
+    )
     for decode in (samples.decode_held_out, lambda s: samples.decode(s, 0, False)):
         _, picture, label = decode(sample)
         assert picture.shape == (3, 32, 32) and label == 1
@@ -195,7 +197,7 @@ def test_classification_and_probe(size):
 
 def test_classifications_central_part_is_the_same_in_long_pictures():
     """What is cut away before timm resizes lies outside of what it keeps."""
-    samples = Labelled(DataConfig(image_size=32), AugmentConfig(), seed=0)
+    samples = LabelTransform(LabelDataConfig(image_size=32), AugmentConfig(), seed=0)
     rng = np.random.default_rng(0)
     for width, height in ((1200, 100), (100, 1200), (801, 100)):
         coarse = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)

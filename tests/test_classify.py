@@ -11,8 +11,8 @@ from timm.scheduler import CosineLRScheduler
 from finetune.classification import (
     AugmentConfig,
     Classification,
-    DataConfig,
-    Labelled,
+    LabelDataConfig,
+    LabelTransform,
     build_classifier,
     build_groups,
 )
@@ -105,7 +105,7 @@ def test_compiled_it_goes_on_too(shards, tmp_path, in_process, eager_compile):
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_key(shards, tmp_path):
-    samples = Labelled(DataConfig(classes=3, image_size=32), AugmentConfig(), 0)
+    samples = LabelTransform(LabelDataConfig(classes=3, image_size=32), AugmentConfig(), 0)
     (source,) = opened(str(shards / "train.tar"), tmp_path)
     (sample,) = read_range(source.shards, range(1), samples.fields)
     before = torch.get_rng_state()
@@ -123,7 +123,9 @@ def test_it_starts_from_the_pretrained_encoder(tmp_path):
     header = export_header(encoder, weights="last", training={})
     write_weights(tmp_path / "encoder.safetensors", encoder.state_dict(), header)
     config = EncoderConfig("custom", width=32, patch_size=8, checkpoint=str(tmp_path))
-    model = build_classifier(config, DataConfig(classes=5, image_size=32), AugmentConfig()).eval()
+    model = build_classifier(
+        config, LabelDataConfig(classes=5, image_size=32), AugmentConfig()
+    ).eval()
     images = torch.randn(2, 3, 32, 32)
     patches = encoder.blocks(model.norm_pre(model._pos_embed(model.patch_embed(images))))
     expected = patches[:, 1:].mean(1)
@@ -162,7 +164,7 @@ def test_a_picture_without_bits_is_black(auto):
         for part in transform if isinstance(transform, (list, tuple)) else parts:
             look(part)
 
-    look(Labelled(DataConfig(image_size=32), AugmentConfig(auto=auto), 0).augmented)
+    look(LabelTransform(LabelDataConfig(image_size=32), AugmentConfig(auto=auto), 0).augmented)
     assert found
     white = Image.new("RGB", (4, 4), "white")
     for operation in found:
@@ -175,7 +177,7 @@ def test_a_picture_without_bits_is_black(auto):
 def test_groups():
     optim = OptimConfig(lr=1e-3, base_batch=16, warmup=0.1, layer_decay=0.5)
     model = build_classifier(
-        EncoderConfig("custom", width=32, depth=3), DataConfig(classes=4), AugmentConfig()
+        EncoderConfig("custom", width=32, depth=3), LabelDataConfig(classes=4), AugmentConfig()
     )
     assert build_groups(model, optim).param_groups[0]["lr_scale"] == 1.0
     scales = {
@@ -194,7 +196,7 @@ def test_groups():
 def test_without_mixup_the_loss_is_smoothed_cross_entropy():
     model = build_classifier(
         EncoderConfig("custom", width=32, patch_size=8),
-        DataConfig(classes=4, image_size=32),
+        LabelDataConfig(classes=4, image_size=32),
         AugmentConfig(drop_path=0.0),
     ).eval()
     plain = Classification(model, AugmentConfig(mixup=0, cutmix=0), 4)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from finetune.coco import DEGENERATE, NORMALISED, CocoSource, Entry, read_coco, to_sa1b
-from finetune.evaluation import Pictures
+from finetune.evaluation import EvalDataset
 from finetune.folders import find_files, plain_path
 from finetune.rle import decode_counts, parse_annotations, sample
 from sami.core.errors import BadSample, UserError
@@ -269,7 +269,7 @@ def write(tmp_path, images, annotations, **more):
 
 
 def drawn(folder, *names):
-    """Pictures of the annotations' size, each of its own colour."""
+    """EvalDataset of the annotations' size, each of its own colour."""
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         colour = (10 * number, 90, 200 - 10 * number)
@@ -476,7 +476,7 @@ def test_a_polygon_of_fewer_than_3_points_leaves_the_others(tmp_path, part, plac
     assert left_out == {NORMALISED: 1}
     folder = drawn(tmp_path / "pictures", "a.png")
     path = write(tmp_path, entry.images, [{"image_id": 1, "segmentation": parts}])
-    (judged,) = Pictures(CocoSource.of(read_coco(path), folder), SHAPE)
+    (judged,) = EvalDataset(CocoSource.of(read_coco(path), folder), SHAPE)
     assert len(judged.ends) == 1 and judged.notes == [f"left out: {DEGENERATE}"]
 
 
@@ -490,7 +490,7 @@ def test_evaluation_tells_which_masks_were_left_out(tmp_path):
     path = write(tmp_path, [image(1, "a.png"), image(2, "b.png")], annotations)
     for keep, others in ((False, ["object left out: crowd"]), (True, [])):
         source = CocoSource.of(read_coco(path), folder, keep_crowd=keep)
-        for judged in Pictures(source, SHAPE):
+        for judged in EvalDataset(source, SHAPE):
             assert len(judged.ends) == 1 + keep
             assert sorted(judged.notes) == [*others, "object left out: malformed polygon"]
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from finetune.data import NO_PIXEL, DataConfig, Prompted, loss_pixels, mirror
+from finetune.data import NO_PIXEL, MaskDataConfig, PromptTransform, loss_pixels, mirror
 from finetune.prompts import PromptConfig
 from sami.core.errors import BadSample
 from sami.core.order import Layout, Order
@@ -50,7 +50,9 @@ def maker(**options):
     data = {"image_size": 64, "masks_per_image": 64} | options
     prompt = {k: data.pop(k) for k in ("boxes", "clicks") if k in data}
     seed = data.pop("seed", 0)
-    return Prompted.of(DataConfig(**data), PromptConfig(**prompt), data["image_size"] // 4, seed)
+    return PromptTransform.of(
+        MaskDataConfig(**data), PromptConfig(**prompt), data["image_size"] // 4, seed
+    )
 
 
 def test_loss_pixels_lie_under_their_centres():
@@ -205,7 +207,7 @@ def test_objects_without_a_pixel_of_loss_are_left_out_and_counted():
     for number, bar in enumerate(bars):
         bar[10:60, 3 * number] = True
     coarse = maker().decode(raw(bars), 0, False)
-    fine = Prompted.of(DataConfig(image_size=64), PromptConfig(), 128, 0).decode(
+    fine = PromptTransform.of(MaskDataConfig(image_size=64), PromptConfig(), 128, 0).decode(
         raw(bars), 0, False
     )
     assert len(coarse[3]) + len(coarse[-1]) == 30 and len(coarse[-1]) > 15
@@ -240,7 +242,7 @@ def test_the_stream_of_both_stages(tmp_path):
     done = draw(tmp_path, "--shards", "3")
     sources = opened(done.stdout.split(": ")[-1].strip(), tmp_path)
     views = maker(masks_per_image=3)
-    order = Order(sources, fields=Prompted.fields, batch_size=5, seed=0, buffer_bytes=10**6)
+    order = Order(sources, fields=PromptTransform.fields, batch_size=5, seed=0, buffer_bytes=10**6)
     legs = order.legs(0, [], Layout(5, 5, 1, 2))
     source = Batches(order, views, legs, rank=0, step=0, workers=0, device=torch.device("cpu"))
     keys = []
@@ -259,7 +261,7 @@ def test_real_pictures(tmp_path):
 
     (source,) = opened(str(real), tmp_path)
     views = maker(image_size=256)
-    for sample in read_range(source.shards, range(8), Prompted.fields):
+    for sample in read_range(source.shards, range(8), PromptTransform.fields):
         _, picture, _, masks, *_ = views.decode(sample, 0, False)
         told = json.loads(sample.parts["json"])
         size = told["image"]["height"], told["image"]["width"]

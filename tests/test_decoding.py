@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from finetune.classification import AugmentConfig, DataConfig, Labelled
+from finetune.classification import AugmentConfig, LabelDataConfig, LabelTransform
 from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, UNKNOWN_RANGE, cut, open_image, to_8_bits
 from sami.core.shards import PICTURE, RawSample
@@ -240,7 +240,7 @@ def test_what_cannot_be_told_has_its_reason(name):
 @pytest.mark.parametrize("name", [*GOOD, *BAD])
 def test_classification_sees_the_same(name):
     """One decoder: what it is given is what stage 1 would cut, before timm's own resizing."""
-    samples = Labelled(DataConfig(image_size=32), AugmentConfig(), seed=0)
+    samples = LabelTransform(LabelDataConfig(image_size=32), AugmentConfig(), seed=0)
     data, told = (GOOD | BAD)[name]
     sample = RawSample("s/a", {PICTURE: data, "cls": b"3"})
     if name in BAD:

@@ -10,13 +10,13 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from segment_anything import SamPredictor
 
-from finetune.data import DataConfig, Prompted, loss_pixels
+from finetune.data import MaskDataConfig, PromptTransform, loss_pixels
 from finetune.evaluation import (
-    PROMPTINGS,
-    EvalConfig,
-    Judged,
-    Pictures,
-    Prompting,
+    PROMPTS,
+    EvalDataset,
+    EvalSample,
+    MaskEvalConfig,
+    PromptSpec,
     ShardSource,
     evaluate,
     masks_of,
@@ -67,15 +67,15 @@ def test_prompts_of_an_object():
     hits = [np.zeros((HEIGHT, WIDTH)) for _ in range(6)]
     masks = list(discs(6))
     for seed in range(50):
-        promptings = (*Prompting.parse("box", 1), *Prompting.parse("3", 2))
-        (judged,) = Pictures(Given([raw(masks)]), SHAPE, promptings, seed=seed)
+        promptings = (*PromptSpec.parse("box", 1), *PromptSpec.parse("3", 2))
+        (judged,) = EvalDataset(Given([raw(masks)]), SHAPE, promptings, seed=seed)
         order = [[np.array_equal(paint(e, HEIGHT, WIDTH), m) for m in masks] for e in judged.ends]
         assert np.array(order).sum() == 6
-        boxes, labels = judged.prompts(Prompting("box"))
+        boxes, labels = judged.prompts(PromptSpec("box"))
         assert labels.tolist() == [[2, 3]] * 6
-        one, _ = judged.prompts(Prompting("random", 1))
-        three, labels = judged.prompts(Prompting("random", 3))
-        other, _ = judged.prompts(Prompting("random", 3, draw=1))
+        one, _ = judged.prompts(PromptSpec("random", 1))
+        three, labels = judged.prompts(PromptSpec("random", 3))
+        other, _ = judged.prompts(PromptSpec("random", 3, draw=1))
         assert labels.tolist() == [[1, 1, 1]] * 6 and not torch.equal(three, other)
         assert torch.equal(one[:, 0], three[:, 0])
         for row, which in enumerate(np.argmax(order, 1)):
@@ -103,13 +103,13 @@ def test_the_centre_is_farthest_from_the_boundary():
 
 
 def test_words_for_promptings():
-    assert Prompting.parse("box", 3) == [Prompting("box")]
-    assert [p.draw for p in Prompting.parse("3", 3)] == [0, 1, 2]
-    assert Prompting.parse("centre-2", 3) == [Prompting("centre", 2)]
-    assert Prompting("centre", 2).name == "2 clicks, centre first"
+    assert PromptSpec.parse("box", 3) == [PromptSpec("box")]
+    assert [p.draw for p in PromptSpec.parse("3", 3)] == [0, 1, 2]
+    assert PromptSpec.parse("centre-2", 3) == [PromptSpec("centre", 2)]
+    assert PromptSpec("centre", 2).name == "2 clicks, centre first"
     for word in ("", "0", "centre", "centre-", "centre-0", "x", "-1", "1.5"):
         with pytest.raises(ValueError):
-            Prompting.parse(word, 1)
+            PromptSpec.parse(word, 1)
 
 
 class Given:
@@ -158,8 +158,8 @@ def whole(logits):
 @torch.no_grad()
 def test_what_is_scored_and_at_which_size():
     """Every size, prompting and choice against loops over single masks."""
-    promptings = (Prompting("box"), Prompting("random", 2, 1), Prompting("centre", 1))
-    (judged,) = Pictures(Given([raw(list(discs(20, seed=3)))]), SHAPE, promptings)
+    promptings = (PromptSpec("box"), PromptSpec("random", 2, 1), PromptSpec("centre", 1))
+    (judged,) = EvalDataset(Given([raw(list(discs(20, seed=3)))]), SHAPE, promptings)
     model = oracle_of(SHAPE, judged)
     found = score(model, judged, CPU, promptings)
     assert found.shape == (3, 2, 20)
@@ -176,8 +176,8 @@ def test_what_is_scored_and_at_which_size():
 @pytest.mark.parametrize("kind", ["efficientsam", "sam"])
 def test_later_clicks_go_to_the_middle_of_what_is_wrong(kind):
     shape = ModelShape(SHAPE.encoder, kind)
-    promptings = (Prompting("centre", 3),)
-    (judged,) = Pictures(Given([raw(list(discs(5)))]), shape, promptings)
+    promptings = (PromptSpec("centre", 3),)
+    (judged,) = EvalDataset(Given([raw(list(discs(5)))]), shape, promptings)
     model = oracle_of(shape, judged)
     score(model, judged, CPU, promptings)
     points, labels = model.seen[-1]
@@ -247,13 +247,15 @@ def test_a_pixel_is_at_one_coordinate_everywhere(kind, resize, size, monkeypatch
                 predictor.predict(box=corners.ravel())
             np.testing.assert_allclose(asked(), expected, atol=1e-4)
             for prompting in (
-                (Prompting("random", 1), Prompting("centre", 1)) if clicked else (Prompting("box"),)
+                (PromptSpec("random", 1), PromptSpec("centre", 1))
+                if clicked
+                else (PromptSpec("box"),)
             ):
-                (judged,) = Pictures(Given([raw([mask], size=size)]), shape, (prompting,))
+                (judged,) = EvalDataset(Given([raw([mask], size=size)]), shape, (prompting,))
                 score(model, judged, CPU, (prompting,))
                 np.testing.assert_allclose(asked(), expected, atol=1e-4)
-            views = Prompted.of(
-                DataConfig(image_size=64, resize=resize, hflip=True),
+            views = PromptTransform.of(
+                MaskDataConfig(image_size=64, resize=resize, hflip=True),
                 PromptConfig(boxes=0.0 if clicked else 1.0, clicks=1),
                 16,
                 0,
@@ -286,13 +288,13 @@ def test_a_pixel_is_at_one_coordinate_everywhere(kind, resize, size, monkeypatch
 def test_pictures_in_fixed_order_without_bad_ones(tmp_path):
     done = draw(tmp_path, "--shards", "2")
     (source,) = opened(done.stdout.split(": ")[-1].strip(), tmp_path)
-    found = list(Pictures(ShardSource(source.shards, range(10)), SHAPE, masks=3))
+    found = list(EvalDataset(ShardSource(source.shards, range(10)), SHAPE, masks=3))
     assert len({one.key for one in found}) == 10
-    again = list(Pictures(ShardSource(source.shards, range(4, 6)), SHAPE, masks=3))
+    again = list(EvalDataset(ShardSource(source.shards, range(4, 6)), SHAPE, masks=3))
     for a, b in zip(found[4:6], again, strict=True):
         assert a.key == b.key and torch.equal(a.clicks, b.clicks)
         assert a.image.shape == (3, 64, 64) and 1 <= len(a.ends) <= 3
-    other = list(Pictures(ShardSource(source.shards, range(10)), SHAPE, masks=3, seed=1))
+    other = list(EvalDataset(ShardSource(source.shards, range(10)), SHAPE, masks=3, seed=1))
     assert any(not torch.equal(a.clicks, b.clicks) for a, b in zip(found, other, strict=True))
 
 
@@ -336,8 +338,8 @@ def test_masks_are_tinted_and_outlined():
 def test_pictures_of_masks(tmp_path, monkeypatch):
     """Titles, IoU beside each prompt, empty masks, colours and places."""
     masks = list(discs(14, seed=1))
-    promptings = (Prompting("box"), Prompting("random", 2), Prompting("centre", 3))
-    (judged,) = Pictures(Given([raw(masks)]), SHAPE, promptings)
+    promptings = (PromptSpec("box"), PromptSpec("random", 2), PromptSpec("centre", 3))
+    (judged,) = EvalDataset(Given([raw(masks)]), SHAPE, promptings)
     truth = torch.from_numpy(np.stack([paint(e, HEIGHT, WIDTH) for e in judged.ends[:MOST]]))
     found = truth.roll(3, 2)
     found[0] = False
@@ -397,8 +399,8 @@ def _shown(judged, truth):
 def test_masks_of_a_model_and_what_it_was_asked():
     torch.manual_seed(0)
     model, masks = Sam(SHAPE).eval(), list(discs(3))
-    (judged,) = Pictures(Given([raw(masks)]), SHAPE, (Prompting("centre", 2),))
-    found, points, labels = masks_of(model, judged, CPU, Prompting("centre", 2))
+    (judged,) = EvalDataset(Given([raw(masks)]), SHAPE, (PromptSpec("centre", 2),))
+    found, points, labels = masks_of(model, judged, CPU, PromptSpec("centre", 2))
     assert found.shape == (3, HEIGHT, WIDTH) and points.shape == (3, 2, 2)
     assert torch.equal(points[:, 0], judged.centres) and (labels[:, 0] == FOREGROUND).all()
     assert np.array_equal(shrink(torch.from_numpy(np.stack(masks)), (HEIGHT, WIDTH)), masks)
@@ -437,14 +439,14 @@ def test_means_are_over_objects(tmp_path):
     (source,) = opened(str(tmp_path / "s.tar"), tmp_path)
     torch.manual_seed(0)
     model, run = Sam(SHAPE), Alone()
-    told = evaluate(run, model, source.shards, EvalConfig(), 0)
+    told = evaluate(run, model, source.shards, MaskEvalConfig(), 0)
     assert told["pictures"] == 2 and told["objects"] == 7
     why = "{'no usable mask': 1}, the first is s/c"
     assert run.said == [f"1 of 3 held-out pictures unusable: {why}"]
     model.eval()
-    pictures = Pictures(ShardSource(source.shards, range(3)), SHAPE, PROMPTINGS, 64)
-    usable = [one for one in pictures if isinstance(one, Judged)]
-    each = torch.cat([score(model, one, CPU, PROMPTINGS)[:, 0] for one in usable], 1)
+    pictures = EvalDataset(ShardSource(source.shards, range(3)), SHAPE, PROMPTS, 64)
+    usable = [one for one in pictures if isinstance(one, EvalSample)]
+    each = torch.cat([score(model, one, CPU, PROMPTS)[:, 0] for one in usable], 1)
     assert told["miou_box"] == pytest.approx(each[0].mean().item())
     assert told["miou_3_clicks"] == pytest.approx(each[2].mean().item())
     boxes, one, three = zip(*(judged.trivial for judged in usable), strict=True)
@@ -458,6 +460,6 @@ def test_real_annotations_are_readable(tmp_path):
     if not real.exists():
         pytest.skip("the real tars (../shared/data/sa1b_layout) are not here")
     (source,) = opened(str(real), tmp_path)
-    found = list(Pictures(ShardSource(source.shards, range(source.count)), SHAPE, masks=4))
+    found = list(EvalDataset(ShardSource(source.shards, range(source.count)), SHAPE, masks=4))
     assert len(found) == source.count
-    assert all(isinstance(one, Judged) for one in found)
+    assert all(isinstance(one, EvalSample) for one in found)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from finetune.data import Batch
-from finetune.losses import LossConfig as Stage2Loss
-from finetune.model import DecoderConfig as Stage2Decoder
+from finetune.data import PromptBatch
+from finetune.losses import MaskLossConfig as Stage2Loss
+from finetune.model import MaskDecoderConfig as Stage2Decoder
 from finetune.model import build_model
 from finetune.objective import Objective
 from finetune.prompts import PromptConfig
@@ -69,7 +69,7 @@ def test_a_step_of_stage_two_does_not_wait_for_the_device():
     model = build_model(EncoderConfig(), Stage2Decoder(dropout=0.1), 1024, "square", False)
     objective = Objective(model.to(device), Stage2Loss(), PromptConfig(corrections=1))
     optimizer = build_optimizer(objective, OptimConfig())
-    host = Batch(
+    host = PromptBatch(
         torch.randint(0, 256, (1, 3, 1024, 1024), dtype=torch.uint8),
         torch.rand(1, 8, 256, 256) > 0.5,
         torch.ones(1, 8, dtype=torch.bool),

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from finetune.folders import Classes, class_folders
-from finetune.packing import Picture, listing
+from finetune.packing import SourcePicture, listing
 from sami.core.exits import run_entry
 from sami.core.shards import PICTURE, expand, read_range
 from tests.runs import ROOT, kill, opened, run, start, wait_for
@@ -253,7 +253,7 @@ def test_names_that_were_listed_as_ascii(tmp_path):
         "ant": 1,
         "caf\u00e9": 0,
     }
-    rows = [listing([Picture(name)]) for name in (listed[0], "caf\u00e9/a.png", listed[1])]
+    rows = [listing([SourcePicture(name)]) for name in (listed[0], "caf\u00e9/a.png", listed[1])]
     assert rows[0] == rows[1] != rows[2]
 
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from finetune.coco import CocoSource, read_coco
-from finetune.evaluation import Prompting
+from finetune.evaluation import PromptSpec
 from finetune.measures import DATA_SETS, PAPER, Measured, data_set, mean, paired, resample, verdict
-from finetune.model import DecoderConfig, build_model, export_header
+from finetune.model import MaskDecoderConfig, build_model, model_header
 from finetune.trivial import RADII
 from sami.core.checkpoint import write_weights
 from sami.core.errors import UserError
@@ -23,7 +23,7 @@ from tools.evaluate import main
 
 
 def test_means_by_size_and_draw():
-    promptings = (*Prompting.parse("box", 2), *Prompting.parse("1", 2))
+    promptings = (*PromptSpec.parse("box", 2), *PromptSpec.parse("1", 2))
     measured, rng = Measured(promptings), np.random.default_rng(0)
     told = [(rng.random((3, 2, k)), rng.integers(1, 20000, k)) for k in (3, 7, 1)]
     count = len(RADII)
@@ -86,8 +86,8 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     encoder = EncoderConfig("custom", width=32, patch_size=8)
-    model = build_model(encoder, DecoderConfig(width=32), 64, "square", False)
-    write_weights(folder / "model.safetensors", model.state_dict(), export_header(model))
+    model = build_model(encoder, MaskDecoderConfig(width=32), 64, "square", False)
+    write_weights(folder / "model.safetensors", model.state_dict(), model_header(model))
     return folder
 
 

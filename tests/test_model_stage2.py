@@ -10,7 +10,7 @@ import pytest
 import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 
-from finetune.model import DecoderConfig, build_model, export_header, height_of, load_model
+from finetune.model import MaskDecoderConfig, build_model, height_of, load_model, model_header
 from finetune.sam import ModelShape, Sam
 from sami.core.checkpoint import write_weights
 from sami.core.errors import UserError
@@ -88,7 +88,7 @@ def test_names_and_shapes_are_the_released_ones(released):
 def test_round_trip(tmp_path):
     torch.manual_seed(0)
     model = Sam(SMALL).eval()
-    write_weights(tmp_path / "model.safetensors", model.state_dict(), export_header(model, steps=3))
+    write_weights(tmp_path / "model.safetensors", model.state_dict(), model_header(model, steps=3))
     again = load_model(tmp_path)
     images = torch.rand(2, 3, 50, 70)
     points, labels = torch.tensor([[[[30.0, 20.0]]]] * 2), torch.ones(2, 1, 1)
@@ -98,7 +98,7 @@ def test_round_trip(tmp_path):
 
 def build(encoder=None, decoder=None, width=64, **more):
     shape = EncoderConfig("custom", width=width, checkpoint=encoder and str(encoder))
-    settings = DecoderConfig(checkpoint=decoder and str(decoder), **more)
+    settings = MaskDecoderConfig(checkpoint=decoder and str(decoder), **more)
     return build_model(shape, settings, 128, "square", False)
 
 
@@ -118,12 +118,12 @@ def test_starts_from_stage_one(tmp_path):
     # a random start has the released grid, or that of what it is compared with
     assert build().shape.encoder.grid == 14
     small = EncoderConfig("custom", grid=8)
-    random = build_model(small, DecoderConfig(width=64), 128, "square", False)
+    random = build_model(small, MaskDecoderConfig(width=64), 128, "square", False)
     assert random.image_encoder.pos_embed.shape == encoder.pos_embed.shape
     assert torch.equal(random.image_encoder.pos_embed[:, 1:], encoder.pos_embed[:, 1:])
     with pytest.raises(UserError, match="encoder.grid 7 is not the 8"):
         encoder = EncoderConfig("custom", checkpoint=str(path), grid=7)
-        build_model(encoder, DecoderConfig(), 128, "square", False)
+        build_model(encoder, MaskDecoderConfig(), 128, "square", False)
     with pytest.raises(UserError, match="encoder.grid 7 is not the 8"):
         build_encoder(EncoderConfig("custom", grid=7), 128)
 
@@ -131,7 +131,7 @@ def test_starts_from_stage_one(tmp_path):
 def test_starts_from_a_model(tmp_path):
     model = Sam(SMALL)
     path = tmp_path / "model.safetensors"
-    write_weights(path, model.state_dict(), export_header(model))
+    write_weights(path, model.state_dict(), model_header(model))
     whole = build(path, path).state_dict()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
     assert not any(p.requires_grad for p in build(freeze="encoder").image_encoder.parameters())

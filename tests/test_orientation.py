@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from finetune.classification import AugmentConfig, Labelled
-from finetune.classification import DataConfig as ClassifyData
+from finetune.classification import AugmentConfig, LabelTransform
+from finetune.classification import LabelDataConfig as ClassifyData
 from finetune.coco import CocoSource, read_coco
 from finetune.data import UNSURE
-from finetune.evaluation import Pictures, Prompting
+from finetune.evaluation import EvalDataset, PromptSpec
 from finetune.train import main as train
 from sami.caching import prepare
 from sami.core.errors import BadSample
@@ -97,7 +97,7 @@ def check_training(sample, **options):
 
 def check_evaluation(source, drawn="upright"):
     """The same of what is evaluated on."""
-    (judged,) = Pictures(source, SHAPE, Prompting.parse("3", 1), drawn=drawn)
+    (judged,) = EvalDataset(source, SHAPE, PromptSpec.parse("3", 1), drawn=drawn)
     image, (height, width) = judged.image.permute(1, 2, 0).numpy(), judged.size
     mask = painted(judged.ends[0], height, width)
     rows, columns = (((np.arange(64) + 0.5) * side / 64).astype(int) for side in (height, width))
@@ -244,7 +244,7 @@ def test_without_masks_everything_is_upright(orientation, kind):
         assert size == SIZES["wide"][::-1]
         yield from Views(0, 32, 48, 4, 0.75, (0.2, 1.0), True).decode(sample, 0, False)[1:3]
         yield Probed([], np.zeros(0, int), 32)._square(sample)
-        classify = Labelled(ClassifyData(image_size=32), AugmentConfig(auto=""), seed=0)
+        classify = LabelTransform(ClassifyData(image_size=32), AugmentConfig(auto=""), seed=0)
         for decode in (classify.decode_held_out, lambda s: classify.decode(s, 0, False)):
             yield decode(sample)[1].permute(1, 2, 0).numpy() * 255 * np.array(STD)
         yield whole

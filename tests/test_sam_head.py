@@ -7,9 +7,9 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from segment_anything.modeling import Sam as TheirSam
 
-from finetune.data import Batch
-from finetune.losses import LossConfig
-from finetune.model import DecoderConfig, build_model, export_header, load_model
+from finetune.data import PromptBatch
+from finetune.losses import MaskLossConfig
+from finetune.model import MaskDecoderConfig, build_model, load_model, model_header
 from finetune.objective import Objective
 from finetune.prompts import PromptConfig
 from sami.core.checkpoint import write_weights
@@ -127,7 +127,7 @@ def test_prompts_of_unequal_length_are_each_as_alone(official):
 def test_square_counts_in_the_pictures_pixels(tmp_path):
     torch.manual_seed(0)
     model = small("square").eval()
-    write_weights(tmp_path / "model.safetensors", model.state_dict(), export_header(model))
+    write_weights(tmp_path / "model.safetensors", model.state_dict(), model_header(model))
     model = load_model(tmp_path)
     predictor = SamPredictor(model)
     predictor.set_image(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
@@ -148,7 +148,7 @@ def test_square_counts_in_the_pictures_pixels(tmp_path):
 
 def small(resize="longest", single_mask=False, **decoder):
     encoder = EncoderConfig("sam_vit_b", **SHAPE)
-    settings = DecoderConfig("sam", **decoder)
+    settings = MaskDecoderConfig("sam", **decoder)
     return build_model(encoder, settings, SIZE, resize, False, single_mask)
 
 
@@ -163,7 +163,7 @@ def batch():
     masks[:, :, 10:24, 10:24] = True
     images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
     inside = torch.ones(2, 32, 32, dtype=torch.bool)
-    return Batch(
+    return PromptBatch(
         images, masks, there, inside, points, labels, torch.arange(0, 128, 4.0).repeat(2, 2, 1)
     )
 
@@ -172,7 +172,7 @@ def batch():
 def test_everything_that_should_be_trained_is(single_mask):
     torch.manual_seed(0)
     model = small(single_mask=single_mask).train()
-    loss = LossConfig(single_mask=single_mask)
+    loss = MaskLossConfig(single_mask=single_mask)
     losses = Objective(model, loss, PromptConfig(corrections=3))(batch())
     losses["loss"].backward()
     assert torch.isfinite(losses["loss"])
@@ -187,14 +187,18 @@ def test_everything_that_should_be_trained_is(single_mask):
 
 def test_starts_from_sam(official, theirs):
     encoder = EncoderConfig("sam_vit_b", **SHAPE, checkpoint=str(official))
-    model = build_model(encoder, DecoderConfig("sam", str(official)), SIZE, "longest", True, True)
+    model = build_model(
+        encoder, MaskDecoderConfig("sam", str(official)), SIZE, "longest", True, True
+    )
     stored = theirs.state_dict()
     assert stored.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, stored[n]) for n, tensor in model.state_dict().items())
     with pytest.raises(UserError, match="decoder.width"):
-        build_model(encoder, DecoderConfig("sam", str(official), width=64), SIZE, "longest", False)
+        build_model(
+            encoder, MaskDecoderConfig("sam", str(official), width=64), SIZE, "longest", False
+        )
     with pytest.raises(UserError, match="no dropout"):
-        DecoderConfig("sam", dropout=0.1).check()
+        MaskDecoderConfig("sam", dropout=0.1).check()
 
 
 @torch.no_grad()
@@ -202,8 +206,8 @@ def test_starts_from_sam(official, theirs):
 def test_a_run_folder_is_a_teacher(tmp_path, name):
     torch.manual_seed(0)
     encoder = EncoderConfig(name, **SHAPE)
-    model = build_model(encoder, DecoderConfig(width=64), SIZE, "square", False).eval()
-    write_weights(tmp_path / "model.safetensors", model.state_dict(), export_header(model))
+    model = build_model(encoder, MaskDecoderConfig(width=64), SIZE, "square", False).eval()
+    write_weights(tmp_path / "model.safetensors", model.state_dict(), model_header(model))
     teacher = load_teacher(TeacherConfig("custom", str(tmp_path), SIZE))
     assert teacher.channels == 64
     images = torch.rand(2, 3, SIZE, SIZE)

@@ -102,7 +102,7 @@ def test_home_and_variables(tmp_path, monkeypatch):
 
 def test_every_path_of_a_configuration(monkeypatch, tmp_path):
     """In the file and on the command line, in lists and in the keys of weights."""
-    from finetune.classification import DataConfig as Labelled
+    from finetune.classification import LabelDataConfig as Labelled
     from finetune.train import FinetuneConfig
 
     monkeypatch.setenv("HOME", "/home/me")

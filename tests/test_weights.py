@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.classification import AugmentConfig, build_classifier
-from finetune.classification import DataConfig as Labels
-from finetune.model import DecoderConfig, build_model, export_header, load_model
+from finetune.classification import LabelDataConfig as Labels
+from finetune.model import MaskDecoderConfig, build_model, load_model, model_header
 from finetune.sam import ModelShape, Sam
 from sami.core.checkpoint import Export, save_checkpoint, write_weights
 from sami.core.errors import MachineError, UserError
@@ -125,7 +125,7 @@ LOADERS = {
         lambda path: (
             build_model(
                 EncoderConfig("custom", **SHAPE, checkpoint=str(path)),
-                DecoderConfig(width=32),
+                MaskDecoderConfig(width=32),
                 *(64, "square", False),
             ).image_encoder
         ),
@@ -135,7 +135,7 @@ LOADERS = {
         lambda path: (
             build_model(
                 EncoderConfig("custom", **SHAPE, checkpoint=str(path)),
-                DecoderConfig(width=32),
+                MaskDecoderConfig(width=32),
                 *(64, "square", False),
             ).image_encoder
         ),
@@ -145,7 +145,7 @@ LOADERS = {
         lambda path: (
             build_model(
                 EncoderConfig("custom", **SHAPE),
-                DecoderConfig(checkpoint=str(path), width=32),
+                MaskDecoderConfig(checkpoint=str(path), width=32),
                 *(64, "square", False),
             ).mask_decoder
         ),
@@ -371,7 +371,7 @@ def test_heads_that_no_shape_tells_have_to_be_right(models, tmp_path):
     write_weights(tmp_path / "encoder.safetensors", model.state_dict(), export_encoder(model))
     config = EncoderConfig("custom", width=64, depth=2, heads=4, checkpoint=str(tmp_path))
     with pytest.raises(UserError, match="has heads 1, and encoder.heads is 4"):
-        build_model(config, DecoderConfig(width=32), 64, "square", False)
+        build_model(config, MaskDecoderConfig(width=32), 64, "square", False)
     with pytest.raises(UserError, match="1 heads.*asks for.*4 heads"):
         build_encoder(config, 64)
 
@@ -384,7 +384,7 @@ def a_run(folder, kind, models, steps=(), ended=False, **told):
     folder.mkdir()
     entry, name, header = {
         "encoder": ("sami/pretrain.py", "student", export_encoder),
-        "model": ("finetune/train.py", "vit", export_header),
+        "model": ("finetune/train.py", "vit", model_header),
     }[kind]
     (folder / "config.yaml").write_text("run: {}\n")
     (folder / "summary.json").write_text(json.dumps({"entry": entry, **told}))
@@ -419,7 +419,7 @@ def test_a_run_that_has_not_ended(models, tmp_path):
     with pytest.raises(UserError, match="differs from its checksum"):
         load_model(spoilt.parent)
     write_weights(
-        run / "model.safetensors", models["vit"].state_dict(), export_header(models["vit"])
+        run / "model.safetensors", models["vit"].state_dict(), model_header(models["vit"])
     )
     assert torch.equal(load_model(run).image_encoder.pos_embed, weight)
 
@@ -510,7 +510,7 @@ def test_an_empty_path_is_none_and_not_here(models, tmp_path, monkeypatch):
     write_weights(tmp_path / "encoder.safetensors", models["student"].state_dict(), {})
     with pytest.raises(UserError, match="is empty; a takes a model"):
         find_weights("", MODEL, "a")
-    for config in (EncoderConfig("custom", checkpoint=""), DecoderConfig(checkpoint="")):
+    for config in (EncoderConfig("custom", checkpoint=""), MaskDecoderConfig(checkpoint="")):
         config.check()
         assert config.checkpoint is None
     with pytest.raises(UserError, match="teacher.checkpoint is empty"):

@@ -27,10 +27,9 @@ from segment_anything.modeling import ImageEncoderViT
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.data import Batch, DataConfig, Prompted
-from finetune.losses import LossConfig as MaskLossConfig
-from finetune.losses import dice_loss, pixel_loss, stage2_losses
-from finetune.model import DecoderConfig as HeadConfig
+from finetune.data import MaskDataConfig, PromptBatch, PromptTransform
+from finetune.losses import MaskLossConfig, dice_loss, pixel_loss, stage2_losses
+from finetune.model import MaskDecoderConfig as HeadConfig
 from finetune.model import build_model
 from finetune.objective import Objective
 from finetune.prompts import PromptConfig, as_box, correction_clicks
@@ -482,7 +481,7 @@ def sample_path(args: argparse.Namespace) -> None:
     size = (told.height, told.width)
     runs = [mask.counts for mask in told.masks[:64]]
     shapes = [{"size": list(size), "counts": counts.encode()} for counts in runs]
-    ours = Prompted.of(DataConfig(), PromptConfig(), 256, seed=0)
+    ours = PromptTransform.of(MaskDataConfig(), PromptConfig(), 256, seed=0)
 
     def our_masks() -> None:
         np.stack([sample_grid(decode_counts(counts, *size), *size, 256) for counts in runs])
@@ -527,7 +526,7 @@ def sample_path(args: argparse.Namespace) -> None:
         print(f"{what}: ours is {spread(ratios, 1)} times as fast")
 
 
-def draw_batch(batch: int, masks: int, size: int, device: torch.device) -> Batch:
+def draw_batch(batch: int, masks: int, size: int, device: torch.device) -> PromptBatch:
     """Random pictures, objects that are rectangles, and a box for each."""
     rng = np.random.default_rng(0)
     corners = np.sort(rng.random((batch, masks, 2, 2)) * size, axis=2)
@@ -535,7 +534,7 @@ def draw_batch(batch: int, masks: int, size: int, device: torch.device) -> Batch
     x = (line > corners[..., 0, :1]) & (line < corners[..., 1, :1])  # [B, K, w]
     y = (line > corners[..., 0, 1:]) & (line < corners[..., 1, 1:])
     prompts = [[as_box(corner) for corner in row] for row in corners]
-    return Batch(
+    return PromptBatch(
         images=torch.from_numpy(rng.integers(0, 256, (batch, 3, size, size), dtype=np.uint8)),
         masks=torch.from_numpy(y[..., :, None] & x[..., None, :]),
         there=torch.ones(batch, masks, dtype=torch.bool),
@@ -547,7 +546,7 @@ def draw_batch(batch: int, masks: int, size: int, device: torch.device) -> Batch
 
 
 def stage2_step(
-    encoder: str, batch: Batch, bf16: bool, compiled: bool, checkpointing: bool
+    encoder: str, batch: PromptBatch, bf16: bool, compiled: bool, checkpointing: bool
 ) -> Step:
     """A whole training step."""
     device, size = batch.images.device, batch.images.shape[-1]

@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.classification import AugmentConfig, build_classifier
-from finetune.classification import DataConfig as LabelledConfig
-from finetune.model import DecoderConfig as HeadConfig
+from finetune.classification import LabelDataConfig as LabelledConfig
+from finetune.model import MaskDecoderConfig as HeadConfig
 from finetune.model import build_model
 from sami.core.config import load_config, require, to_dict
 from sami.core.configfile import (

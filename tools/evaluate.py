@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from finetune.coco import CocoSource, read_coco
-from finetune.evaluation import CHOICES, Pictures, Prompting, ShardSource, Source, score
+from finetune.evaluation import CHOICES, EvalDataset, EvalSource, PromptSpec, ShardSource, score
 from finetune.measures import PAPER, SIZES, SOURCE, TRIVIAL, Measured, data_set
 from finetune.model import TAKES, load_model
 from finetune.pictures import draw_masks
@@ -51,7 +51,7 @@ from sami.core.weights import find_weights
 RESULT = "evaluation.json"
 
 
-def open_source(args: argparse.Namespace, folder: Path) -> tuple[Source, str | None]:
+def open_source(args: argparse.Namespace, folder: Path) -> tuple[EvalSource, str | None]:
     """The samples that a command line names, and which of the paper's data sets they are, whole.
 
     Args:
@@ -73,16 +73,16 @@ def open_source(args: argparse.Namespace, folder: Path) -> tuple[Source, str | N
     return ShardSource(shards, range(min(count, args.samples or count))), None
 
 
-def promptings_of(words: list[str], seeds: int, model: Sam) -> tuple[Prompting, ...]:
+def promptings_of(words: list[str], seeds: int, model: Sam) -> tuple[PromptSpec, ...]:
     """What ``--prompts`` asks for.
 
     Raises:
         UserError: an unknown word, or more clicks than the model takes.
     """
-    found: list[Prompting] = []
+    found: list[PromptSpec] = []
     for word in dict.fromkeys(words):
         try:
-            found += Prompting.parse(word, seeds)
+            found += PromptSpec.parse(word, seeds)
         except ValueError as error:
             raise UserError(
                 f"--prompts {word} is none of box, a number of clicks such as 3, or centre-3"
@@ -97,15 +97,15 @@ def promptings_of(words: list[str], seeds: int, model: Sam) -> tuple[Prompting, 
 
 def measure(
     model: Sam,
-    source: Source,
-    promptings: tuple[Prompting, ...],
+    source: EvalSource,
+    promptings: tuple[PromptSpec, ...],
     args: argparse.Namespace,
     device: torch.device,
 ) -> tuple[Measured, list, Counter[str], Counter[str]]:
     """Every picture's IoU, and the first few pictures to be drawn; why others were left out, and
     what is to be told of those that were used."""
     words = (promptings, args.masks, args.seed, args.masks_drawn_on)
-    dataset = Pictures(source, model.shape, *words)
+    dataset = EvalDataset(source, model.shape, *words)
     measured, shown = Measured(promptings), []
     unusable, noted = Counter(), Counter()
     loader = make_loader(dataset, args.workers, device)

@@ -47,13 +47,13 @@ from finetune.folders import (
 )
 from finetune.packing import (
     How,
-    Picture,
+    SourcePicture,
     Written,
     claim,
     listing,
+    pack_shard,
     stamp,
     unclaim,
-    write_shard,
 )
 from sami.core.config import require
 from sami.core.errors import UserError
@@ -65,7 +65,7 @@ from sami.core.paths import local_path, path_pattern
 from sami.core.progress import track
 
 
-def find(args: argparse.Namespace) -> tuple[list[Picture], list[str], CocoSource | None]:
+def find(args: argparse.Namespace) -> tuple[list[SourcePicture], list[str], CocoSource | None]:
     """The pictures that a command line asks for, the names of their classes, or COCO's source.
 
     Raises:
@@ -73,7 +73,9 @@ def find(args: argparse.Namespace) -> tuple[list[Picture], list[str], CocoSource
     """
     if args.coco is not None:
         coco = CocoSource.of(read_coco(args.coco), args.source)
-        pictures = [Picture(path, -1, one.images, one.annotations) for path, one in coco.entries]
+        pictures = [
+            SourcePicture(path, -1, one.images, one.annotations) for path, one in coco.entries
+        ]
         return pictures, [], coco
     known = Classes.read(args.classes) if args.classes else None
     known = Classes.beside(args.like) if args.like else known
@@ -99,12 +101,12 @@ def find(args: argparse.Namespace) -> tuple[list[Picture], list[str], CocoSource
             "leave out --like and --classes",
         )
     if not class_of:
-        return [Picture(file) for file in listing.files], [], None
+        return [SourcePicture(file) for file in listing.files], [], None
     classes, numbers = number_classes(class_of, known, args.labels is not None)
     print(told_classes(classes, numbers))
     if known is None:
         print(f"numbered by themselves; held-out pictures of these classes need --like {args.out}")
-    pictures = [Picture(file, label) for file, label in zip(class_of, numbers, strict=True)]
+    pictures = [SourcePicture(file, label) for file, label in zip(class_of, numbers, strict=True)]
     return pictures, classes, None
 
 
@@ -205,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with ProcessPoolExecutor(args.workers) as pool:
             jobs = pool.map(
-                partial(write_shard, how),
+                partial(pack_shard, how),
                 [paths[n] for n in missing],
                 [starts[n] for n in missing],
                 [shares[n] for n in missing],
