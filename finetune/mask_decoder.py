@@ -14,33 +14,10 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from finetune.prompt_encoder import PromptEncoder, pad_points, placed
+from finetune.predictor import PredictorMasks
+from finetune.prompt_encoder import PromptEncoder, pad_points
 
 HEADS, MLP_RATIO, DEPTH = 8, 8, 2
-
-
-def predict(
-    prompt_encoder: PromptEncoder,
-    mask_decoder: "MaskDecoder",
-    embeddings: torch.Tensor,
-    points: torch.Tensor,
-    labels: torch.Tensor,
-    masks: None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """All four masks of prompts; those of SAM's own head are in :mod:`finetune.sam_head`.
-
-    Args:
-        embeddings: of pictures, [B, C, h, w].
-        points: [B, Q, P, 2] in pixels of the model's square input; behind the sixth they are
-            dropped.
-        labels: [B, Q, P]: 1 click, 2 and 3 corners of a box, -1 none.
-        masks: None; this prompt encoder takes none.
-
-    Returns:
-        Logits [B, Q, 4, 4h, 4w] and predicted IoU [B, Q, 4].
-    """
-    tokens = prompt_encoder.embed(*pad_points(points, labels))
-    return mask_decoder.predict(embeddings, prompt_encoder.get_dense_pe(), tokens)
 
 
 class Attention(nn.Module):
@@ -144,7 +121,7 @@ class TwoWayTransformer(nn.Module):
         return self.norm_final_attn(tokens + seen), image
 
 
-class MaskDecoder(nn.Module):
+class MaskDecoder(PredictorMasks):
     """Image embedding and prompt tokens to four masks' logits and their predicted IoU.
 
     Mask 0 is meant for prompts that leave no doubt; the released model was trained on 1..3 alone.
@@ -178,6 +155,40 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = MLP(width, width, self.MASKS, 2)
 
     def predict(
+        self,
+        prompt_encoder: PromptEncoder,
+        embeddings: torch.Tensor,
+        points: torch.Tensor,
+        labels: torch.Tensor,
+        masks: None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All four masks of prompts; :mod:`finetune.sam_head` has those of SAM's own head.
+
+        Args:
+            embeddings: of pictures, [B, C, h, w].
+            points: [B, Q, P, 2] in pixels of the model's square input; behind the sixth they are
+                dropped.
+            labels: [B, Q, P]: 1 click, 2 and 3 corners of a box, -1 none.
+            masks: None; this prompt encoder takes none.
+
+        Returns:
+            Logits [B, Q, 4, 4h, 4w] and predicted IoU [B, Q, 4].
+        """
+        tokens = prompt_encoder.embed(*pad_points(points, labels))
+        return self.decode(embeddings, prompt_encoder.get_dense_pe(), tokens)
+
+    def predict_masks(
+        self,
+        image_embeddings: torch.Tensor,
+        image_pe: torch.Tensor,
+        sparse_prompt_embeddings: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All four masks [Q, 4, 4h, 4w] of one picture, and their predicted IoU [Q, 4]."""
+        logits, iou = self.decode(image_embeddings, image_pe, sparse_prompt_embeddings[None])
+        return logits[0], iou[0]
+
+    def decode(
         self, embedding: torch.Tensor, image_pe: torch.Tensor, prompts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All four masks.
@@ -208,45 +219,3 @@ class MaskDecoder(nn.Module):
         fine = rearrange(fine, "(b q) d h w -> b q d h w", q=count)
         logits = torch.einsum("bqmd,bqdhw->bqmhw", torch.stack(weights, dim=2), fine)
         return logits, self.iou_prediction_head(tokens[:, :, 0])
-
-    def forward(
-        self,
-        image_embeddings: torch.Tensor,
-        image_pe: torch.Tensor,
-        sparse_prompt_embeddings: torch.Tensor,
-        dense_prompt_embeddings: torch.Tensor,
-        multimask_output: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What segment_anything's predictor calls: prompts [Q, P, D] of one picture [1, D, h, w].
-
-        Without ``multimask_output`` it is mask 0 if that was trained, otherwise the mask of 1..3
-        with the highest predicted IoU.
-
-        Returns:
-            Logits [Q, 3 or 1, 4h, 4w] and predicted IoU [Q, 3 or 1], fp32.
-
-        Raises:
-            ValueError: prompts that the picture of this embedding cannot place.
-        """
-        tokens = placed(sparse_prompt_embeddings, image_embeddings)
-        if len(tokens) == 0:
-            return no_masks(image_embeddings, 3 if multimask_output else 1)
-        logits, iou = self.predict(image_embeddings, image_pe, tokens.unsqueeze(0))
-        logits, iou = logits.float(), iou.float()
-        if self.single_mask and not multimask_output:
-            return logits[0, :, :1], iou[0, :, :1]
-        logits, iou = logits[0, :, 1:], iou[0, :, 1:]
-        return (logits, iou) if multimask_output else best_of(logits, iou)
-
-
-def no_masks(embedding: torch.Tensor, masks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What no prompts give in the picture of an embedding [1, C, h, w], fp32: [0, M, 4h, 4w]."""
-    height, width = embedding.shape[2:]
-    empty = torch.zeros(0, masks, 4 * height, 4 * width, device=embedding.device)
-    return empty, empty[:, :, 0, 0]
-
-
-def best_of(logits: torch.Tensor, iou: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of masks [Q, M, h, w] the one with the highest predicted IoU [Q, M]: [Q, 1, h, w], [Q, 1]."""
-    best = iou.argmax(1, keepdim=True)
-    return logits.take_along_dim(best[..., None, None], 1), iou.gather(1, best)

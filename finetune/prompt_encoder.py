@@ -11,6 +11,8 @@ from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from torch import nn
 from torch.nn import functional as F
 
+from finetune.predictor import Points, PredictorPrompts, check_given
+
 MAX_POINTS = 6  # of a prompt; a box is two
 PADDING, BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3  # labels of points
 
@@ -35,53 +37,7 @@ class Positions(PositionEmbeddingRandom):
             return super()._pe_encoding(coords.float())
 
 
-class Unplaced(torch.Tensor):
-    """Tokens of prompts whose picture has a shape that is not known yet; see :func:`placed`.
-
-    As they are they are those of a square picture. ``place`` makes those of any other from its
-    frame. What is computed from them is Unplaced too and has no ``place``: it can be looked at, and
-    no mask is made of it.
-    """
-
-    place: Callable[[tuple[int, int]], torch.Tensor]
-
-
-def unplaced(place: Callable[[tuple[int, int]], torch.Tensor], image_size: int) -> Unplaced:
-    """Tokens that wait for their picture.
-
-    Args:
-        place: from the height and width in pixels of a picture within the input, its longer side
-            being ``image_size``, to tokens of prompts in these pixels.
-    """
-    tokens = place((image_size, image_size)).as_subclass(Unplaced)
-    tokens.place = place
-    return tokens
-
-
-def placed(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    """Tokens for the picture that an embedding is of; those that do not wait for one as they are.
-
-    Raises:
-        ValueError: the embedding does not tell the picture's shape.
-    """
-    if not isinstance(tokens, Unplaced):
-        return tokens
-    frame, place = getattr(embedding, "frame", None), getattr(tokens, "place", None)
-    if frame is None:
-        raise ValueError(
-            "these features do not tell the shape of their picture, which resize square needs to "
-            "place prompts (a copy, another device or NumPy loses it); set the image again, or "
-            "restore them with model.with_size(features, original_size)"
-        )
-    if place is None:
-        raise ValueError(
-            "these prompt embeddings were computed on, and resize square cannot place them in the "
-            "picture any more; give the mask decoder what the prompt encoder returned"
-        )
-    return place(frame)
-
-
-class PromptEncoder(nn.Module):
+class PromptEncoder(PredictorPrompts):
     """Points with labels to embeddings of ``width`` channels."""
 
     def __init__(self, width: int, grid: int, image_size: int, square: bool = True) -> None:
@@ -129,26 +85,10 @@ class PromptEncoder(nn.Module):
             tokens = tokens + embedding.weight[0] * (labels == label).unsqueeze(-1)
         return tokens.to(dtype)
 
-    def forward(
-        self,
-        points: tuple[torch.Tensor, torch.Tensor] | None,
-        boxes: torch.Tensor | None,
-        masks: torch.Tensor | None,
+    def embed_prompts(
+        self, points: Points | None, boxes: torch.Tensor | None, masks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What segment_anything's predictor calls: prompts of one picture.
-
-        They count in pixels of the picture as its ResizeLongestSide makes it, the longer side
-        being ``image_size``. Where pictures are stretched to a square, what is returned is for a
-        square one, and the mask decoder takes the prompts to where they lie in the picture whose
-        embedding it gets.
-
-        Args:
-            points: coordinates [Q, P, 2] and labels [Q, P], any type of number.
-            boxes: [Q, 4], x0, y0, x1, y1.
-            masks: None.
-
-        Returns:
-            Sparse embeddings [Q, 6, D] and a dense one [1, D, 1, 1] of zeros.
+        """Tokens [Q, 6, D] of points and boxes together, and zeros [1, D, 1, 1].
 
         Raises:
             ValueError: a background click, a mask, too many points or none.
@@ -159,11 +99,9 @@ class PromptEncoder(nn.Module):
                 "decoder.kind sam for that"
             )
         check_given(points, boxes)
-        given = []
-        if points is not None:
-            given.append(points)
+        given = [] if points is None else [points]
         if boxes is not None:
-            corners = boxes.float().reshape(-1, 2, 2)
+            corners = boxes.reshape(-1, 2, 2)
             labels = torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=boxes.device)
             given.append((corners, labels.expand(len(corners), 2)))
         where = torch.cat([coordinates.float() for coordinates, _ in given], dim=1)
@@ -176,33 +114,8 @@ class PromptEncoder(nn.Module):
                 f"{MAX_POINTS}"
             )
         refuse_background(labels)
-        where, labels = pad_points(where, labels)
-
-        def place(frame: tuple[int, int]) -> torch.Tensor:
-            scaled = rescale(where, self.image_size, frame)
-            return self.embed(keep_unused(where, scaled), labels)
-
-        size = (self.image_size, self.image_size)
-        tokens = unplaced(place, self.image_size) if self.square else place(size)
-        dense = self.point_embeddings.weight.new_zeros(1, tokens.shape[-1], 1, 1)
-        return tokens, dense
-
-
-def rescale(
-    points: torch.Tensor, to: int | tuple[int, int], picture: tuple[int, int]
-) -> torch.Tensor:
-    """Points [..., 2] in pixels of a picture to pixels of the same at another size, in fp32.
-
-    x becomes x * s, as in all released code: an index stays one of a pixel's upper left corner, and
-    the prompt encoder adds half a pixel of the input.
-
-    Args:
-        to: wanted height and width in pixels, or both in one.
-        picture: height and width in pixels.
-    """
-    height, width = (to, to) if isinstance(to, int) else to
-    x, y = points.float().unbind(-1)
-    return torch.stack([x * (width / picture[1]), y * (height / picture[0])], -1)
+        tokens = self.embed(*pad_points(keep_unused(where, where), labels))
+        return tokens, tokens.new_zeros(1, tokens.shape[-1], 1, 1)
 
 
 def keep_unused(points: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
@@ -211,36 +124,6 @@ def keep_unused(points: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
     As in the released EfficientSAM, whatever lies outside on the left or above becomes -1 too.
     """
     return torch.where(points >= 0, scaled, -1.0)
-
-
-def check_given(
-    points: tuple[torch.Tensor, torch.Tensor] | None, boxes: torch.Tensor | None
-) -> None:
-    """
-    Raises:
-        ValueError: neither points nor boxes, or not of the shapes that belong together.
-    """
-    if points is None and boxes is None:
-        raise ValueError("give points or boxes")
-    prompts = []
-    if points is not None:
-        where, labels = points
-        if labels is None or where.shape != (*labels.shape, 2) or labels.ndim != 2:
-            told = None if labels is None else tuple(labels.shape)
-            raise ValueError(
-                f"points {tuple(where.shape)} with labels {told}; give [Q, P, 2] with [Q, P]"
-            )
-        prompts.append(len(where))
-    if boxes is not None:
-        single = boxes.ndim == 3 and boxes.shape[:2] == (1, 1)  # predict(box=[[x0, y0, x1, y1]])
-        if boxes.shape[-1] != 4 or boxes.ndim != 2 and not single:
-            raise ValueError(
-                f"boxes {tuple(boxes.shape)}; give one of four numbers to predict, any number "
-                "[Q, 4] to predict_torch"
-            )
-        prompts.append(len(boxes))
-    if len(set(prompts)) > 1:
-        raise ValueError(f"points of {prompts[0]} prompts, boxes of {prompts[1]}; give as many")
 
 
 def pad_points(points: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

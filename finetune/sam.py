@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from finetune import mask_decoder, sam_head
 from finetune.mask_decoder import MaskDecoder
+from finetune.predictor import rescale
 from finetune.prompt_encoder import (
     BACKGROUND,
     FOREGROUND,
@@ -19,7 +19,6 @@ from finetune.prompt_encoder import (
     PromptEncoder,
     keep_unused,
     refuse_background,
-    rescale,
 )
 from finetune.sam_head import SamMaskDecoder, SamPromptEncoder
 from sami.core.images import Normalise, longest_frame
@@ -283,10 +282,7 @@ class Sam(nn.Module):
             logits = embeddings.new_zeros(pictures, prompts, 4, height, width)
             return logits, logits[..., 0, 0]
         points, labels = points.float(), labels.long()
-        head = sam_head if self.shape.decoder == "sam" else mask_decoder
-        return head.predict(
-            self.prompt_encoder, self.mask_decoder, embeddings, points, labels, masks
-        )
+        return self.mask_decoder.predict(self.prompt_encoder, embeddings, points, labels, masks)
 
     # -- the interface of segment_anything's Sam ----------------------------------------------
 

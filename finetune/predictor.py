@@ -1,0 +1,190 @@
+"""How segment_anything's predictor calls a prompt encoder and a mask decoder, for both heads.
+
+The predictor embeds prompts before a mask decoder has seen the picture's embedding. Where pictures
+are stretched to a square, prompts can only be placed when the picture's shape is known, so that
+tokens wait for it: the embedding that a mask decoder is given tells it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+Points = tuple[torch.Tensor, torch.Tensor]  # coordinates [Q, P, 2] and labels [Q, P]
+
+
+class Unplaced(torch.Tensor):
+    """Tokens of prompts whose picture has a shape that is not known yet; see :func:`placed`.
+
+    As they are they are those of a square picture. ``place`` makes those of any other from its
+    frame. What is computed from them is Unplaced too and has no ``place``: it can be looked at, and
+    no mask is made of it.
+    """
+
+    place: Callable[[tuple[int, int]], torch.Tensor]
+
+
+def placed(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    """Tokens for the picture that an embedding is of; those that do not wait for one as they are.
+
+    Raises:
+        ValueError: the embedding does not tell the picture's shape.
+    """
+    if not isinstance(tokens, Unplaced):
+        return tokens
+    frame, place = getattr(embedding, "frame", None), getattr(tokens, "place", None)
+    if frame is None:
+        raise ValueError(
+            "these features do not tell the shape of their picture, which resize square needs to "
+            "place prompts (a copy, another device or NumPy loses it); set the image again, or "
+            "restore them with model.with_size(features, original_size)"
+        )
+    if place is None:
+        raise ValueError(
+            "these prompt embeddings were computed on, and resize square cannot place them in the "
+            "picture any more; give the mask decoder what the prompt encoder returned"
+        )
+    return place(frame)
+
+
+class PredictorPrompts(nn.Module):
+    """A prompt encoder as the predictor calls it.
+
+    Attributes:
+        image_size: side of the model's square input in pixels.
+        square: pictures fill the input whatever their shape.
+    """
+
+    image_size: int
+    square: bool
+
+    def embed_prompts(
+        self, points: Points | None, boxes: torch.Tensor | None, masks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sparse [Q, P, D] and dense embeddings of prompts in pixels of the square input."""
+        raise NotImplementedError
+
+    def forward(
+        self, points: Points | None, boxes: torch.Tensor | None, masks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts of one picture, in pixels of it as the predictor's ResizeLongestSide makes it.
+
+        Args:
+            points: coordinates [Q, P, 2] and labels [Q, P], any type of number.
+            boxes: [Q, 4], x0, y0, x1, y1.
+            masks: logits of earlier masks, where the head takes them.
+
+        Returns:
+            Sparse [Q, P, D] and dense embeddings; where pictures are stretched to a square, sparse
+            ones for a square picture, which the mask decoder takes to where they lie in its own.
+
+        Raises:
+            ValueError: prompts that the head does not take, or shapes that do not fit.
+        """
+        if points is not None or boxes is not None:
+            check_given(points, boxes)
+        sparse, dense = self.embed_prompts(points, boxes, masks)
+        if not self.square or points is None and boxes is None:
+            return sparse, dense
+
+        def place(frame: tuple[int, int]) -> torch.Tensor:
+            clicks, corners = points, boxes
+            if clicks is not None:
+                clicks = rescale(clicks[0], self.image_size, frame), clicks[1]
+            if corners is not None:
+                corners = rescale(corners.reshape(-1, 2, 2), self.image_size, frame).flatten(1)
+            return self.embed_prompts(clicks, corners, None)[0]
+
+        tokens = sparse.as_subclass(Unplaced)
+        tokens.place = place
+        return tokens, dense
+
+
+class PredictorMasks(nn.Module):
+    """A mask decoder as the predictor calls it.
+
+    Attributes:
+        single_mask: whether mask 0, meant for prompts that leave no doubt, is trained.
+    """
+
+    single_mask: bool
+
+    def forward(
+        self,
+        image_embeddings: torch.Tensor,
+        image_pe: torch.Tensor,
+        sparse_prompt_embeddings: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor,
+        multimask_output: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks of prompts [Q, P, D] in one picture [1, D, h, w].
+
+        Without ``multimask_output`` it is mask 0 if that was trained, otherwise the mask of 1..3
+        with the highest predicted IoU.
+
+        Returns:
+            Logits [Q, 3 or 1, 4h, 4w] and predicted IoU [Q, 3 or 1], fp32.
+
+        Raises:
+            ValueError: prompts that the picture of this embedding cannot place.
+        """
+        tokens = placed(sparse_prompt_embeddings, image_embeddings)
+        if len(tokens) == 0:
+            height, width = (4 * side for side in image_embeddings.shape[2:])
+            masks = 3 if multimask_output else 1
+            logits = torch.zeros(0, masks, height, width, device=image_embeddings.device)
+            return logits, logits[:, :, 0, 0]
+        found = self.predict_masks(image_embeddings, image_pe, tokens, dense_prompt_embeddings)
+        logits, iou = (x.float() for x in found)
+        if self.single_mask and not multimask_output:
+            return logits[:, :1], iou[:, :1]
+        logits, iou = logits[:, 1:], iou[:, 1:]
+        if multimask_output:
+            return logits, iou
+        best = iou.argmax(1, keepdim=True)
+        return logits.take_along_dim(best[..., None, None], 1), iou.gather(1, best)
+
+
+def rescale(
+    points: torch.Tensor, to: int | tuple[int, int], picture: tuple[int, int]
+) -> torch.Tensor:
+    """Points [..., 2] in pixels of a picture to pixels of the same at another size, in fp32.
+
+    x becomes x * s, as in all released code: an index stays one of a pixel's upper left corner, and
+    the prompt encoder adds half a pixel of the input.
+
+    Args:
+        to: wanted height and width in pixels, or both in one.
+        picture: height and width in pixels.
+    """
+    height, width = (to, to) if isinstance(to, int) else to
+    x, y = points.float().unbind(-1)
+    return torch.stack([x * (width / picture[1]), y * (height / picture[0])], -1)
+
+
+def check_given(points: Points | None, boxes: torch.Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: neither points nor boxes, or not of the shapes that belong together.
+    """
+    if points is None and boxes is None:
+        raise ValueError("give points or boxes")
+    prompts = []
+    if points is not None:
+        where, labels = points
+        if labels is None or where.shape != (*labels.shape, 2) or labels.ndim != 2:
+            shape = None if labels is None else tuple(labels.shape)
+            raise ValueError(
+                f"points {tuple(where.shape)} with labels {shape}; give [Q, P, 2] with [Q, P]"
+            )
+        prompts.append(len(where))
+    if boxes is not None:
+        single = boxes.ndim == 3 and boxes.shape[:2] == (1, 1)  # predict(box=[[x0, y0, x1, y1]])
+        if boxes.shape[-1] != 4 or boxes.ndim != 2 and not single:
+            raise ValueError(
+                f"boxes {tuple(boxes.shape)}; give one of four numbers to predict, any number "
+                "[Q, 4] to predict_torch"
+            )
+        prompts.append(len(boxes))
+    if len(set(prompts)) > 1:
+        raise ValueError(f"points of {prompts[0]} prompts, boxes of {prompts[1]}; give as many")
