@@ -25,7 +25,7 @@ from sami.core.images import MEAN, STD, open_image
 from sami.core.optim import OptimConfig
 from sami.core.order import sample_rng
 from sami.core.shards import PICTURE, RawSample
-from sami.encoder import EncoderConfig, EncoderShape, load_encoder
+from sami.encoder import EncoderConfig, load_encoder
 from sami.probe import read_label
 
 
@@ -209,7 +209,7 @@ def build_classifier(
     Raises:
         UserError: a checkpoint of another shape.
     """
-    shape = EncoderShape(*encoder.shape, encoder.patch_size, data.image_size)
+    shape = encoder.student(data.image_size)
     start = None
     if encoder.checkpoint:
         start = load_encoder(encoder.checkpoint, "encoder.checkpoint", shape)

@@ -43,7 +43,6 @@ from sami.core.state import State
 from sami.core.stream import Batches, make_loader, open_data, take_up
 from sami.encoder import TAKES, EncoderConfig
 from sami.heldout import pictures_of, tell_unusable
-from sami.sam_encoder import SAM_SHAPES
 
 STARTS = {"encoder.checkpoint": Start(TAKES)}
 BATCH = 64  # pictures per forward of the evaluation
@@ -102,7 +101,7 @@ class ClassifyConfig:
     def check(self) -> None:
         """What no group can see alone."""
         require(
-            self.encoder.name not in SAM_SHAPES,
+            self.encoder.kind == "vit",
             f"encoder.name {self.encoder.name} is no classifier; choose vit_ti, vit_s, vit_b or "
             "custom",
         )

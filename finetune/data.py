@@ -23,10 +23,9 @@ from finetune.rle import (
     random_points,
 )
 from finetune.rle import sample as sample_runs
-from finetune.sam import frame_of
 from sami.core.config import PATH, require
 from sami.core.errors import BadSample
-from sami.core.images import Drawn, drawn_on, open_image, resize_whole
+from sami.core.images import Drawn, drawn_on, frame_of, open_image, resize_whole
 from sami.core.order import sample_rng
 from sami.core.shards import PICTURE, RawSample
 

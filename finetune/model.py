@@ -6,7 +6,7 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,11 @@ from finetune.sam import ModelShape, Sam
 from sami.core.config import PATH, require
 from sami.core.errors import UserError
 from sami.core.weights import Takes, Weights, load_strictly
-from sami.encoder import EncoderConfig, encoder_shape
+from sami.encoder import EncoderConfig
+from sami.encoders.files import read_model, read_shape
+from sami.encoders.protocol import MODEL_PREFIX, NECK_CHANNELS, EncoderShape
+from sami.encoders.registry import KINDS, build
 from sami.grids import GRID
-from sami.image_encoder import ImageEncoderShape, grid_of, image_encoder_shape, read_model
-from sami.sam_encoder import NECK_CHANNELS, SAM_SHAPES
 
 TAKES = Takes(
     ("model",),
@@ -71,14 +72,6 @@ class MaskDecoderConfig:
         )
 
 
-def height_of(name: str, depth: int) -> int:
-    """How many blocks lie above a parameter, for the layer decay; 0 for all behind the encoder."""
-    parts = name.split("image_encoder.")[-1].split(".")
-    if parts[0] in ("pos_embed", "patch_embed"):
-        return depth + 1
-    return depth - int(parts[1]) if parts[0] == "blocks" else 0
-
-
 def build_model(
     encoder: EncoderConfig,
     decoder: MaskDecoderConfig,
@@ -107,19 +100,18 @@ def build_model(
         image_size % patch == 0,
         f"data.image_size {image_size} is not divisible by encoder.patch_size {patch}",
     )
-    kind = "sam" if encoder.name in SAM_SHAPES else "vit"
     start = None
-    # An encoder of our own keeps stage 1's grid of positions, 14 x 14 as released.
+    # A student keeps stage 1's grid of positions, 14 x 14 as released.
     grid = encoder.grid or GRID
     if encoder.checkpoint:
-        start, what = _load_image_encoder(encoder, say)
-        grid = grid_of(start["pos_embed"])
+        told, start, what = _load_image_encoder(encoder, say)
+        grid = told.grid
         encoder.check_grid(grid, f"of {what}")
-    elif kind == "sam":
+    elif not KINDS[encoder.kind].pretrains:
         grid = image_size // patch
         encoder.check_grid(grid, f"of {encoder.name}")
     shape = ModelShape(
-        ImageEncoderShape(kind, width, depth, heads, patch, image_size, grid, decoder.width),
+        EncoderShape(encoder.kind, width, depth, heads, patch, image_size, grid, decoder.width),
         decoder.kind,
         resize,
         single_mask,
@@ -128,7 +120,7 @@ def build_model(
     does_not = "does not fit the configuration"
     remedy = "set encoder.name, decoder.kind and decoder.width to what it holds"
     if start is not None:
-        neck = "neck." if kind == "vit" else ""
+        neck = "neck." if told.channels is None else ""  # stage 1 has none
         load_strictly(model.image_encoder, start, f"{what} {does_not}", remedy, may_miss=neck)
     if decoder.checkpoint:
         parts, what = _load_decoder(decoder, say)
@@ -147,22 +139,22 @@ def build_model(
 
 def _load_image_encoder(
     encoder: EncoderConfig, say: Callable[[str], None]
-) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors of an image encoder, of stage 1 (without neck) or of a model; and its file."""
+) -> tuple[EncoderShape, dict[str, torch.Tensor], str]:
+    """Shape and tensors of an image encoder, of stage 1 or of a model; and its file."""
     option = "encoder.checkpoint"
     weights, file = read_model(encoder.checkpoint, TAKES_ENCODER, option, say)
     what = f"{option} {file}"
     remedy = TAKES_ENCODER.remedy(option)
-    of_model = any(name.startswith("image_encoder.") for name in weights.tensors)
-    if of_model:
-        told = image_encoder_shape(weights, what, remedy)
-        tensors = weights.below("image_encoder.")
+    tensors = weights.below(MODEL_PREFIX)
+    if tensors:
+        told = read_shape(weights, "model", what, remedy)
     else:
-        told = encoder_shape(weights, what, remedy, encoder.shape[2])
-        # stage 2 has no class token and no last norm
-        left = ("cls_token", "norm.weight", "norm.bias")
+        told = read_shape(weights, "encoder", what, remedy, encoder.shape[2])
+        with torch.device("meta"):  # stage 2 has no class token and no last norm
+            forms = [build(one).state_dict() for one in (told, replace(told, channels=1))]
+        left = forms[0].keys() - forms[1].keys()
         tensors = {name: t for name, t in weights.tensors.items() if name not in left}
-    heads_known = weights.kind is not None or getattr(told, "kind", "vit") == "sam"
+    heads_known = weights.kind is not None or told.kind == "sam"
     pairs = {"patch_size": (encoder.patch_size, told.patch_size)}
     if heads_known:  # no tensor's shape tells them
         pairs["heads"] = (encoder.shape[2], told.heads)
@@ -172,7 +164,7 @@ def _load_image_encoder(
             f"{what} does not fit the configuration: it has {name} {own}, and encoder.{name} is "
             f"{asked}; set encoder.name or encoder.{name} to its own",
         )
-    return tensors, what
+    return told, tensors, what
 
 
 PARTS = ("prompt_encoder", "mask_decoder")
@@ -251,7 +243,7 @@ def load_model(path: str | Path, option: str = "", say: Callable[[str], None] = 
     weights, file = read_model(path, TAKES, option, say)
     what = f"{option} {file}".strip()
     remedy = TAKES.remedy(option)
-    encoder = image_encoder_shape(weights, what, remedy)
+    encoder = read_shape(weights, "model", what, remedy)
     header = weights.header("model")
     if header is not None:
         shape = ModelShape(encoder, *(header.get(n) for n in ("decoder", "resize", "single_mask")))

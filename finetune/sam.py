@@ -21,9 +21,10 @@ from finetune.prompt_encoder import (
     refuse_background,
 )
 from finetune.sam_head import SamMaskDecoder, SamPromptEncoder
-from sami.core.images import Normalise, longest_frame
-from sami.encoder import initialise
-from sami.image_encoder import ImageEncoderShape, VitEncoder, build_image_encoder
+from sami.core.images import frame_of
+from sami.encoders.protocol import EncoderShape
+from sami.encoders.registry import build
+from sami.encoders.vit import initialise
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ModelShape:
         single_mask: whether mask 0 is trained.
     """
 
-    encoder: ImageEncoderShape = ImageEncoderShape()
+    encoder: EncoderShape = EncoderShape()
     decoder: Literal["efficientsam", "sam"] = "efficientsam"
     resize: Literal["square", "longest"] = "square"
     single_mask: bool = False
@@ -67,17 +68,6 @@ class ModelShape:
         return asdict(self)
 
 
-def frame_of(image_size: int, resize: str, height: int, width: int) -> tuple[int, int]:
-    """Height and width in pixels that a picture has within a square input.
-
-    ``square``: all of it, whatever the picture's aspect, as released. ``longest``: as SAM
-    resizes, the rest is padding on the right and below.
-    """
-    if resize == "square":
-        return image_size, image_size
-    return longest_frame(image_size, height, width)
-
-
 class Sam(nn.Module):
     """The released model's interface, and that of segment_anything's ``Sam``.
 
@@ -97,7 +87,7 @@ class Sam(nn.Module):
         super().__init__()
         self.shape = shape
         channels = shape.encoder.channels
-        self.image_encoder = build_image_encoder(shape.encoder)
+        self.image_encoder = build(shape.encoder)
         self.image_encoder.checkpointing = checkpointing
         self.image_encoder.register_forward_hook(_keep_frame)
         own = shape.decoder == "efficientsam"
@@ -108,10 +98,9 @@ class Sam(nn.Module):
             self.mask_decoder = MaskDecoder(channels, dropout, shape.single_mask)
         else:
             self.mask_decoder = SamMaskDecoder(channels, shape.single_mask)
-        self.normalise = Normalise()
-        for part in (self.image_encoder, self.prompt_encoder, self.mask_decoder):
-            if isinstance(part, (VitEncoder, PromptEncoder, MaskDecoder)):
-                part.apply(initialise)  # SAM's modules keep their own initialisation
+        if own:  # SAM's modules, and any encoder, bring their own initialisation
+            self.prompt_encoder.apply(initialise)
+            self.mask_decoder.apply(initialise)
 
     @property
     def takes_background(self) -> bool:
@@ -319,7 +308,7 @@ class Sam(nn.Module):
 
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
         """Pictures in 0..1 normalised, with zeros on the right and below, as the encoder's type."""
-        size, images = self.shape.image_size, self.normalise(images)
+        size, images = self.shape.image_size, self.image_encoder.normalise(images)
         images = F.pad(images, (0, size - images.shape[3], 0, size - images.shape[2]))
         return images.to(next(self.image_encoder.parameters()).dtype)
 

@@ -23,7 +23,6 @@ from finetune.model import (
     TAKES_ENCODER,
     MaskDecoderConfig,
     build_model,
-    height_of,
     model_header,
 )
 from finetune.objective import Objective
@@ -153,8 +152,7 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
         cfg.loss.single_mask,
     )
     objective = Objective(model, cfg.loss, cfg.prompt).to(run.device)
-    depth = model.shape.encoder.depth
-    state = State(objective, cfg.optim, cfg.train, run, lambda name: height_of(name, depth))
+    state = State(objective, cfg.optim, cfg.train, run, model.image_encoder.layer_id)
     samples = PromptTransform.of(
         cfg.data, cfg.prompt, cfg.loss.size or model.shape.mask_size, cfg.run.seed
     )

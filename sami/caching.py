@@ -24,7 +24,7 @@ import torch
 from sami.core.checkpoint import sha256_of, write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError, not_written
-from sami.core.images import MEAN, STD, open_image, resize_whole
+from sami.core.images import open_image, resize_whole
 from sami.core.paths import exists, is_file
 from sami.core.shards import (
     PICTURE,
@@ -49,11 +49,9 @@ from sami.features import (
 )
 from sami.teacher import Teacher
 
-PREPROCESSING = {
-    "resize": "upright, longest side to image_size, antialiased bilinear",
-    "mean": [255 * value for value in MEAN],
-    "std": [255 * value for value in STD],
-    "padding": "zeros on the right and below after normalisation",
+RESIZED = {
+    "longest": "upright, longest side to image_size, antialiased bilinear",
+    "square": "upright, both sides to image_size, antialiased bilinear",
 }
 OVERHEAD = 3 * 512 + 700  # bytes of a member's header and padding, and of an npz around its arrays
 TOLERANCE = 0.03  # relative difference within which features count as recomputed: int8 has 0.01
@@ -99,6 +97,16 @@ class Seer:
         bf16 = self.cache.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return see_whole(self.teacher, pictures + fill)[: len(pictures)]
+
+
+def describe_preprocessing(teacher: Teacher) -> dict[str, Any]:
+    """What happens to a picture before the teacher, for a reader of the manifest."""
+    mean, std = (
+        [round(255 * value, 4) for value in tensor.double().flatten().tolist()]
+        for tensor in (teacher.normalise.mean, teacher.normalise.std)
+    )
+    padding = "zeros on the right and below after normalisation"
+    return {"resize": RESIZED[teacher.resize], "mean": mean, "std": std, "padding": padding}
 
 
 def prepare(data: bytes, cache: Cache) -> tuple[tuple[int, int], np.ndarray]:
@@ -249,8 +257,8 @@ def _exclusive(path: Path, wanted: Path) -> Iterator[BinaryIO]:
 class Manifest:
     """The manifest of a folder of cached shards, shared by all processes that fill it."""
 
-    def __init__(self, folder: Path, cache: Cache) -> None:
-        self.folder, self.cache = folder, cache
+    def __init__(self, folder: Path, cache: Cache, preprocessing: dict[str, Any]) -> None:
+        self.folder, self.cache, self.preprocessing = folder, cache, preprocessing
         self.path = folder / MANIFEST
 
     def claim(self, names: list[str], made: dict[str, Any]) -> None:
@@ -262,9 +270,9 @@ class Manifest:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._changed() as content:
-                self._compare(content.setdefault("cache", asdict(self.cache)))
+                self._compare(content.setdefault("cache", self.cache.header()))
                 content.setdefault("format", FORMAT)
-                content.setdefault("preprocessing", PREPROCESSING)
+                content.setdefault("preprocessing", self.preprocessing)
                 content.setdefault("made", made)
                 shards = content.setdefault("shards", {})
                 for name in names:
@@ -285,8 +293,8 @@ class Manifest:
         self._compare(read_manifest(self.folder, whole=False)["cache"])
 
     def _compare(self, theirs: dict[str, Any]) -> None:
-        own = asdict(self.cache)
-        differing = next((name for name in own if own[name] != theirs.get(name)), None)
+        own, theirs = asdict(self.cache), asdict(Cache(**theirs))
+        differing = next((name for name in own if own[name] != theirs[name]), None)
         require(
             differing is None,
             f"{self.folder} holds features with {differing} {theirs.get(differing)}, and "

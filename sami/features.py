@@ -11,9 +11,9 @@ import json
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from sami.core.checkpoint import sha256_of, write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError, raise_if_machine
-from sami.core.images import Box, longest_frame
+from sami.core.images import Box, frame_of
 from sami.core.paths import exists
 from sami.core.shards import Shard, is_url
 from sami.teacher import Teacher, TeacherConfig
@@ -52,6 +52,7 @@ class Cache:
         grid: cells of the stored map on the picture's longest side.
         dtype: int8, with a scale per channel and picture, or fp16.
         precision: that the teacher computed in, fp32 or bf16.
+        resize: how the teacher wants a whole picture, see :mod:`sami.encoders.protocol`.
     """
 
     name: str
@@ -64,6 +65,30 @@ class Cache:
     grid: int
     dtype: Literal["int8", "fp16"]
     precision: Literal["fp32", "bf16"] = "fp32"
+    resize: Literal["longest", "square"] = "longest"
+
+    @staticmethod
+    def of(
+        teacher: Teacher, told: Mapping[str, Any], grid: int, dtype: str, precision: str = "fp32"
+    ) -> "Cache":
+        """A teacher's; ``told``: what :func:`sami.teacher.describe_teacher` says of it."""
+        return Cache(
+            name=told["name"],
+            sha256=told["sha256"],
+            random=told["random"],
+            layer=teacher.layer,
+            image_size=teacher.image_size,
+            patch_size=teacher.stride,
+            channels=teacher.channels,
+            grid=grid,
+            dtype=dtype,
+            precision=precision,
+            resize=teacher.resize,
+        )
+
+    def header(self) -> dict[str, Any]:
+        """As JSON has it; without ``resize`` where it is SAM's, as it always was."""
+        return {k: v for k, v in asdict(self).items() if (k, v) != ("resize", "longest")}
 
     @property
     def pool(self) -> int:
@@ -71,8 +96,8 @@ class Cache:
         return self.image_size // self.patch_size // self.grid
 
     def frame(self, width: int, height: int) -> tuple[int, int]:
-        """Height and width in pixels that the teacher sees a picture at, as SAM resizes."""
-        return longest_frame(self.image_size, height, width)
+        """Height and width in pixels that the teacher sees a picture at."""
+        return frame_of(self.image_size, self.resize, height, width)
 
     def extent(self, width: int, height: int) -> tuple[float, float]:
         """Rows and columns of cells that a picture covers; the last ones perhaps in part."""

@@ -138,7 +138,7 @@ def measure(
     """
     positions = range(min(samples, sum(shard.count for shard in shards)))
     dataset = HeldOut(shards, views, deal(positions, run.rank, run.processes), BATCH)
-    sums = Sums(model.encoder.grid**2, model.head.out_features, run.device)
+    sums = Sums(model.grid**2, model.head.out_features, run.device)
     unusable: list[RawSample] = []
     model.eval()
     loader = make_loader(dataset, workers, run.device)

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sami.core.config import require
-from sami.core.images import Normalise, patchify
-from sami.encoder import Encoder, initialise, sincos_positions, take, vit_block
+from sami.core.images import patchify
+from sami.encoders.protocol import ImageEncoder
+from sami.encoders.vit import gather_tokens, initialise, sincos_positions, vit_block
 
 
 @dataclass
@@ -151,9 +152,15 @@ class Decoder(nn.Module):
     """What both decoders are made of: the blocks make the difference."""
 
     def __init__(
-        self, config: DecoderConfig, encoder_width: int, grid: int, blocks: list[nn.Module]
+        self,
+        config: DecoderConfig,
+        encoder_width: int,
+        grid: int,
+        class_tokens: int,
+        blocks: list[nn.Module],
     ) -> None:
         super().__init__()
+        self.class_tokens = class_tokens
         self.embed = nn.Linear(encoder_width, config.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         positions = sincos_positions(grid, config.width)
@@ -167,12 +174,14 @@ class Decoder(nn.Module):
 class CrossDecoder(Decoder):
     """SAMI's decoder: the visible features are anchors and pass by it unchanged."""
 
-    def __init__(self, config: DecoderConfig, encoder_width: int, grid: int) -> None:
+    def __init__(
+        self, config: DecoderConfig, encoder_width: int, grid: int, class_tokens: int = 1
+    ) -> None:
         masked_memory = config.memory == "visible_and_masked"
         blocks = [
             CrossBlock(config.width, config.heads, masked_memory) for _ in range(config.depth)
         ]
-        super().__init__(config, encoder_width, grid, blocks)
+        super().__init__(config, encoder_width, grid, class_tokens, blocks)
 
     def forward(
         self, encoded: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
@@ -183,8 +192,8 @@ class CrossDecoder(Decoder):
         were not part of the picture. One norm closes both streams, so that the head, which serves
         both, sees them on one scale.
         """
-        anchors = self.embed(encoded[:, 1:])
-        memory = anchors + take(self.positions.expand(len(encoded), -1, -1), visible)
+        anchors = self.embed(encoded[:, self.class_tokens :])
+        memory = anchors + gather_tokens(self.positions.expand(len(encoded), -1, -1), visible)
         tokens, rows = (self.mask_token + self.positions)[0], masked  # all pictures share them
         for block in self.blocks:
             tokens, rows = block(tokens, memory, rows), None
@@ -194,21 +203,23 @@ class CrossDecoder(Decoder):
 class JointDecoder(Decoder):
     """MAE's decoder: all tokens, the class token too, attend to each other."""
 
-    def __init__(self, config: DecoderConfig, encoder_width: int, grid: int) -> None:
+    def __init__(
+        self, config: DecoderConfig, encoder_width: int, grid: int, class_tokens: int = 1
+    ) -> None:
         blocks = [vit_block(config.width, config.heads) for _ in range(config.depth)]
-        super().__init__(config, encoder_width, grid, blocks)
+        super().__init__(config, encoder_width, grid, class_tokens, blocks)
 
     def forward(
         self, encoded: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
     ) -> torch.Tensor:
         """Encoder output [B, 1 + V, D] to [B, N, width] in image order."""
-        tokens = self.embed(encoded)
+        tokens, first = self.embed(encoded), self.class_tokens
         mask_tokens = self.mask_token.expand(*masked.shape, -1).to(tokens.dtype)
-        patches = restore_order(tokens[:, 1:], mask_tokens, visible, masked) + self.positions
-        tokens = torch.cat([tokens[:, :1], patches.to(tokens.dtype)], dim=1)
+        patches = restore_order(tokens[:, first:], mask_tokens, visible, masked) + self.positions
+        tokens = torch.cat([tokens[:, :first], patches.to(tokens.dtype)], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        return self.norm(tokens[:, 1:])
+        return self.norm(tokens[:, first:])
 
 
 class MaskedReconstruction(nn.Module):
@@ -216,7 +227,7 @@ class MaskedReconstruction(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: ImageEncoder,
         decoder: DecoderConfig,
         loss: LossConfig,
         channels: int,
@@ -225,13 +236,15 @@ class MaskedReconstruction(nn.Module):
         """``channels``: of the target. Without a mask (ratio 0) no decoder is built."""
         super().__init__()
         self.loss_config = loss
-        self.normalise = Normalise()
-        self.encoder = encoder
-        width = encoder.shape.width
+        self.encoder, self.normalise = encoder, encoder.normalise
+        self.grid, width = encoder.image_size // encoder.stride, encoder.width
         self.decoder: nn.Module | None = None
         if mask_ratio > 0:
             kind = CrossDecoder if decoder.kind == "cross" else JointDecoder
-            self.decoder, width = kind(decoder, width, encoder.grid), decoder.width
+            self.decoder, width = (
+                kind(decoder, width, self.grid, encoder.class_tokens),
+                decoder.width,
+            )
         self.head = nn.Linear(width, channels)
         initialise(self.head)
 
@@ -249,8 +262,8 @@ class MaskedReconstruction(nn.Module):
         """
         images = self.normalise(images)
         if self.decoder is None:
-            return self.head(self.encoder(images)[:, 1:])
-        return self.head(self.decoder(self.encoder(images, visible), visible, masked))
+            return self.head(self.encoder.tokens(images)[:, self.encoder.class_tokens :])
+        return self.head(self.decoder(self.encoder.tokens(images, visible), visible, masked))
 
     def forward(
         self,
@@ -268,7 +281,9 @@ class MaskedReconstruction(nn.Module):
         tokens, places = target.shape[1], [visible, masked]
         if visible.shape[1] + masked.shape[1] < tokens:
             given = torch.cat([visible, masked], dim=1).sort(dim=1).values
-            target = take(target, given)  # before the loss: nothing is computed for the rest
+            target = gather_tokens(
+                target, given
+            )  # before the loss: nothing is computed for the rest
             places = [torch.searchsorted(given, one.contiguous()) for one in (visible, masked)]
         with torch.autocast(images.device.type, enabled=False):
             target = target.float()
@@ -293,7 +308,7 @@ def restore_order(
 ) -> torch.Tensor:
     """Put tokens [B, V, D] and [B, M, D] back in image order (phi): [B, N, D]."""
     order = torch.cat([visible, masked], dim=1).argsort(dim=1)
-    return take(torch.cat([seen, made.to(seen.dtype)], dim=1), order)
+    return gather_tokens(torch.cat([seen, made.to(seen.dtype)], dim=1), order)
 
 
 def token_errors(prediction: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:

@@ -27,7 +27,9 @@ from sami.core.starts import RANDOM, Start, find_starts
 from sami.core.state import State
 from sami.core.stream import Batches, open_data, take_up
 from sami.data import Batch, DataConfig, HeldOut, MaskConfig, Views, visible_count
-from sami.encoder import TAKES, Encoder, EncoderConfig, build_encoder, export_header
+from sami.encoder import TAKES, EncoderConfig, build_encoder, export_header
+from sami.encoders.protocol import ImageEncoder
+from sami.encoders.registry import names_of_encoders
 from sami.features import Cache, open_cache
 from sami.heldout import EvalConfig, measure
 from sami.model import (
@@ -39,7 +41,6 @@ from sami.model import (
 )
 from sami.pictures import draw_reconstruction
 from sami.probe import probe
-from sami.sam_encoder import SAM_SHAPES
 from sami.teacher import (
     Teacher,
     TeacherConfig,
@@ -89,10 +90,11 @@ class PretrainConfig:
 
     def check(self) -> None:
         """What no group can see alone."""
+        students = names_of_encoders(pretrains=True)
         require(
-            self.encoder.name not in SAM_SHAPES,
-            f"encoder.name {self.encoder.name} can only be finetuned; for stage 1 choose vit_ti, "
-            "vit_s, vit_b or custom",
+            self.encoder.name in students,
+            f"encoder.name {self.encoder.name} can only be finetuned; for stage 1 choose "
+            f"{', '.join(students[:-1])} or {students[-1]}",
         )
         tokens = (self.data.image_size // self.encoder.patch_size) ** 2
         visible = visible_count(tokens, self.mask.ratio)
@@ -335,7 +337,7 @@ def make_targets(
     def features(batch: Batch) -> torch.Tensor:
         with run.accelerator.autocast():
             maps = teacher(batch.teacher_view)
-        return to_grid(maps, model.encoder.grid, cfg.teacher.pool)
+        return to_grid(maps, model.grid, cfg.teacher.pool)
 
     return features
 
@@ -422,7 +424,7 @@ def announce(
 
 
 def make_export(
-    cfg: PretrainConfig, encoder: Encoder, facts: dict[str, Any], step: int, weights: str
+    cfg: PretrainConfig, encoder: ImageEncoder, facts: dict[str, Any], step: int, weights: str
 ) -> Export:
     """The student as the next stage takes it, at every checkpoint and at the end."""
     training = {"steps": step, "target": cfg.target.kind, "teacher": facts["teacher"]}

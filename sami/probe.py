@@ -17,14 +17,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from sami.core.config import require
 from sami.core.errors import BadSample
-from sami.core.images import Normalise, cut, open_image
+from sami.core.images import cut, open_image
 from sami.core.order import deal
 from sami.core.progress import follow
 from sami.core.run import Run
 from sami.core.shards import PICTURE, RawSample, Shard, parse_label, read_samples
 from sami.core.stream import make_loader
 from sami.data import centre_square
-from sami.encoder import Encoder
+from sami.encoders.protocol import ImageEncoder
 
 BATCH = 64  # pictures per forward
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of k-NN, as DINO has them (arXiv 2104.14294, appendix F.2)
@@ -102,7 +102,7 @@ def spread(shards: list[Shard], samples: int) -> np.ndarray:
 
 @torch.no_grad()
 def embed(
-    encoder: Encoder,
+    encoder: ImageEncoder,
     shards: list[Shard],
     numbers: np.ndarray,
     device: torch.device,
@@ -111,16 +111,15 @@ def embed(
     say: Callable[[str], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features fp32 [P, D] and labels [P], on the CPU, of the samples that have a label."""
-    dataset = Labelled(shards, numbers, encoder.shape.image_size)
-    normalise = Normalise().to(device)
-    features, labels = [torch.zeros(0, encoder.shape.width)], [torch.zeros(0, dtype=torch.long)]
+    dataset = Labelled(shards, numbers, encoder.image_size)
+    features, labels = [torch.zeros(0, encoder.width)], [torch.zeros(0, dtype=torch.long)]
     training = encoder.training
     encoder.eval()
     loader = make_loader(dataset, workers, device)
     for batch in follow(loader, "probing", len(numbers), say, lambda batch: len(batch.labels)):
-        images = normalise(batch.images.to(device, non_blocking=True))
+        images = encoder.normalise(batch.images.to(device, non_blocking=True))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            tokens = encoder(images)[:, 1:]
+            tokens = encoder.tokens(images)[:, encoder.class_tokens :]
         features.append(tokens.float().mean(1).cpu())
         labels.append(batch.labels)
     encoder.train(training)
@@ -184,7 +183,7 @@ def compare(
 
 def probe(
     run: Run,
-    encoder: Encoder,
+    encoder: ImageEncoder,
     train: list[Shard],
     held_out: list[Shard],
     samples: int,

@@ -1,4 +1,4 @@
-"""A frozen teacher: SAM's image encoder, or that of a model of ours."""
+"""A frozen teacher: an image encoder by name, with the weights of its checkpoint."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,18 +13,11 @@ from torch.nn import functional as F
 
 from sami.core.checkpoint import sha256_of
 from sami.core.config import PATH, require
-from sami.core.images import Normalise
 from sami.core.weights import Takes, Weights, find_weights, load_strictly
-from sami.image_encoder import load_image_encoder, read_model
-from sami.sam_encoder import NATIVE_SIZE, PATCH_SIZE, SAM_SHAPES, SamEncoder
-
-DOWNLOADS = "https://dl.fbaipublicfiles.com/segment_anything/"
-OFFICIAL = {  # SAM's files
-    "sam_vit_h": "sam_vit_h_4b8939.pth",
-    "sam_vit_l": "sam_vit_l_0b3195.pth",
-    "sam_vit_b": "sam_vit_b_01ec64.pth",
-}
-CUSTOM = (64, 4, 4)  # width, depth, heads of "custom"
+from sami.encoders.files import read_model
+from sami.encoders.protocol import ImageEncoder, token_map
+from sami.encoders.registry import TEACHERS
+from sami.encoders.sam import NATIVE_SIZE
 
 
 @dataclass
@@ -51,7 +44,7 @@ class TeacherConfig:
         heads: of custom.
     """
 
-    name: Literal["sam_vit_h", "sam_vit_l", "sam_vit_b", "custom", "none"] = "sam_vit_h"
+    name: Literal[(*TEACHERS, "none")] = "sam_vit_h"
     checkpoint: str = field(default="", metadata=PATH)
     image_size: int = 224
     layer: Literal["neck", "trunk"] = "neck"
@@ -65,10 +58,11 @@ class TeacherConfig:
     def check(self) -> None:
         if self.name == "none":
             return
+        stride = TEACHERS[self.name].stride
         require(
-            self.image_size > 0 and self.image_size % PATCH_SIZE == 0,
-            f"teacher.image_size {self.image_size} must be a positive multiple of {PATCH_SIZE}, "
-            "such as 224 or 1024",
+            self.image_size > 0 and self.image_size % stride == 0,
+            f"teacher.image_size {self.image_size} must be a positive multiple of {stride}, such "
+            f"as {14 * stride} or {64 * stride}",
         )
         given = [name for name in ("width", "depth", "heads") if getattr(self, name) is not None]
         require(
@@ -76,6 +70,8 @@ class TeacherConfig:
             f"teacher.{given[0] if given else ''} goes with teacher.name custom; leave it out "
             f"for {self.name}",
         )
+        if self.shape is None:
+            return
         width, depth, heads = self.shape
         require(min(width, depth, heads) > 0, "teacher.width, depth and heads must be positive")
         require(
@@ -83,34 +79,31 @@ class TeacherConfig:
         )
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Width, depth and heads."""
-        if self.name != "custom":
-            return SAM_SHAPES[self.name]
-        return tuple(
-            own if given is None else given
-            for own, given in zip(CUSTOM, (self.width, self.depth, self.heads), strict=True)
+    def shape(self) -> tuple[int, int, int] | None:
+        """Width, depth and heads, where they are known."""
+        sizes, given = TEACHERS[self.name].sizes, (self.width, self.depth, self.heads)
+        return sizes and tuple(
+            own if value is None else value for own, value in zip(sizes, given, strict=True)
         )
 
 
 class Teacher(nn.Module):
-    """From pictures to features: frozen, without gradients, in eval mode whatever happens."""
+    """From pictures to features: frozen, without gradients, in eval mode whatever happens.
+
+    Channels, stride, normalisation and how a whole picture is brought into the square are its
+    encoder's own.
+    """
 
     def __init__(
-        self, encoder: nn.Module, layer: str = "neck", image_size: int = NATIVE_SIZE
+        self, encoder: ImageEncoder, layer: str = "neck", image_size: int = NATIVE_SIZE
     ) -> None:
-        """``encoder``: as :mod:`sami.image_encoder` describes it."""
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
         self.layer, self.image_size = layer, image_size
         self.file: Path | None = None  # that its weights were read from
-        self.normalise = Normalise()
+        self.stride, self.normalise, self.resize = encoder.stride, encoder.normalise, encoder.resize
+        self.channels = encoder.channels if layer == "neck" else encoder.width
         super().train(False)
-
-    @property
-    def channels(self) -> int:
-        """Of the features: 256 after SAM's neck, the width of the trunk before it."""
-        return self.encoder.channels if self.layer == "neck" else self.encoder.width
 
     def train(self, mode: bool = True) -> "Teacher":
         """Does nothing: a teacher stays in eval mode."""
@@ -125,7 +118,7 @@ class Teacher(nn.Module):
                 after normalisation, as SAM does.
 
         Returns:
-            [B, C, s, s] with s = image_size / 16 for SAM; C is ``channels``.
+            [B, C, s, s] with s = image_size / stride; C is ``channels``.
         """
         height, width = images.shape[2:]
         if max(height, width) > self.image_size:
@@ -140,8 +133,11 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """The encoder itself: normalised [B, 3, H, W], sides multiples of 16, to [B, C, h, w]."""
-        return self.encoder(images) if self.layer == "neck" else self.encoder.trunk(images)
+        """The encoder itself: normalised [B, 3, H, W], sides multiples of its stride, to
+        [B, C, h, w]."""
+        return (
+            self.encoder.maps(images) if self.layer == "neck" else token_map(self.encoder, images)
+        )
 
 
 def to_grid(features: torch.Tensor, grid: int, pool: str) -> torch.Tensor:
@@ -154,16 +150,31 @@ def to_grid(features: torch.Tensor, grid: int, pool: str) -> torch.Tensor:
 
 def takes_of(config: TeacherConfig, option: str = "teacher.checkpoint") -> Takes:
     """What the checkpoint of a teacher may be, for :func:`sami.core.weights.check_weights`."""
-    file = OFFICIAL.get(config.name)
-    words = (
-        f"SAM's .pth, here {DOWNLOADS}{file} (put it at checkpoints/{file} and name that path)"
-        if file
-        else "the .pth of a SAM of that shape, the folder of a run of stage 2 (python "
-        "finetune/train.py ...), its model.safetensors or a released .pt"
-    )
+    words = TEACHERS[config.name].takes
     return Takes(
         ("model",), f"{words}; or ask for an untrained one by name: --{option.lstrip('-')} random"
     )
+
+
+def build_teacher(
+    config: TeacherConfig, weights: Weights | None = None, what: str = "", remedy: str = ""
+) -> Teacher:
+    """The teacher of a configuration, its weights not yet loaded.
+
+    Args:
+        weights: those that it shall have, which may tell its shape; None for random ones.
+        what: the file that they are of, for a sentence; ``remedy``: the sentence's end.
+
+    Raises:
+        UserError: sizes that do not fit each other.
+    """
+    encoder = TEACHERS[config.name].build(config, weights, what, remedy)
+    require(
+        config.image_size % encoder.stride == 0,
+        f"teacher.image_size {config.image_size} is not divisible by the teacher's patches of "
+        f"{encoder.stride} pixels",
+    )
+    return Teacher(encoder, config.layer, config.image_size)
 
 
 def load_teacher(
@@ -183,24 +194,25 @@ def load_teacher(
         config.name != "none",
         "teacher.name none gives no features; choose sam_vit_h, sam_vit_l or sam_vit_b",
     )
-    file = None
     if config.checkpoint == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # one and the same random teacher in every run and process
-            encoder = SamEncoder(*config.shape)
+            teacher = build_teacher(config)
     else:
         takes = takes_of(config, option)
         weights, file = read_model(config.checkpoint, takes, option, say)
-        encoder = _load(config, weights, f"{option} {file}", takes.remedy(option))
+        what, remedy = f"{option} {file}", takes.remedy(option)
+        teacher = build_teacher(config, weights, what, remedy)
+        teacher.file, prefix = file, teacher.encoder.prefix
+        does_not = f"{what} does not fit {'itself' if weights.kind else config.name}"
+        load_strictly(teacher.encoder, weights.below(prefix), does_not, remedy, prefix=prefix)
     if config.attention == "flex":
         require(
-            isinstance(encoder, SamEncoder),
+            hasattr(teacher.encoder, "flex"),
             f"teacher.attention flex is for SAM's own encoder; the plain ViT of {option} "
             f"{config.checkpoint} has no relative positions: set sdpa",
         )
-        encoder.flex = True
-    teacher = Teacher(encoder, config.layer, config.image_size)
-    teacher.file = file
+        teacher.encoder.flex = True
     return teacher
 
 
@@ -243,34 +255,3 @@ def tensors_sha256(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _load(config: TeacherConfig, weights: Weights, what: str, remedy: str) -> nn.Module:
-    """The image encoder of a model of stage 2, or SAM's in the configured shape."""
-    positions = weights.tensors.get("image_encoder.pos_embed")
-    of_others = positions is not None and positions.ndim == 3  # the released EfficientSAM
-    if weights.kind is None and not of_others:
-        with torch.device("meta"):
-            encoder = SamEncoder(*config.shape)
-        does_not = f"{what} does not fit {config.name}"
-        prefix = "image_encoder."
-        load_strictly(encoder, weights.below(prefix), does_not, remedy, prefix=prefix)
-        return encoder
-    encoder = load_image_encoder(weights, what, remedy)
-    own = (encoder.width, encoder.depth, encoder.shape.heads)
-    for name, value in zip(("width", "depth", "heads"), own, strict=True):
-        given = getattr(config, name)
-        require(
-            given in (None, value),
-            f"teacher.{name} {given} differs from the {value} of {what}; leave it out",
-        )
-    require(
-        config.name == "custom" or own == config.shape,
-        f"{what} is no {config.name}; set --teacher.name custom for a model of your own",
-    )
-    require(
-        config.image_size % encoder.patch_size == 0,
-        f"teacher.image_size {config.image_size} is not divisible by the teacher's patches of "
-        f"{encoder.patch_size} pixels",
-    )
-    return encoder

@@ -13,14 +13,14 @@ from finetune.classification import AugmentConfig, LabelDataConfig, LabelTransfo
 from finetune.data import NO_PIXEL, loss_pixels
 from finetune.evaluation import PROMPTS, EvalDataset, EvalSample, PromptSpec, score
 from finetune.pictures import draw_masks
-from finetune.sam import ModelShape, Sam, frame_of
+from finetune.sam import ModelShape, Sam
 from sami.caching import prepare
 from sami.core.errors import BadSample
-from sami.core.images import MEAN, STD, open_image
+from sami.core.images import MEAN, STD, frame_of, open_image
 from sami.core.shards import PICTURE, TEACHER, RawSample
 from sami.data import Views
+from sami.encoders.protocol import EncoderShape
 from sami.features import Cache, FeatureBatch, pack, quantise, see_whole, to_bytes
-from sami.image_encoder import ImageEncoderShape
 from sami.probe import Labelled as Probed
 from sami.teacher import TeacherConfig, load_teacher
 from tests.test_data_stage2 import maker
@@ -149,7 +149,7 @@ def test_stage_two(size):
 
 @pytest.fixture(scope="module")
 def models():
-    shape = ImageEncoderShape(width=32, depth=1, heads=1, image_size=64)
+    shape = EncoderShape(width=32, depth=1, heads=1, image_size=64)
     return {kind: Sam(ModelShape(shape, resize=kind)).eval() for kind in ("square", "longest")}
 
 

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from sami.core.checkpoint import write_weights
 from sami.core.errors import UserError
-from sami.encoder import EncoderConfig, build_encoder, export_header, load_encoder, sincos_positions
+from sami.encoder import EncoderConfig, build_encoder, export_header, load_encoder
+from sami.encoders.vit import sincos_positions
 
 
 def small(**more):

@@ -32,14 +32,14 @@ from finetune.sam import ModelShape, Sam
 from sami.core.errors import BadSample
 from sami.core.images import resize_array
 from sami.core.plots import OBJECTS
-from sami.image_encoder import ImageEncoderShape
+from sami.encoders.protocol import EncoderShape
 from tests.reference import next_click
 from tests.runs import ROOT, opened
 from tests.test_data_stage2 import HEIGHT, WIDTH, discs, raw
 from tests.test_toy_shards import draw
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools, NumPy 2
-SHAPE = ModelShape(ImageEncoderShape(width=32, depth=1, heads=1, image_size=64))
+SHAPE = ModelShape(EncoderShape(width=32, depth=1, heads=1, image_size=64))
 CPU = torch.device("cpu")
 
 

@@ -10,20 +10,21 @@ import pytest
 import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 
-from finetune.model import MaskDecoderConfig, build_model, height_of, load_model, model_header
+from finetune.model import MaskDecoderConfig, build_model, load_model, model_header
 from finetune.sam import ModelShape, Sam
 from sami.core.checkpoint import write_weights
 from sami.core.errors import UserError
 from sami.core.images import resize_array
+from sami.core.optim import parameter_groups
 from sami.encoder import EncoderConfig, build_encoder
 from sami.encoder import export_header as export_encoder
-from sami.image_encoder import ImageEncoderShape
+from sami.encoders.protocol import EncoderShape
 from tests.runs import ROOT
 
 PARITY = ROOT.parent / "shared" / "parity"
-TINY = ImageEncoderShape(width=64, depth=2, heads=2, image_size=128)
+TINY = EncoderShape(width=64, depth=2, heads=2, image_size=128)
 SMALL = ModelShape(TINY)
-NARROW = ImageEncoderShape(width=32, depth=1, heads=2, image_size=128, channels=64)
+NARROW = EncoderShape(width=32, depth=1, heads=2, image_size=128, channels=64)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_names_and_shapes_are_the_released_ones(released):
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == {
         name: list(shape) for name, shape in shapes.items()
     }
-    small = Sam(ModelShape(ImageEncoderShape(width=384, heads=6)))
+    small = Sam(ModelShape(EncoderShape(width=384, heads=6)))
     assert sum(p.numel() for p in small.parameters()) == 26_413_028
     assert sum(p.numel() for p in Sam(ModelShape()).parameters()) == 10_223_204
 
@@ -168,13 +169,17 @@ def test_starts_from_sams_decoder(tmp_path):
         assert torch.equal(theirs[name], model[ours]), name
 
 
-def test_heights_for_the_layer_decay():
-    heights = {name: height_of(name, 2) for name, _ in Sam(SMALL).named_parameters()}
-    assert heights["image_encoder.pos_embed"] == heights["image_encoder.patch_embed.proj.bias"] == 3
-    assert heights["image_encoder.blocks.0.norm1.bias"] == 2
-    assert heights["image_encoder.blocks.1.attn.qkv.weight"] == 1
-    assert heights["image_encoder.neck.0.weight"] == 0 == heights["mask_decoder.iou_token.weight"]
-    assert height_of("model.image_encoder.blocks.0.norm1.bias", 2) == 2
+def test_layer_ids_for_the_layer_decay():
+    model = Sam(SMALL)
+    layer_id = model.image_encoder.layer_id
+    ids = {name: layer_id(name) for name, _ in model.named_parameters()}
+    assert ids["image_encoder.pos_embed"] == ids["image_encoder.patch_embed.proj.bias"] == 0
+    assert ids["image_encoder.blocks.0.norm1.bias"] == 1
+    assert ids["image_encoder.blocks.1.attn.qkv.weight"] == 2
+    assert ids["image_encoder.neck.0.weight"] == 3 == ids["mask_decoder.iou_token.weight"]
+    assert layer_id("model.image_encoder.blocks.0.norm1.bias") == 1
+    scales = {group["lr_scale"] for group in parameter_groups(model, 0.1, 0.5, layer_id)}
+    assert scales == {1, 0.5, 0.25, 0.125}
 
 
 @pytest.mark.parametrize("spoilt", ["missing", "text", "other tensors", "sam", "other safetensors"])

@@ -86,8 +86,8 @@ def test_layer_decay_and_embeddings():
     model = nn.ModuleDict(
         {"low": nn.Linear(2, 2), "high": nn.Linear(2, 2), "e": nn.Embedding(3, 2)}
     )
-    heights = {"low": 2, "high": 1, "e": 0}
-    groups = parameter_groups(model, 0.1, 0.5, lambda name: heights[name.split(".")[0]])
+    ids = {"low": 0, "high": 1, "e": 2}
+    groups = parameter_groups(model, 0.1, 0.5, lambda name: ids[name.split(".")[0]])
     found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert {name: found[id(p)] for name, p in model.named_parameters()} == {
         "low.weight": (0.25, 0.1),

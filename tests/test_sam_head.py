@@ -15,7 +15,7 @@ from finetune.prompts import PromptConfig
 from sami.core.checkpoint import write_weights
 from sami.core.errors import UserError
 from sami.encoder import EncoderConfig
-from sami.sam_encoder import SamEncoder
+from sami.encoders.sam import SamEncoder, sam_shape
 from sami.teacher import TeacherConfig, load_teacher
 
 SIZE = 128
@@ -26,7 +26,7 @@ SHAPE = {"width": 32, "depth": 4, "heads": 2}
 def theirs():
     """segment-anything's model, small, with every tensor random."""
     torch.manual_seed(0)
-    encoder = SamEncoder(32, 4, 2, img_size=SIZE)
+    encoder = SamEncoder(sam_shape(32, 4, 2, SIZE))
     grid = SIZE // 16
     transformer = TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
     model = TheirSam(

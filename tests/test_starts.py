@@ -12,19 +12,21 @@ from safetensors.torch import load_file
 
 from finetune.train import main as finetune
 from sami.core.checkpoint import write_weights
-from sami.encoder import Encoder, EncoderShape, export_header, load_encoder
+from sami.encoder import export_header, load_encoder
+from sami.encoders.protocol import EncoderShape
+from sami.encoders.sam import SamEncoder, sam_shape
+from sami.encoders.vit import Vit
 from sami.pretrain import main as pretrain
-from sami.sam_encoder import SamEncoder
 from tests.runs import arguments, summary, write_shards
 from tools.cache_teacher import main as cache
 
-SHAPE = EncoderShape(32, 2, 2, 16, 64)
+SHAPE = EncoderShape.stage_one(32, 2, 2, 16, 64)
 
 
 def write_encoder(folder, seed):
     folder.mkdir(exist_ok=True)
     torch.manual_seed(seed)
-    encoder = Encoder(SHAPE)
+    encoder = Vit(SHAPE)
     write_weights(folder / "encoder.safetensors", encoder.state_dict(), export_header(encoder))
     return folder
 
@@ -191,7 +193,7 @@ def test_a_run_of_an_earlier_version_goes_on(begun):
 def test_a_teacher_may_move_and_not_change(shards, tmp_path, in_process):
     torch.manual_seed(0)
     for name in ("t.pth", "other.pth"):
-        encoder = SamEncoder(32, 1, 4)
+        encoder = SamEncoder(sam_shape(32, 1, 4))
         for parameter in encoder.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         state = {f"image_encoder.{n}": t for n, t in encoder.state_dict().items()}

@@ -8,10 +8,9 @@ from torch.nn import functional as F
 
 from sami.core.errors import UserError
 from sami.encoder import EncoderConfig, build_encoder
+from sami.encoders.sam import OFFICIAL, SAM_SHAPES, SamEncoder, sam_shape
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
-from sami.sam_encoder import SAM_SHAPES, SamEncoder
 from sami.teacher import (
-    OFFICIAL,
     Teacher,
     TeacherConfig,
     describe_teacher,
@@ -22,7 +21,7 @@ from sami.teacher import (
 
 def random_encoder(width, heads, depth=2, global_blocks=(1,)):
     """Every tensor random: segment-anything leaves all positions at zero."""
-    encoder = SamEncoder(width, depth, heads, global_blocks=global_blocks).eval()
+    encoder = SamEncoder(sam_shape(width, depth, heads), global_blocks).eval()
     torch.manual_seed(3)
     for name, parameter in encoder.named_parameters():
         if "pos" in name:

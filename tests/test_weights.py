@@ -18,14 +18,15 @@ from finetune.sam import ModelShape, Sam
 from sami.core.checkpoint import Export, save_checkpoint, write_weights
 from sami.core.errors import MachineError, UserError
 from sami.core.weights import Takes, check_weights, entry_of, find_weights
-from sami.encoder import Encoder, EncoderConfig, EncoderShape, build_encoder, load_encoder
+from sami.encoder import EncoderConfig, build_encoder, load_encoder
 from sami.encoder import export_header as export_encoder
-from sami.image_encoder import ImageEncoderShape
+from sami.encoders.protocol import EncoderShape
+from sami.encoders.vit import Vit
 from sami.teacher import TeacherConfig, load_teacher
 
-VIT = ImageEncoderShape(width=64, depth=2, heads=1, image_size=1024, grid=4, channels=32)
-SAM = ImageEncoderShape("sam", 32, 4, 2, 16, 1024, 64, 256)
-STUDENT = EncoderShape(64, 2, 1, 16, 64)
+VIT = EncoderShape(width=64, depth=2, heads=1, image_size=1024, grid=4, channels=32)
+SAM = EncoderShape("sam", 32, 4, 2, 16, 1024, 64, 256)
+STUDENT = EncoderShape.stage_one(64, 2, 1, 16, 64)
 SHAPE = {"width": 64, "depth": 2, "heads": 1}
 
 
@@ -35,7 +36,7 @@ def models():
     return {
         "vit": Sam(ModelShape(VIT)),
         "sam": Sam(ModelShape(SAM, "sam", "longest", True)),
-        "student": Encoder(STUDENT),
+        "student": Vit(STUDENT),
     }
 
 

@@ -55,9 +55,9 @@ from sami.core.stream import Batches, Samples
 from sami.core.tables import show_table
 from sami.data import Views
 from sami.encoder import EncoderConfig, build_encoder
+from sami.encoders.sam import SAM_SHAPES
 from sami.features import Cache, Stored, to_bytes
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction, pixel_target
-from sami.sam_encoder import SAM_SHAPES
 from sami.teacher import TeacherConfig, load_teacher
 
 Step = Callable[[], None]

@@ -35,6 +35,7 @@ from sami.caching import (
     Manifest,
     Seer,
     cache_shard,
+    describe_preprocessing,
     estimate_bytes,
     prepare,
     require_room,
@@ -49,8 +50,8 @@ from sami.core.processes import DEVICES, check_launch, choose_device
 from sami.core.progress import Progress as Lines
 from sami.core.run import TimeLeft, environment
 from sami.core.shards import PICTURE, Shard, Source, expand, is_url, open_sources, read_samples
+from sami.encoders.registry import TEACHERS
 from sami.features import DTYPES, Cache
-from sami.sam_encoder import SAM_SHAPES
 from sami.teacher import TeacherConfig, describe_teacher, load_teacher
 
 
@@ -61,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=local_path, required=True, help="folder for the new shards")
     teacher = parser.add_argument_group("teacher")
-    teacher.add_argument("--teacher", choices=(*SAM_SHAPES, "custom"), default="sam_vit_h")
+    teacher.add_argument("--teacher", choices=tuple(TEACHERS), default="sam_vit_h")
     teacher.add_argument(
         "--checkpoint", type=path_pattern, default="", help="its .pth, or a run folder of stage 2"
     )
@@ -147,7 +148,7 @@ def make_seer(args: argparse.Namespace) -> tuple[Seer, dict[str, object]]:
         config = dataclasses.replace(config, checkpoint="random")
     teacher = load_teacher(config, "--checkpoint")
     told = describe_teacher(config, teacher)
-    tokens = args.image_size // teacher.encoder.patch_size
+    tokens = args.image_size // teacher.stride
     grid = args.grid or (32 if tokens % 32 == 0 else tokens)
     require(
         0 < grid <= tokens and tokens % grid == 0,
@@ -159,18 +160,8 @@ def make_seer(args: argparse.Namespace) -> tuple[Seer, dict[str, object]]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     automatic = "bf16" if bf16 else "fp32"
-    cache = Cache(
-        name=told["name"],
-        sha256=told["sha256"],
-        random=told["random"],
-        layer=args.layer,
-        image_size=args.image_size,
-        patch_size=teacher.encoder.patch_size,
-        channels=teacher.channels,
-        grid=grid,
-        dtype=args.dtype,
-        precision=automatic if args.precision == "auto" else args.precision,
-    )
+    precision = automatic if args.precision == "auto" else args.precision
+    cache = Cache.of(teacher, told, grid, args.dtype, precision)
     if args.compile:
         teacher.features = torch.compile(teacher.features, dynamic=False)
     seer = Seer(teacher.to(device), cache, device, args.batch, args.workers, fixed=args.compile)
@@ -263,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if cache.random and not args.dry_run:
         print("*** THE TEACHER IS RANDOM (--checkpoint random): these are not SAM's features ***")
-    manifest = Manifest(args.out, cache)
+    manifest = Manifest(args.out, cache, describe_preprocessing(seer.teacher))
     if args.verify:
         return check(args, seer, manifest, [names[url] for url in mine])
     if not args.dry_run:

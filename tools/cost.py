@@ -44,16 +44,11 @@ from sami.core.shipped import find
 from sami.core.tables import show_table
 from sami.data import visible_count
 from sami.encoder import EncoderConfig, build_encoder
+from sami.encoders.files import read_model
+from sami.encoders.registry import TEACHERS, build
 from sami.features import DTYPES, Cache
-from sami.image_encoder import (
-    ImageEncoderShape,
-    build_image_encoder,
-    image_encoder_shape,
-    read_model,
-)
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
-from sami.sam_encoder import NECK_CHANNELS, PATCH_SIZE, SamEncoder
-from sami.teacher import TeacherConfig, takes_of
+from sami.teacher import Teacher, TeacherConfig, build_teacher, takes_of
 
 # Dense bf16 (V100: fp16) TFLOP/s with fp32 accumulation, from the makers' data sheets.
 CARDS = {
@@ -131,59 +126,51 @@ def _either(names: Iterable[str]) -> str:
     return " or ".join(dict.fromkeys(names)) or "it has none"
 
 
-def teacher_shape(config: TeacherConfig) -> ImageEncoderShape | None:
-    """Of a model of ours, which brings its own; None for SAM's."""
-    if config.name != "custom" or config.checkpoint in ("", "random"):
-        return None
-    option, takes = "teacher.checkpoint", takes_of(config)
+def open_teacher(config: TeacherConfig, mode: FakeTensorMode) -> Teacher:
+    """The teacher in shapes alone; its checkpoint is only read where it tells them."""
+    takes, option = takes_of(config), "teacher.checkpoint"
+    if not TEACHERS[config.name].shape_in_file or config.checkpoint in ("", "random"):
+        with mode:
+            return build_teacher(config)
     weights, file = read_model(config.checkpoint, takes, option)
-    if weights.kind is None:
-        return None
-    return image_encoder_shape(weights, f"{option} {file}", takes.remedy(option))
+    told = build_teacher(config, weights, f"{option} {file}", takes.remedy(option))
+    with mode:
+        return Teacher(build(told.encoder.shape), config.layer, config.image_size)
 
 
-def channels_of(teacher: TeacherConfig, shape: ImageEncoderShape | None) -> int:
-    """Of its features."""
-    neck = teacher.layer == "neck"
-    if shape is not None:
-        return shape.channels if neck else shape.width
-    return NECK_CHANNELS if neck else teacher.shape[0]
-
-
-def teacher_part(config: TeacherConfig, shape: ImageEncoderShape | None, times: int | None) -> Part:
-    """The teacher's forward pass; ``shape``: as :func:`teacher_shape` has it."""
-    encoder = SamEncoder(*config.shape) if shape is None else build_image_encoder(shape)
+def teacher_part(config: TeacherConfig, teacher: Teacher, times: int | None) -> Part:
+    """The teacher's forward pass."""
     images = torch.zeros(1, 3, config.image_size, config.image_size)
-    run = encoder if config.layer == "neck" else encoder.trunk
     name = f"teacher {config.name}, {config.image_size} px"
-    return Part(name, parameters(encoder), macs(count(lambda: run(images))), 1, times)
+    return Part(name, parameters(teacher), macs(count(lambda: teacher.features(images))), 1, times)
 
 
-def pretrain_parts(config: dict[str, Any], shape: ImageEncoderShape | None) -> list[Part]:
+def pretrain_parts(config: dict[str, Any], taught: Teacher | None) -> list[Part]:
     """Stage 1: student, decoder, head, and the teacher."""
     encoder = EncoderConfig(**config["encoder"] | {"checkpoint": None})
     teacher, decoder = TeacherConfig(**config["teacher"]), DecoderConfig(**config["decoder"])
     size, channels = config["data"]["image_size"], 3 * encoder.patch_size**2
     parts = []
-    if config["target"]["kind"] == "teacher":
-        parts.append(teacher_part(teacher, shape, 1 if teacher.cached else None))
-        channels = channels_of(teacher, shape)
+    if taught is not None:
+        parts.append(teacher_part(teacher, taught, 1 if teacher.cached else None))
+        channels = taught.channels
     student = build_encoder(encoder, size)
-    tokens, ratio = student.grid**2, config["mask"]["ratio"]
+    tokens, ratio = (size // student.stride) ** 2, config["mask"]["ratio"]
     model = MaskedReconstruction(student, decoder, LossConfig(), channels, ratio)
     seen = visible_count(tokens, ratio)
     predicted = max(1, round((tokens - seen) * decoder.predict_fraction)) if ratio else 0
     order = torch.arange(seen + predicted).expand(BATCH, -1)
     images = torch.zeros(BATCH, 3, size, size)
+    visible = order[:, :seen] if ratio else None
+    encoded = macs(count(lambda: student.tokens(images, visible))) / BATCH
+    parts.append(Part("student", parameters(student), encoded))
     counter = count(lambda: model.predict(images, order[:, :seen], order[:, seen:]))
-    # The flop counter names modules whose forward is called from outside by their class.
-    found = [("student", "Encoder", student), ("decoder", None, model.decoder)]
-    total = macs(counter) / BATCH
-    for name, module_name, module in found:
-        if module is not None:
-            own = macs(counter, module_name or type(module).__name__) / BATCH
-            parts.append(Part(name, parameters(module), own))
-            total -= own
+    total = macs(counter) / BATCH - encoded
+    if model.decoder is not None:
+        # The flop counter names modules whose forward is called from outside by their class.
+        own = macs(counter, type(model.decoder).__name__) / BATCH
+        parts.append(Part("decoder", parameters(model.decoder), own))
+        total -= own
     return [*parts, Part("head", parameters(model.head), total)]
 
 
@@ -227,13 +214,19 @@ def classify_parts(config: dict[str, Any]) -> list[Part]:
 
 def find_parts(entry: str, config: dict[str, Any]) -> list[Part]:
     """What a step consists of; in shapes alone: nothing is computed, and no memory is taken."""
-    of_teacher = entry == "sami/pretrain.py" and config["target"]["kind"] == "teacher"
-    shape = teacher_shape(TeacherConfig(**config["teacher"])) if of_teacher else None
-    # timm reads numbers off a tensor while it builds a model, which a fake one does not have.
-    with torch.device("meta") if entry == "finetune/classify.py" else FakeTensorMode():
-        if entry == "sami/pretrain.py":
-            return pretrain_parts(config, shape)
-        return finetune_parts(config) if entry == "finetune/train.py" else classify_parts(config)
+    if entry == "finetune/classify.py":
+        # timm reads numbers off a tensor while it builds a model, which a fake one does not have.
+        with torch.device("meta"):
+            return classify_parts(config)
+    mode, teacher = FakeTensorMode(), None
+    if entry == "sami/pretrain.py" and config["target"]["kind"] == "teacher":
+        teacher = open_teacher(TeacherConfig(**config["teacher"]), mode)
+    with mode:
+        return (
+            pretrain_parts(config, teacher)
+            if entry == "sami/pretrain.py"
+            else finetune_parts(config)
+        )
 
 
 def count_pictures(config: dict[str, Any], entry: str, given: int | None) -> int:
@@ -260,16 +253,15 @@ def hours_of(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
-def cache_bytes(teacher: TeacherConfig) -> dict[str, int]:
+def cache_bytes(config: TeacherConfig) -> dict[str, int]:
     """Bytes per picture of ASPECT by what is stored."""
-    shape = teacher_shape(teacher)
-    patch = PATCH_SIZE if shape is None else shape.patch_size
-    tokens = teacher.image_size // patch
-    told = (teacher.name, "", False, teacher.layer, teacher.image_size, patch)
+    teacher, told = (
+        open_teacher(config, FakeTensorMode()),
+        {"name": config.name, "sha256": "", "random": False},
+    )
+    tokens = teacher.image_size // teacher.stride
     return {
-        f"{grid} x {grid} {dtype}": Cache(*told, channels_of(teacher, shape), grid, dtype).bytes_of(
-            *ASPECT
-        )
+        f"{grid} x {grid} {dtype}": Cache.of(teacher, told, grid, dtype).bytes_of(*ASPECT)
         for grid in (tokens, tokens // 2)[: 2 - tokens % 2]
         for dtype in DTYPES
     }

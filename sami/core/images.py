@@ -273,6 +273,17 @@ def longest_frame(image_size: int, height: int, width: int) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
+def frame_of(image_size: int, resize: str, height: int, width: int) -> tuple[int, int]:
+    """Height and width in pixels that a picture has within a square input.
+
+    ``square``: all of it, whatever the picture's aspect, as the released EfficientSAM has it.
+    ``longest``: as SAM resizes, the rest is padding on the right and below.
+    """
+    if resize == "square":
+        return image_size, image_size
+    return longest_frame(image_size, height, width)
+
+
 def to_8_bits(values: np.ndarray, inverse: bool = False) -> np.ndarray:
     """Samples of more than 8 bits, [H, W] or [H, W, 3], to uint8.
 
@@ -314,12 +325,19 @@ def resize_array(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 class Normalise(nn.Module):
-    """Pictures to zero mean and unit variance by ImageNet's (and SAM's) statistics."""
+    """Pictures to zero mean and unit variance, by ImageNet's (and SAM's) statistics if none are
+    given."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        mean: tuple[float, float, float] = MEAN,
+        std: tuple[float, float, float] = STD,
+    ) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("mean", mean), ("std", std)):
+            # On the CPU even where a module is built on the meta device: no file holds them.
+            tensor = torch.tensor(values, device="cpu").view(1, 3, 1, 1)
+            self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W], integers in 0..255 or floating point in 0..1, to float32 [B, 3, H, W]."""

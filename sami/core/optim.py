@@ -176,13 +176,13 @@ def parameter_groups(
     model: nn.Module,
     weight_decay: float,
     layer_decay: float = 1.0,
-    height: Callable[[str], int] = lambda name: 0,
+    layer_id: Callable[[str], int] = lambda name: 0,
 ) -> list[dict]:
     """Trainable parameters: matrices decay; norms, biases, tokens and embeddings do not.
 
     Args:
-        height: from a parameter's name to how many blocks lie above it; its group's ``lr_scale``
-            is ``layer_decay`` to that power.
+        layer_id: from a parameter's name to the number of its layer, from the input on; its group's
+            ``lr_scale`` is ``layer_decay`` to the power of how many layers lie above.
     """
     embeddings = {
         id(parameter)
@@ -191,10 +191,11 @@ def parameter_groups(
         for parameter in module.parameters()
     }
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, False): [], (1.0, True): []}
+    top = max((layer_id(name) for name, _ in model.named_parameters()), default=0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim < 2 or name.endswith(("_token", "pos_embed"))
-            key = layer_decay ** height(name), plain or id(parameter) in embeddings
+            key = layer_decay ** (top - layer_id(name)), plain or id(parameter) in embeddings
             groups.setdefault(key, []).append(parameter)
     return [
         {"params": parameters, "weight_decay": 0.0 if plain else weight_decay, "lr_scale": scale}
@@ -203,14 +204,14 @@ def parameter_groups(
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, height: Callable[[str], int] = lambda name: 0
+    model: nn.Module, config: OptimConfig, layer_id: Callable[[str], int] = lambda name: 0
 ) -> torch.optim.AdamW:
     """AdamW whose kernel can leave an update out on the device (``found_inf``).
 
     Args:
-        height: see :func:`parameter_groups`.
+        layer_id: see :func:`parameter_groups`.
     """
-    groups = parameter_groups(model, config.weight_decay, config.layer_decay, height)
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay, layer_id)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 

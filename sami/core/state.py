@@ -46,17 +46,17 @@ class State:
         optim: OptimConfig,
         train: TrainConfig,
         run: Run,
-        height: Callable[[str], int] = lambda name: 0,
+        layer_id: Callable[[str], int] = lambda name: 0,
         optimizer: torch.optim.AdamW | None = None,
     ) -> None:
         """
         Args:
             model: on its device, not yet wrapped.
-            height: for the layer decay, see :func:`parameter_groups`.
+            layer_id: for the layer decay, see :func:`parameter_groups`.
             optimizer: fused, with ``lr_scale`` in its groups; built from ``optim`` if None.
         """
         self.optim, self.train, self.run, self.model = optim, train, run, model
-        self.optimizer = optimizer or build_optimizer(model, optim, height)
+        self.optimizer = optimizer or build_optimizer(model, optim, layer_id)
         self.ema = Ema(model, optim.ema) if optim.ema else None
         self.window, self.guard, self.clock = Window(run.device), Guard(run.device), Clock()
         self.bad, self.left_out = BadSamples(), BadSamples()  # of this rank; objects of samples

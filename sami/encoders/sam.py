@@ -7,6 +7,7 @@ pairs of tokens.
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -21,64 +22,75 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from sami.core.config import require
+from sami.core.images import Normalise
+from sami.core.weights import Weights
+from sami.encoders.files import read_shape
+from sami.encoders.protocol import EncoderShape, FromShape, ImageEncoder, token_map
+from sami.encoders.registry import ENCODERS, KINDS, TEACHERS, Architecture, TeacherSource, build
+from sami.encoders.vit import count_blocks
+
 # width, depth, heads
 SAM_SHAPES = {
     "sam_vit_h": (1280, 32, 16),
     "sam_vit_l": (1024, 24, 16),
     "sam_vit_b": (768, 12, 12),
 }
+CUSTOM = (64, 4, 4)  # of teacher.name custom: small enough for a test on a CPU
 NATIVE_SIZE = 1024  # pixels; SAM's own input, for which its absolute positions are stored
-PATCH_SIZE, NECK_CHANNELS, WINDOW = 16, 256, 14
+PATCH_SIZE, WINDOW = 16, 14
+DOWNLOADS = "https://dl.fbaipublicfiles.com/segment_anything/"
+OFFICIAL = {  # SAM's files
+    "sam_vit_h": "sam_vit_h_4b8939.pth",
+    "sam_vit_l": "sam_vit_l_0b3195.pth",
+    "sam_vit_b": "sam_vit_b_01ec64.pth",
+}
 
 
-class SamEncoder(ImageEncoderViT):
+class SamEncoder(FromShape, ImageEncoderViT):
     """segment-anything's image encoder as its own ``build_sam`` puts it together."""
 
-    def __init__(
-        self,
-        width: int,
-        depth: int,
-        heads: int,
-        img_size: int = NATIVE_SIZE,
-        patch_size: int = PATCH_SIZE,
-        channels: int = NECK_CHANNELS,
-        global_blocks: tuple[int, ...] | None = None,
-    ) -> None:
+    def __init__(self, shape: EncoderShape, global_blocks: tuple[int, ...] | None = None) -> None:
         """
         Args:
-            img_size: side in pixels of the picture that the stored positions are for.
-            channels: of the neck.
             global_blocks: those that see the whole picture; the last of each quarter, as in SAM,
                 if None.
         """
+        depth = shape.depth
         if global_blocks is None:
             global_blocks = tuple((i + 1) * depth // 4 - 1 for i in range(4))
         super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
-            embed_dim=width,
+            img_size=shape.grid * shape.patch_size,
+            patch_size=shape.patch_size,
+            embed_dim=shape.width,
             depth=depth,
-            num_heads=heads,
+            num_heads=shape.heads,
             mlp_ratio=4,
-            out_chans=channels,
+            out_chans=shape.channels,
             qkv_bias=True,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             use_rel_pos=True,
             window_size=WINDOW,
             global_attn_indexes=global_blocks,
         )
-        self.width, self.depth, self.patch_size, self.channels = width, depth, patch_size, channels
-        self.checkpointing = False  # recompute the blocks in the backward pass
+        self.shape, self.checkpointing, self.normalise = shape, False, Normalise()
+        self.img_size = shape.image_size  # what SamPredictor resizes to
         self.flex = False  # FlexAttention in the global blocks; on a GPU it is compiled
         self._tables: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._positions: dict[tuple, torch.Tensor] = {}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised [B, 3, H, W], sides multiples of the patch size, to [B, C, h, w]."""
-        return self.neck(self.trunk(images))
+        return self.maps(images)
 
-    def trunk(self, images: torch.Tensor) -> torch.Tensor:
-        """What the neck gets, the last block's output [B, D, h, w]."""
+    def maps(self, images: torch.Tensor) -> torch.Tensor:
+        """The same."""
+        return self.neck(token_map(self, images))
+
+    def tokens(self, images: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """The last block's output [B, N, D]; SAM sees whole images alone."""
+        if visible is not None:
+            raise ValueError("SAM's encoder has windows and does not take visible patches alone")
         x = self.patch_embed(images)  # [B, h, w, D]
         x = x + self._absolute_positions(x)
         for block, tables in zip(self.blocks, self._relative_positions(x), strict=True):
@@ -86,14 +98,26 @@ class SamEncoder(ImageEncoderViT):
                 x = checkpoint(_block, block, x, tables, self.flex, use_reentrant=False)
             else:
                 x = _block(block, x, tables, self.flex)
-        return x.permute(0, 3, 1, 2)
+        return x.flatten(1, 2)
+
+    @staticmethod
+    def infer(tensors: dict[str, torch.Tensor], heads: int | None) -> EncoderShape | None:
+        """The shape that these tensors have; None if they are not SAM's."""
+        patches, positions = (tensors.get(n) for n in ("patch_embed.proj.weight", "pos_embed"))
+        if patches is None or positions is None or positions.ndim != 4:
+            return None
+        width, _, patch, _ = patches.shape
+        grid, channels = positions.shape[1], tensors["neck.0.weight"].shape[0]
+        heads = width // tensors["blocks.0.attn.rel_pos_h"].shape[1]
+        depth = count_blocks(tensors)
+        return EncoderShape("sam", width, depth, heads, patch, grid * patch, grid, channels)
 
     def _absolute_positions(self, x: torch.Tensor) -> torch.Tensor:
         """The stored positions [1, H, W, D] resized (bicubic) to the grid of ``x`` [B, h, w, D]."""
         stored = self.pos_embed
         if torch.is_grad_enabled() and stored.requires_grad:
             return resize_positions(stored, *x.shape[1:3]).to(x.dtype)
-        key = (*x.shape[1:3], x.device, x.dtype, stored.data_ptr(), stored._version)
+        key = (*x.shape[1:3], x.device, x.dtype, stored.untyped_storage()._cdata, stored._version)
         if key not in self._positions:
             self._positions = {key: resize_positions(stored, *x.shape[1:3]).to(x.dtype)}
         return self._positions[key]
@@ -103,7 +127,11 @@ class SamEncoder(ImageEncoderViT):
         stored = [block.attn.rel_pos_h for block in self.blocks]
         if torch.is_grad_enabled() and any(table.requires_grad for table in stored):
             return [self._tables_of(block, x) for block in self.blocks]
-        key = (*x.shape[1:3], x.device, tuple((t.data_ptr(), t._version) for t in stored))
+        key = (
+            *x.shape[1:3],
+            x.device,
+            tuple((t.untyped_storage()._cdata, t._version) for t in stored),
+        )
         if key not in self._tables:
             self._tables = {key: [self._tables_of(block, x) for block in self.blocks]}
         return self._tables[key]
@@ -115,6 +143,62 @@ class SamEncoder(ImageEncoderViT):
             rows = get_rel_pos(height, height, block.attn.rel_pos_h)
             columns = get_rel_pos(width, width, block.attn.rel_pos_w)
         return rows, columns
+
+
+def sam_shape(width: int, depth: int, heads: int, image_size: int = NATIVE_SIZE) -> EncoderShape:
+    """SAM's at other sizes, with positions for its own input."""
+    grid = image_size // PATCH_SIZE
+    return EncoderShape("sam", width, depth, heads, PATCH_SIZE, image_size, grid)
+
+
+def build_teacher(config: Any, weights: Weights | None, what: str, remedy: str) -> ImageEncoder:
+    """SAM's encoder at the configured sizes; or a model of ours, which brings its own.
+
+    Raises:
+        UserError: a model of another shape than the configuration names.
+    """
+    positions = weights and weights.tensors.get("image_encoder.pos_embed")
+    released = positions is not None and positions.ndim == 3  # EfficientSAM's
+    if weights is None or (weights.kind is None and not released):
+        with torch.device("cpu" if weights is None else "meta"):
+            return SamEncoder(sam_shape(*config.shape))
+    shape = read_shape(weights, "model", what, remedy)
+    own = (shape.width, shape.depth, shape.heads)
+    for name, value in zip(("width", "depth", "heads"), own, strict=True):
+        given = getattr(config, name)
+        require(
+            given in (None, value),
+            f"teacher.{name} {given} differs from the {value} of {what}; leave it out",
+        )
+    require(
+        config.name == "custom" or own == config.shape,
+        f"{what} is no {config.name}; set --teacher.name custom for a model of your own",
+    )
+    with torch.device("meta"):
+        return build(shape)
+
+
+KINDS["sam"] = SamEncoder
+ENCODERS |= {name: Architecture("sam", *sizes) for name, sizes in SAM_SHAPES.items()}
+TEACHERS |= {
+    name: TeacherSource(
+        build_teacher,
+        PATCH_SIZE,
+        sizes,
+        f"SAM's .pth, here {DOWNLOADS}{OFFICIAL[name]} (put it at checkpoints/{OFFICIAL[name]} and "
+        "name that path)",
+    )
+    for name, sizes in SAM_SHAPES.items()
+} | {
+    "custom": TeacherSource(
+        build_teacher,
+        PATCH_SIZE,
+        CUSTOM,
+        "the .pth of a SAM of that shape, the folder of a run of stage 2 (python "
+        "finetune/train.py ...), its model.safetensors or a released .pt",
+        shape_in_file=True,
+    )
+}
 
 
 def resize_positions(positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
