@@ -61,7 +61,7 @@ def machine_error(
     Args:
         path: what was being read or written, where the error does not tell it.
     """
-    for one in _with_causes(error):
+    for one in with_causes(error):
         if isinstance(one, MachineError):
             return one
         number = machine_number(one)
@@ -133,7 +133,8 @@ def not_written(error: OSError, what: str, remedy: str) -> UserError:
     return refused
 
 
-def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+def with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it was raised from, down to the first."""
     while error is not None:
         yield error
         error = error.__cause__

@@ -1,0 +1,414 @@
+"""Open any shard for seeking: a local tar, one on the network, or one that can only be streamed.
+
+What fsspec knows (http, s3, gs, ...) is read by ranges. What cannot seek (``pipe:``, compressed
+tars, servers without ranges) is fetched whole into a bounded folder of this machine, decompressed,
+and read from there.
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib
+import io
+import lzma
+import math
+import os
+import select
+import tempfile
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import psutil
+import webdataset as wds
+
+from sami.core.errors import MachineError, UserError
+from sami.core.network import (
+    DEFAULT_PATIENCE,
+    SECOND_BYTES,
+    NothingCame,
+    Patience,
+    RangeFile,
+    by_fsspec,
+    compression_of,
+    describe,
+    is_http,
+    is_url,
+    persist,
+    system_of,
+)
+
+GB = 1e9
+CHUNK = 1 << 20  # bytes copied at once
+STEP = 64 << 20  # bytes by which room grows for a shard whose length nobody tells
+END_MARK = 1024  # zero bytes at the end of a tar
+PAUSE = 0.1  # s between two looks whether others have made room
+DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # of decompressing
+
+
+def open_shard(url: str, cache: "ShardCache | None" = None) -> BinaryIO:
+    """A shard's bytes, decompressed, for reading and seeking.
+
+    Args:
+        url: a local path, taken as it is whatever characters it has, or what :func:`is_url` knows.
+        cache: for what cannot seek; the default one if None.
+
+    Raises:
+        OSError: a local file cannot be opened.
+        UserError: a remote one is not there, may not be read, or needs a package.
+        MachineError: the network fails for longer than ``cache.patience``, or the disk is full.
+    """
+    cache = cache or ShardCache()
+    if by_fsspec(url):
+        remote = describe(url, cache.patience)
+        return RangeFile(url, remote.size, cache.patience) if remote.seekable else cache.open(url)
+    if is_url(url):
+        return cache.open(url)
+    file = open(url, "rb")
+    if compression_of(file.peek(SECOND_BYTES.stop)[SECOND_BYTES]) is None:
+        return file
+    file.close()
+    return cache.open(url)
+
+
+class ShardCache:
+    """A bounded folder of this machine that holds, decompressed, what cannot seek.
+
+    Processes of a machine share it, and fetch a shard once. A file ``.part`` is being written, and
+    locked by its writer; its size is the room that it was given. Of whole shards, those opened
+    longest ago go first; one that is being read stays readable until it is closed.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike = "",
+        gigabytes: float = 50.0,
+        patience: Patience = DEFAULT_PATIENCE,
+    ) -> None:
+        """``folder`` empty: one of this user where temporary files go (TMPDIR)."""
+        default = Path(tempfile.gettempdir(), f"sami-shards-{os.getuid()}")
+        self.folder = Path(folder) if folder else default
+        self.gigabytes, self.patience = gigabytes, patience
+        self._ahead: deque[str] = deque()
+        self._thread: threading.Thread | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_ahead": deque(), "_thread": None}
+
+    def require(self, sizes: list[int], window: int) -> None:
+        """Check that two windows fit: the one that is read and the one that is fetched ahead.
+
+        Args:
+            sizes: bytes of the shards that have to be held, decompressed.
+            window: how many shards are read together.
+
+        Raises:
+            UserError: they do not.
+        """
+        needed = sum(sorted(sizes, reverse=True)[: 2 * window])
+        if needed > self._limit:
+            raise UserError(
+                f"data.cache_gb {self.gigabytes:g} cannot hold two windows of {window} shards that "
+                f"have to be fetched whole; --data.cache_gb {_gigabytes(needed)} would do, or a "
+                "smaller --data.window"
+            )
+
+    def open(self, url: str) -> BinaryIO:
+        """A shard's bytes, from the folder, where it is fetched if it is not there.
+
+        Raises:
+            OSError: a local file cannot be read.
+            UserError: it cannot be read, or does not fit.
+            MachineError: the network fails, or the disk is full.
+        """
+        while True:
+            path = self.fetch(url)
+            with contextlib.suppress(FileNotFoundError):  # let go in between
+                return path.open("rb")
+
+    def prefetch(self, urls: Iterable[str]) -> None:
+        """Fetch shards in the background, instead of what an earlier call has not begun yet.
+
+        What fails is left to the reader who needs it.
+        """
+        self._ahead = deque(urls)
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._fetch_ahead, daemon=True)
+            self._thread.start()
+
+    def fetch(self, url: str) -> Path:
+        """Where a shard lies in the folder, once it is there. Raises as :meth:`open` does."""
+        path = self.folder / f"{self._name(url)}.tar"
+        part = path.with_suffix(".part")
+        room = 0  # that it needs for certain
+        with self._writable():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
+                return path
+            with self._writable(), _lock(part) as file:  # waits for who is fetching it
+                if path.exists() or not _is_named(part, file):
+                    continue
+                try:
+                    self._fill(url, file, part, room)
+                    part.replace(path)
+                except _Crowded as error:
+                    room = error.room
+                finally:
+                    part.unlink(missing_ok=True)
+            if room:
+                time.sleep(PAUSE)
+
+    @property
+    def _limit(self) -> int:
+        return int(self.gigabytes * GB)
+
+    def _fetch_ahead(self) -> None:
+        while self._ahead:
+            with contextlib.suppress(UserError, OSError, IndexError):
+                self.fetch(self._ahead.popleft())
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        """Errors of writing into the folder, as sentences."""
+        try:
+            yield
+        except OSError as error:
+            told = os.strerror(error.errno or 0)
+            told = f"{self.folder}, where shards are kept that cannot be sought in: {told}; "
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                told += "make room, name another --data.cache_dir, or lower --data.cache_gb"
+                raise MachineError(told) from error
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+                raise UserError(told + "name another --data.cache_dir") from error
+            raise
+
+    def _name(self, url: str) -> str:
+        """What another content of a shard is not called, as far as one can know."""
+        version = ""
+        if by_fsspec(url):
+            version = describe(url, self.patience).version
+        elif not is_url(url):
+            status = os.stat(url)
+            version = f"{status.st_size}-{status.st_mtime_ns}"
+            url = os.path.abspath(url)
+        return hashlib.sha256(os.fsencode(f"{url} {version}")).hexdigest()[:32]
+
+    def _fill(self, url: str, file: BinaryIO, part: Path, room: int) -> None:
+        """Write a shard's bytes.
+
+        A length that the server tells has to be right. Where there is none, a stream without the
+        mark that ends a tar is taken for what the shard is if it comes twice in the same length.
+        """
+        unmarked: set[int] = set()
+        step = min(STEP, self._limit // 32)
+
+        def attempt() -> None:
+            written, tail, damaged = 0, b"", False
+            file.seek(0)
+            file.truncate()
+            with _Stream(url, self.patience) as stream:
+                self._reserve(url, file, part, max(room, stream.size or 0))
+                raw = io.BufferedReader(stream, CHUNK)
+                try:
+                    for block in _decompressed(url, raw):
+                        if written + len(block) > os.fstat(file.fileno()).st_size:
+                            self._reserve(url, file, part, written + len(block), step)
+                        file.write(block)
+                        written, tail = written + len(block), (tail + block)[-END_MARK:]
+                except DAMAGED as error:
+                    if stream.failed or getattr(error, "errno", None):
+                        raise
+                    damaged = True  # it counts as far as it goes
+                    while raw.read1(CHUNK):
+                        pass
+                raw.close()
+            file.truncate(written)
+            if stream.size is None and (damaged or tail != bytes(END_MARK)):
+                if written not in unmarked:
+                    unmarked.add(written)
+                    raise EOFError(f"{written} bytes came, without the mark that ends a tar")
+            elif stream.size not in (None, stream.count):
+                raise EOFError(f"{stream.count} of {stream.size} bytes came")
+
+        persist(url, attempt, self.patience)
+
+    def _reserve(self, url: str, file: BinaryIO, part: Path, size: int, more: int = 0) -> None:
+        """Make room for ``size`` bytes of a part and ``more``; shards opened longest ago go.
+
+        Raises:
+            UserError: it is larger than the whole folder may be.
+            _Crowded: other parts take the room. One of all waits, the others begin anew.
+        """
+        if size > self._limit:
+            raise UserError(
+                f"data.cache_gb {self.gigabytes:g} cannot hold {url}, of which {size / GB:.3g} GB "
+                f"are known so far; give more, such as --data.cache_gb {_gigabytes(2 * size)}"
+            )
+        wanted = min(size + more, self._limit)
+        while True:
+            with _lock(self.folder / ".lock"):
+                others = _sizes_of_others(part)
+                kept = sorted(self.folder.glob("*.tar"), key=lambda one: one.stat().st_mtime_ns)
+                sizes = [one.stat().st_size for one in kept]
+                spare = self._limit - sum(others.values()) - sum(sizes)
+                while spare < wanted and kept:
+                    kept.pop(0).unlink()
+                    spare += sizes.pop(0)
+                if spare >= wanted:
+                    file.truncate(wanted)
+                    return
+            if part > min(others):
+                raise _Crowded(size)
+            time.sleep(PAUSE)
+
+
+class _Crowded(Exception):
+    """Parts of others take the room that this one needs."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+
+class _Stream(io.RawIOBase):
+    """What can only be read through, as it is stored. ``size``: bytes, if they are known."""
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        super().__init__()
+        self.url, self.patience = url, patience
+        self.count, self.size = 0, None
+        self.failed = self.ended = False
+        if by_fsspec(url):
+            self.size = describe(url, patience).size
+            system, path = system_of(url, patience)
+            # Of http a block of 0 is a stream; its length would be asked for once more.
+            options = {"block_size": 0, "size": 1} if is_http(url) else {"block_size": 8 * CHUNK}
+            self.source = system.open(path, "rb", **options)
+        elif is_url(url):
+            try:
+                self.source = wds.gopen(url)
+            except ValueError as error:
+                raise UserError(f"{url}: neither fsspec nor webdataset opens it") from error
+        else:
+            self.source = open(url, "rb")
+            self.size = os.stat(url).st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = b""
+        try:
+            while more := self._read(len(buffer) - len(data)):
+                data += more
+                if self.count or len(data) >= SECOND_BYTES.stop:  # enough to tell a compression by
+                    break
+        except Exception:
+            self.failed = True
+            raise
+        self.ended = not data
+        self.count += len(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """
+        Raises:
+            OSError: the program behind it ended with an error.
+        """
+        if self.closed:
+            return
+        super().close()
+        program = getattr(self.source, "proc", None)
+        if program is None:
+            self.source.close()
+        elif not self.ended:
+            _kill(program.pid)
+            with contextlib.suppress(OSError):
+                self.source.close()
+        else:
+            try:
+                self.source.close()
+            except OSError:  # whose words are webdataset's whole call
+                words = f"the program that opens it ended with {program.returncode}"
+                raise (OSError if self.count else NothingCame)(words) from None
+
+    def _read(self, size: int) -> bytes:
+        if not hasattr(self.source, "proc"):
+            return self.source.read(size)
+        pipe = self.source.stream.fileno()  # not through its buffer, which would wait to be full
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        if not poll.poll(1000 * self.patience.stall):
+            raise TimeoutError
+        return os.read(pipe, size)
+
+
+def _decompressed(url: str, raw: io.BufferedReader) -> Iterator[bytes]:
+    module = compression_of(raw.peek(SECOND_BYTES.stop)[SECOND_BYTES])
+    try:
+        source = importlib.import_module(module).open(raw) if module else raw
+    except ImportError as error:
+        raise UserError(
+            f"{url} is compressed with zstd, which Python knows from 3.14 on; read it through a "
+            f"program: 'pipe:zstd -dc {url}'"
+        ) from error
+    return iter(lambda: source.read1(CHUNK), b"")
+
+
+@contextlib.contextmanager
+def _lock(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
+    """A file, made where it is not, that this caller alone holds; the lock goes with the process.
+
+    Raises:
+        BlockingIOError: another has it, and ``wait`` is false.
+    """
+    import fcntl  # not on Windows
+
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            yield file
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do if a fork has a copy of it
+
+
+def _is_named(path: Path, file: BinaryIO) -> bool:
+    """Whether an open file is still the one of this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _sizes_of_others(part: Path) -> dict[Path, int]:
+    """The parts that others are writing; those of killed writers go."""
+    sizes = {}
+    for other in set(part.parent.glob("*.part")) - {part}:
+        with contextlib.suppress(FileNotFoundError):
+            sizes[other] = other.stat().st_size
+            with contextlib.suppress(BlockingIOError), _lock(other, wait=False) as file:
+                if _is_named(other, file):
+                    other.unlink()
+                    del sizes[other]
+    return sizes
+
+
+def _kill(process: int) -> None:
+    """End a program and all that it has started, as a shell does not take its pipeline along."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        program = psutil.Process(process)
+        for one in (*program.children(recursive=True), program):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def _gigabytes(size: int) -> str:
+    """Rounded up to what one would type."""
+    return f"{math.ceil(size / GB * 10) / 10:g}"
