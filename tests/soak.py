@@ -12,7 +12,6 @@ import argparse
 import random
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -52,7 +51,7 @@ def kill_once(words: list[str], folder: Path, rng: random.Random, log: Path) -> 
     """Start the run, kill it at a random moment; returns where that fell, None if it had ended."""
     before = step_of(folder)
     with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
+        process = Popen(words, stdout=file, stderr=file, start_new_session=True)
     kind = rng.choices(["start", "training", "saving"], [1, 4, 2])[0]
     if kind == "start":
         time.sleep(rng.uniform(0.5, 4))

@@ -2,11 +2,14 @@
 
 import pytest
 
+from tests import soak as soaking
 from tests.soak import soak
 
 
-def test_a_few_kills(tmp_path, capsys):
-    assert soak(tmp_path / "soak", kills=2, workers=2)
+def test_a_few_kills(tmp_path, capsys, monkeypatch):
+    """Of this seed one comes after some steps, and one while a checkpoint is written."""
+    monkeypatch.setattr(soaking, "STEPS_PER_KILL", 20)
+    assert soak(tmp_path / "soak", kills=2, workers=2, seed=11)
     said = capsys.readouterr().out
     assert "2 kills (" in said and "equal to the run without kills" in said
     assert "'damaged picture'" in said
