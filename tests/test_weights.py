@@ -17,7 +17,7 @@ from finetune.model import MaskDecoderConfig, build_model, load_model, model_hea
 from finetune.sam import ModelShape, Sam
 from sami.core.checkpoint import Export, save_checkpoint, write_weights
 from sami.core.errors import MachineError, UserError
-from sami.core.weights import Takes, check_weights, entry_of, find_weights
+from sami.core.weights import Takes, check_weights, entry_of, find_weights, read_weights
 from sami.encoder import EncoderConfig, build_encoder, load_encoder
 from sami.encoder import export_header as export_encoder
 from sami.encoders.protocol import EncoderShape
@@ -282,6 +282,21 @@ def test_what_is_no_weights_is_named(whole, tmp_path, loader, spoilt):
     if "checkpoint" in loader:
         option = loader.split(" of ")[0].split(",")[0].removeprefix("stage 2's ")
         assert words.startswith(f"{option} {path}") and f"{option} takes " in words
+
+
+@pytest.mark.parametrize("length", [640, 15392])
+def test_a_header_whose_length_reads_like_another_file(tmp_path, length):
+    """The first bytes of 640 are those of a pickle, those of 15392 are " <", as XML begins."""
+    save_file({"a": torch.arange(3.0)}, tmp_path / "m.safetensors")
+    data = (tmp_path / "m.safetensors").read_bytes()
+    own = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + own] + b" " * (length - own)
+    (tmp_path / "m.safetensors").write_bytes(
+        length.to_bytes(8, "little") + header + data[8 + own :]
+    )
+    assert header[:1] == b"{" and length.to_bytes(8, "little").startswith((b"\x80\x02", b" <"))
+    weights = read_weights(tmp_path / "m.safetensors", Takes(("model",), "a model"))
+    assert weights.tensors["a"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("cut", [3, 12, 200, 3000, -4])
