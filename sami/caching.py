@@ -1,257 +1,36 @@
-"""A teacher over shards, once per picture: what ``tools/cache_teacher.py`` runs.
+"""A cache of features on disk: its manifest, its checksums, and whether it fits a run.
 
-A shard is written under another name and renamed when it is whole; then the manifest, which several
-processes share under a lock, gets its checksum. So whatever kills a process costs it one shard.
+The manifest is shared by all processes that fill a folder, under a lock, and tells what training
+compares with its configuration. Beside it stands which shards were found to have their checksums,
+so that a cache is read for that once, and not by every run of a sweep.
 """
 
 import contextlib
-import io
-import itertools
+import hashlib
 import json
 import os
 import shutil
-import tarfile
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import torch
 
 from sami.core.checkpoint import sha256_of, write_text
 from sami.core.config import require
-from sami.core.errors import BadSample, UserError, not_written
-from sami.core.images import open_image, resize_whole
+from sami.core.errors import BadSample, UserError, not_written, raise_if_machine
+from sami.core.images import open_image
 from sami.core.paths import exists, is_file
-from sami.core.shards import (
-    PICTURE,
-    TEACHER,
-    RawSample,
-    Shard,
-    read_samples,
-    read_whole,
-    split_name,
-)
-from sami.features import (
-    FORMAT,
-    MANIFEST,
-    Cache,
-    Stored,
-    from_bytes,
-    pack,
-    quantise,
-    read_manifest,
-    see_whole,
-    to_bytes,
-)
-from sami.teacher import Teacher
+from sami.core.shards import PICTURE, Shard, is_url, read_samples
+from sami.features import Cache
+from sami.teacher import TeacherConfig
 
-RESIZED = {
-    "longest": "upright, longest side to image_size, antialiased bilinear",
-    "square": "upright, both sides to image_size, antialiased bilinear",
-}
+MANIFEST, VERIFIED = "manifest.json", "verified.json"
+FORMAT = 1
 OVERHEAD = 3 * 512 + 700  # bytes of a member's header and padding, and of an npz around its arrays
-TOLERANCE = 0.03  # relative difference within which features count as recomputed: int8 has 0.01
-
-
-@dataclass
-class Seer:
-    """A teacher and how it is run over pictures.
-
-    Attributes:
-        batch: pictures per forward.
-        workers: threads that decode.
-        fixed: always give it whole batches, which a compiled teacher needs.
-    """
-
-    teacher: Teacher
-    cache: Cache
-    device: torch.device
-    batch: int
-    workers: int
-    fixed: bool = False
-
-    def start(self, batch: list[tuple]) -> tuple[list[list[torch.Tensor]], torch.Event | None]:
-        """What is stored of samples of :func:`_decoded`, on its way to the main memory.
-
-        On a GPU nothing waits for it here; the event tells when it is there.
-        """
-        features = self.see([pixels for _, _, _, pixels in batch])
-        on_cuda = self.device.type == "cuda"
-        stored = [
-            [tensor.to("cpu", non_blocking=on_cuda) for tensor in quantise(one, self.cache, size)]
-            for one, (_, _, size, _) in zip(features, batch, strict=True)
-        ]
-        if not on_cuda:
-            return stored, None
-        there = torch.cuda.Event()
-        there.record()
-        return stored, there
-
-    def see(self, pictures: list[np.ndarray]) -> torch.Tensor:
-        """Features [B, C, s, s] of pictures as :func:`sami.features.see_whole` takes them."""
-        fill = [pictures[-1]] * (self.batch - len(pictures)) if self.fixed else []
-        bf16 = self.cache.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return see_whole(self.teacher, pictures + fill)[: len(pictures)]
-
-
-def describe_preprocessing(teacher: Teacher) -> dict[str, Any]:
-    """What happens to a picture before the teacher, for a reader of the manifest."""
-    mean, std = (
-        [round(255 * value, 4) for value in tensor.double().flatten().tolist()]
-        for tensor in (teacher.normalise.mean, teacher.normalise.std)
-    )
-    padding = "zeros on the right and below after normalisation"
-    return {"resize": RESIZED[teacher.resize], "mean": mean, "std": std, "padding": padding}
-
-
-def prepare(data: bytes, cache: Cache) -> tuple[tuple[int, int], np.ndarray]:
-    """A picture's upright width and height, and its pixels as the teacher sees them.
-
-    Raises:
-        BadSample: it cannot be used.
-    """
-    picture = open_image(data)
-    return picture.upright, resize_whole(picture, *cache.frame(*picture.upright))
-
-
-def cache_shard(
-    seer: Seer, source: Shard, path: Path, advance: Callable[[int, int], None]
-) -> dict[str, Any]:
-    """Write one shard with its features; samples whose picture cannot be used are left out.
-
-    Args:
-        advance: called with the pictures and the bytes that were added.
-
-    Returns:
-        What the manifest tells of it.
-
-    Raises:
-        UserError: another process writes the same shard, or the teacher's features are not finite.
-    """
-    left_out: Counter[str] = Counter()
-    temporary = path.with_name(f".{path.name}.writing")
-    samples = 0
-    with _exclusive(temporary, path) as file:
-        try:
-            with tarfile.open(fileobj=file, mode="w") as tar, ThreadPoolExecutor(1) as writer:
-                writing: deque[Future] = deque()
-                for key, members, stored in _seen(seer, source, left_out):
-                    samples += 1
-                    features = to_bytes(stored)
-                    named = {**members, f"{key}.{TEACHER}": features}
-                    writing.append(writer.submit(_write, tar, named))
-                    if len(writing) > 2 * seer.batch:
-                        writing.popleft().result()
-                    advance(1, sum(map(len, named.values())))
-                for one in writing:
-                    one.result()
-            file.flush()
-            os.fsync(file.fileno())
-            record = {
-                "samples": samples,
-                "left_out": dict(left_out),
-                "sha256": sha256_of(temporary),
-                "source": source.digest,
-            }
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    return record
-
-
-def _seen(
-    seer: Seer, source: Shard, left_out: Counter[str]
-) -> Iterator[tuple[str, dict[str, bytes], Stored]]:
-    """Key, members and features of a shard's samples; decoding, teacher and packing overlap."""
-    before = None
-    for batch in _batched(_decoded(seer, source, left_out), seer.batch):
-        now = (batch, *seer.start(batch))
-        if before is not None:
-            yield from _packed(seer, source, *before)
-        before = now
-    if before is not None:
-        yield from _packed(seer, source, *before)
-
-
-def _packed(
-    seer: Seer,
-    source: Shard,
-    batch: list[tuple],
-    stored: list[list[torch.Tensor]],
-    there: torch.Event | None,
-) -> Iterator[tuple[str, dict[str, bytes], Stored]]:
-    if there is not None:
-        there.synchronize()
-    for (key, members, _, _), one in zip(batch, stored, strict=True):
-        try:
-            yield key, members, pack(one)
-        except BadSample as error:
-            raise UserError(
-                f"the teacher's {error} for {key} of {source.url}, computed in "
-                f"{seer.cache.precision}; look at the checkpoint, or take --precision fp32 and "
-                "--dtype int8"
-            ) from error
-
-
-def _decoded(seer: Seer, source: Shard, left_out: Counter[str]) -> Iterator[tuple]:
-    """Key, members, size and pixels of the samples that can be used, decoded ahead in threads."""
-
-    def load(members: dict[str, bytes]) -> tuple[tuple[int, int], np.ndarray]:
-        name = next((name for name in members if (split_name(name) or "  ")[1] == PICTURE), None)
-        if name is None:
-            raise BadSample("cut off in shard")
-        return prepare(members[name], seer.cache)
-
-    with ThreadPoolExecutor(seer.workers) as pool:
-        ahead: deque[tuple[str, dict[str, bytes], Future]] = deque()
-        samples = read_whole(source.url)
-        while True:
-            for key, members in itertools.islice(samples, 2 * seer.batch - len(ahead)):
-                own = {name: data for name, data in members.items() if not name.endswith(TEACHER)}
-                ahead.append((key, own, pool.submit(load, own)))
-            if not ahead:
-                return
-            key, members, future = ahead.popleft()
-            try:
-                yield key, members, *future.result()
-            except BadSample as error:
-                left_out[str(error)] += 1
-
-
-def _batched(items: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
-def _write(tar: tarfile.TarFile, members: dict[str, bytes]) -> None:
-    for name, data in members.items():
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        tar.addfile(info, io.BytesIO(data))
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path, wanted: Path) -> Iterator[BinaryIO]:
-    """A file that this process alone writes, empty; the lock goes with the process."""
-    import fcntl  # not on Windows
-
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = exists(path) and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-        except BlockingIOError:
-            mine = False
-        require(mine, f"{wanted} is being written by another process; are there two of one slice?")
-        file.seek(0)
-        file.truncate()
-        yield file
+READERS = 8  # shards that a process reads at once for their checksums
 
 
 class Manifest:
@@ -281,9 +60,9 @@ class Manifest:
             raise not_written(error, str(self.folder), "name another --out") from error
 
     def finished(self) -> dict[str, dict[str, Any] | None]:
-        """What is told of each shard; None where it is not finished, or gone."""
-        told = json.loads(self.path.read_bytes())["shards"]
-        return {name: one if is_file(self.folder / name) else None for name, one in told.items()}
+        """What stands there of each shard; None where it is not finished, or gone."""
+        shards = json.loads(self.path.read_bytes())["shards"]
+        return {name: one if is_file(self.folder / name) else None for name, one in shards.items()}
 
     def check(self) -> None:
         """
@@ -306,22 +85,235 @@ class Manifest:
         with self._changed() as content:
             content["shards"][name] = record
 
-    @contextlib.contextmanager
-    def _changed(self) -> Iterator[dict[str, Any]]:
-        import fcntl
+    def _changed(self) -> contextlib.AbstractContextManager[dict[str, Any]]:
+        return changed(self.path, f"bring {self.path} back, or delete the folder")
 
-        with (self.folder / f".{MANIFEST}.lock").open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            content: dict[str, Any] = {}
-            if exists(self.path):
-                try:
-                    content = json.loads(self.path.read_bytes())
-                except ValueError as error:
-                    raise UserError(
-                        f"{self.path} cannot be read ({error}); bring it back, or delete the folder"
-                    ) from error
-            yield content
-            write_text(self.path, json.dumps(content, indent=1) + "\n")
+
+@contextlib.contextmanager
+def changed(path: Path, remedy: str | None = None) -> Iterator[dict[str, Any]]:
+    """A JSON file's content, written again at the end; one process at a time.
+
+    Args:
+        remedy: if it is damaged; None begins it anew.
+
+    Raises:
+        UserError: it is damaged.
+        OSError: it cannot be written, or its file system knows no locks.
+    """
+    import fcntl  # not on Windows
+
+    with (path.parent / f".{path.name}.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        content: dict[str, Any] = {}
+        if exists(path):
+            try:
+                content = json.loads(path.read_bytes())
+            except ValueError as error:
+                if remedy is not None:
+                    raise UserError(f"{path} cannot be read ({error}); {remedy}") from error
+        yield content
+        write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
+    """The manifest beside cached shards: ``format``, ``cache`` (:class:`Cache`), and ``shards``:
+    by file name the number of ``samples``, what was ``left_out`` and the ``sha256``.
+
+    Args:
+        whole: all shards have to be there.
+
+    Raises:
+        UserError: none, unreadable, or the cache is still being written.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        cache, shards = manifest["cache"], manifest["shards"]
+        Cache(**cache)
+        pending = [name for name, record in shards.items() if record is None]
+        number = manifest["format"]
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} does not exist, so these shards hold no cached features; make them with "
+            "tools/cache_teacher.py, or set --teacher.cached false"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_if_machine(error, path)
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); run tools/cache_teacher.py "
+            "again, which keeps finished shards"
+        ) from error
+    require(number == FORMAT, f"{path} has format {number}, this code reads {FORMAT}")
+    require(
+        not (whole and pending),
+        f"{folder} is still being written: {len(pending)} of {len(shards)} shards are missing, "
+        f"such as {pending[0] if pending else ''}; let tools/cache_teacher.py end",
+    )
+    return manifest
+
+
+def open_cache(
+    shards: list[Shard],
+    config: TeacherConfig,
+    sha256: str | None,
+    fallback: Path,
+    say: Callable[[str], None] = print,
+    part: tuple[int, int] | None = (0, 1),
+) -> Cache:
+    """The cache that some shards hold, if it is what a configuration asks for.
+
+    Args:
+        shards: those that are trained on and those that are held out.
+        sha256: of teacher.checkpoint's weights; None if none was given.
+        fallback: a folder of the run, which remembers which checksums were found right if the
+            cache's own cannot be written.
+        say: told when shards are read for it.
+        part: (number, of): look only at every ``of``-th checksum, from ``number`` on: the ranks
+            share the work. None: at none.
+
+    Raises:
+        UserError: no manifest, or one that tells of another teacher, or of other shards.
+    """
+    asked = {"name": config.name, "layer": config.layer, "image_size": config.image_size}
+    asked |= {} if sha256 is None else {"sha256": sha256}
+    found: dict[Path, dict[str, Any]] = {}
+    for shard in shards:
+        require(
+            not is_url(shard.url),
+            f"{shard.url}: cached features are read from local shards; fetch it, or set "
+            "--teacher.cached false",
+        )
+        path = Path(shard.url)
+        if path.parent not in found:
+            manifest = found[path.parent] = read_manifest(path.parent)
+            for name, value in asked.items():
+                theirs = manifest["cache"][name]
+                require(
+                    theirs == value,
+                    f"{path.parent / MANIFEST} has features of teacher.{name} {theirs}, and the "
+                    f"configuration asks for {value}; set teacher.{name} {theirs}, or make another "
+                    "cache",
+                )
+        require(
+            path.name in found[path.parent]["shards"],
+            f"{path} is not in {path.parent / MANIFEST}, which has "
+            f"{len(found[path.parent]['shards'])} other shards; cache it too, or leave it out of "
+            "data.shards",
+        )
+    for folder, manifest in found.items():
+        gone = [name for name in manifest["shards"] if not exists(folder / name)]
+        require(
+            not gone,
+            f"{folder / MANIFEST} names {len(manifest['shards'])} shards and {len(gone)} of them "
+            f"are not there, such as {gone[0] if gone else ''}; bring them back, or run "
+            "tools/cache_teacher.py again",
+        )
+    caches = [Cache(**manifest["cache"]) for manifest in found.values()]
+    folders = list(found)
+    for folder, cache in zip(folders, caches, strict=True):
+        differing = [
+            f"{name} {value} and {getattr(cache, name)}"
+            for name, value in vars(caches[0]).items()
+            if value != getattr(cache, name)
+        ]
+        require(
+            not differing,
+            f"{folders[0]} and {folder} hold features of different kinds ({', '.join(differing)}); "
+            "cache both alike",
+        )
+    if part is not None:
+        check_sums(shards, found, fallback, say, part)
+    return caches[0]
+
+
+class Verified:
+    """Which shards of a cache were found to have the checksum that its manifest tells.
+
+    Each is known by size, time and inode, so that a copy of the folder is read anew.
+    """
+
+    def __init__(self, folder: Path, fallback: Path, say: Callable[[str], None]) -> None:
+        """``fallback``: a folder to remember it in, if ``folder`` cannot be written."""
+        number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+        self.own, self.other = folder / VERIFIED, fallback / f"verified-{number}.json"
+        self.say = say
+
+    def read(self) -> dict[str, Any]:
+        """By name what identifies the file that was found right."""
+        found: dict[str, Any] = {}
+        for file in (self.own, self.other):
+            with contextlib.suppress(OSError, ValueError):
+                found |= json.loads(file.read_bytes())
+        return found
+
+    def add(self, path: Path, identity: list[Any]) -> None:
+        """Remember it; what cannot be written into the cache's folder, into the run's."""
+        if not exists(self.other):
+            try:
+                self._write(self.own, path.name, identity)
+                return
+            except OSError as error:
+                self.say(
+                    f"{self.own} cannot be written ({error.strerror}): checksums are remembered in "
+                    f"{self.other.parent}, for this run alone"
+                )
+        self.other.parent.mkdir(parents=True, exist_ok=True)
+        self._write(self.other, path.name, identity)
+
+    def _write(self, file: Path, name: str, identity: list[Any]) -> None:
+        with changed(file) as content:
+            content[name] = identity
+
+
+def _identity(path: Path, sha256: str) -> list[Any]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino, sha256]
+
+
+def check_sums(
+    shards: list[Shard],
+    manifests: dict[Path, dict[str, Any]],
+    fallback: Path,
+    say: Callable[[str], None],
+    part: tuple[int, int],
+) -> None:
+    """Whether each shard is the one that the manifest tells of; looked up before it is read.
+
+    Args:
+        part: see :func:`open_cache`. What another run has read meanwhile is not read again.
+
+    Raises:
+        UserError: one is another, or damaged.
+    """
+    memories = {folder: Verified(folder, fallback, say) for folder in manifests}
+    found = {folder: memory.read() for folder, memory in memories.items()}
+    paths = sorted({Path(shard.url) for shard in shards})
+    wanted = {path: manifests[path.parent]["shards"][path.name]["sha256"] for path in paths}
+    identities = {path: _identity(path, sha256) for path, sha256 in wanted.items()}
+    unread = {path for path in paths if found[path.parent].get(path.name) != identities[path]}
+    if unread:
+        say(f"reading {len(unread)} cached shards for their checksums, once")
+    number, of = part
+    mine = [path for path in paths[number::of] if path in unread]
+    start = os.getpid() % max(1, len(mine))  # runs that start together read different shards first
+    mine = mine[start:] + mine[:start]
+
+    def sum_of(path: Path) -> str | None:
+        if memories[path.parent].read().get(path.name) == identities[path]:
+            return None
+        return sha256_of(path)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for path, own in zip(mine, pool.map(sum_of, mine), strict=True):
+            if own is not None and own != wanted[path]:
+                pool.shutdown(cancel_futures=True)
+                raise UserError(
+                    f"{path} has the sha256 {own[:16]}... and {path.parent / MANIFEST} says "
+                    f"{wanted[path][:16]}...; it was changed or damaged: delete it and run "
+                    "tools/cache_teacher.py again"
+                )
+            if own is not None:
+                memories[path.parent].add(path, identities[path])
 
 
 def estimate_bytes(shards: list[Shard], cache: Cache, looked_at: int = 200) -> int:
@@ -356,62 +348,3 @@ def require_room(folder: Path, needed: int) -> None:
         f"about {needed / 1e9:.1f} GB are to be written and {folder} has {free / 1e9:.1f} GB free; "
         "make room, name another --out, or store less: --dtype int8, a smaller --grid",
     )
-
-
-def verify(
-    seer: Seer, shards: list[Shard], rows: list[np.ndarray], manifest: Manifest
-) -> tuple[int, float]:
-    """Recompute some samples of cached shards and compare; and every shard's checksum.
-
-    Args:
-        rows: for each shard those that are recomputed.
-
-    Returns:
-        How many were compared, and the largest relative difference.
-
-    Raises:
-        UserError: a shard or a sample differs.
-    """
-    worst, compared, told = 0.0, 0, manifest.finished()
-    for shard, some in zip(shards, rows, strict=True):
-        path = Path(shard.url)
-        require(
-            sha256_of(path) == told[path.name]["sha256"],
-            f"{path} is not the file that {manifest.path} tells of; delete it and run the same "
-            "command without --verify",
-        )
-        for batch in _batched(
-            ((sample,) for sample in read_samples(shard, some, (PICTURE, TEACHER))), seer.batch
-        ):
-            samples = [sample for (sample,) in batch]
-            seen, kept = zip(*(_read_back(seer, path, sample) for sample in samples), strict=True)
-            features = seer.see([pixels for _, pixels in seen])
-            for sample, stored, (size, _), one in zip(samples, kept, seen, features, strict=True):
-                again, before = _restored(pack(quantise(one, seer.cache, size))), _restored(stored)
-                difference = np.linalg.norm(again - before) / max(np.linalg.norm(again), 1e-12)
-                worst, compared = max(worst, float(difference)), compared + 1
-                require(
-                    difference <= TOLERANCE,
-                    f"{sample.key} in {path} differs from what the teacher gives by "
-                    f"{difference:.1%}, more than {TOLERANCE:.0%}; delete the shard and run the "
-                    "same command without --verify",
-                )
-    return compared, worst
-
-
-def _read_back(
-    seer: Seer, path: Path, sample: RawSample
-) -> tuple[tuple[tuple[int, int], np.ndarray], Stored]:
-    """A cached sample's size and pixels, and its features."""
-    try:
-        size, pixels = prepare(sample.part(PICTURE), seer.cache)
-        return (size, pixels), from_bytes(sample.part(TEACHER), seer.cache, size)
-    except BadSample as error:
-        raise UserError(
-            f"{sample.key} in {path} is unusable ({error}); delete the shard and run the same "
-            "command without --verify"
-        ) from error
-
-
-def _restored(stored: Stored) -> np.ndarray:
-    return stored.values.astype(np.float32) * stored.scale[:, None, None]

@@ -1,20 +1,15 @@
-"""A teacher's features of whole pictures, stored in the shards: the format, and both its ends.
+"""A teacher's features of whole pictures, stored in the shards: the format, written and read.
 
 ``tools/cache_teacher.py`` writes ``<key>.teacher.npz`` beside each picture: what the teacher makes
 of the whole upright picture, without the padding, as int8 with a scale per channel or as fp16.
 Training reads it, and cuts each crop's target out of it (:func:`axis_weights`), on the device.
 """
 
-import contextlib
 import io
-import json
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,16 +17,10 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-from sami.core.checkpoint import sha256_of, write_text
-from sami.core.config import require
-from sami.core.errors import BadSample, UserError, raise_if_machine
+from sami.core.errors import BadSample
 from sami.core.images import Box, frame_of
-from sami.core.paths import exists
-from sami.core.shards import Shard, is_url
-from sami.teacher import Teacher, TeacherConfig
+from sami.teacher import Teacher
 
-MANIFEST = "manifest.json"
-FORMAT = 1
 DTYPES = {"int8": np.int8, "fp16": np.float16}
 UNREADABLE = (  # what zipfile and numpy raise on damaged bytes
     *(OSError, ValueError, KeyError, EOFError, TypeError, IndexError, AttributeError),
@@ -69,13 +58,13 @@ class Cache:
 
     @staticmethod
     def of(
-        teacher: Teacher, told: Mapping[str, Any], grid: int, dtype: str, precision: str = "fp32"
+        teacher: Teacher, info: Mapping[str, Any], grid: int, dtype: str, precision: str = "fp32"
     ) -> "Cache":
-        """A teacher's; ``told``: what :func:`sami.teacher.describe_teacher` says of it."""
+        """A teacher's; ``info``: what :func:`sami.teacher.describe_teacher` says of it."""
         return Cache(
-            name=told["name"],
-            sha256=told["sha256"],
-            random=told["random"],
+            name=info["name"],
+            sha256=info["sha256"],
+            random=info["random"],
             layer=teacher.layer,
             image_size=teacher.image_size,
             patch_size=teacher.stride,
@@ -95,13 +84,13 @@ class Cache:
         """How many of the teacher's tokens, along a side, a cell is the mean of."""
         return self.image_size // self.patch_size // self.grid
 
-    def frame(self, width: int, height: int) -> tuple[int, int]:
+    def input_size(self, width: int, height: int) -> tuple[int, int]:
         """Height and width in pixels that the teacher sees a picture at."""
         return frame_of(self.image_size, self.resize, height, width)
 
     def extent(self, width: int, height: int) -> tuple[float, float]:
         """Rows and columns of cells that a picture covers; the last ones perhaps in part."""
-        rows, columns = self.frame(width, height)
+        rows, columns = self.input_size(width, height)
         cell = self.patch_size * self.pool
         return rows / cell, columns / cell
 
@@ -117,32 +106,11 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Stored:
+class QuantizedFeatures:
     """A picture's features: ``values`` [C, h, w] int8 or fp16, and ``scale`` fp32 [C]."""
 
     values: np.ndarray
     scale: np.ndarray
-
-
-@torch.no_grad()
-def see_whole(teacher: Teacher, pictures: Sequence[np.ndarray]) -> torch.Tensor:
-    """The teacher's features of whole pictures, each padded to the same square.
-
-    Args:
-        pictures: uint8 [h, w, 3] each, at what :meth:`Cache.frame` says. Padded on the right and
-            below after normalisation, as SAM does.
-
-    Returns:
-        [B, C, s, s] with s = image_size / patch size, in the teacher's precision.
-    """
-    device, side = teacher.normalise.mean.device, teacher.image_size
-    canvas = torch.zeros(len(pictures), 3, side, side, dtype=torch.uint8)
-    inside = torch.zeros(len(pictures), 1, side, side, dtype=torch.bool)
-    for number, picture in enumerate(pictures):
-        height, width = picture.shape[:2]
-        canvas[number, :, :height, :width] = torch.from_numpy(picture).permute(2, 0, 1)
-        inside[number, :, :height, :width] = True
-    return teacher.features(teacher.normalise(canvas.to(device)) * inside.to(device))
 
 
 def quantise(features: torch.Tensor, cache: Cache, size: tuple[int, int]) -> list[torch.Tensor]:
@@ -157,7 +125,7 @@ def quantise(features: torch.Tensor, cache: Cache, size: tuple[int, int]) -> lis
     """
     width, height = size
     token_rows, token_columns = (
-        -(-side // cache.patch_size) for side in cache.frame(width, height)
+        -(-side // cache.patch_size) for side in cache.input_size(width, height)
     )
     features = features[:, :token_rows, :token_columns].float()
     if cache.pool > 1:
@@ -171,7 +139,7 @@ def quantise(features: torch.Tensor, cache: Cache, size: tuple[int, int]) -> lis
     return [values, scale, features.isfinite().all()]
 
 
-def pack(quantised: Sequence[torch.Tensor]) -> Stored:
+def pack(quantised: Sequence[torch.Tensor]) -> QuantizedFeatures:
     """What :func:`quantise` gave, as it is stored.
 
     Raises:
@@ -180,17 +148,17 @@ def pack(quantised: Sequence[torch.Tensor]) -> Stored:
     values, scale, finite = (tensor.cpu() for tensor in quantised)
     if not finite:
         raise BadSample("features are not finite" + " in fp16" * (values.dtype == torch.float16))
-    return Stored(values.numpy(), scale.numpy())
+    return QuantizedFeatures(values.numpy(), scale.numpy())
 
 
-def to_bytes(stored: Stored) -> bytes:
+def to_bytes(stored: QuantizedFeatures) -> bytes:
     """As .npz, uncompressed: features do not shrink, and are read in every epoch."""
     buffer = io.BytesIO()
     np.savez(buffer, values=stored.values, scale=stored.scale)
     return buffer.getvalue()
 
 
-def from_bytes(data: bytes, cache: Cache, size: tuple[int, int]) -> Stored:
+def from_bytes(data: bytes, cache: Cache, size: tuple[int, int]) -> QuantizedFeatures:
     """The inverse of :func:`to_bytes`.
 
     Args:
@@ -201,7 +169,7 @@ def from_bytes(data: bytes, cache: Cache, size: tuple[int, int]) -> Stored:
     """
     try:
         with np.load(io.BytesIO(data)) as file:  # pickles are refused
-            stored = Stored(file["values"], file["scale"])
+            stored = QuantizedFeatures(file["values"], file["scale"])
     except UNREADABLE as error:
         raise BadSample("damaged features") from error
     shape = (cache.channels, *cache.cells(*size))
@@ -277,7 +245,7 @@ def region_weights(
 
 @dataclass
 class FeatureBatch:
-    """Stored features of a batch and the crops that are wanted of them.
+    """QuantizedFeatures features of a batch and the crops that are wanted of them.
 
     ``values`` int8 or fp16 [B, C, s, s]; ``scale`` fp32 [B, C]; ``rows`` and ``columns`` fp32
     [B, g, s].
@@ -289,7 +257,9 @@ class FeatureBatch:
     columns: torch.Tensor
 
     @staticmethod
-    def of(items: Sequence[tuple[Stored, np.ndarray, np.ndarray]], grid: int) -> "FeatureBatch":
+    def of(
+        items: Sequence[tuple[QuantizedFeatures, np.ndarray, np.ndarray]], grid: int
+    ) -> "FeatureBatch":
         """A batch of a stored map each, and of what :func:`region_weights` says."""
         stored, rows, columns = zip(*items, strict=True)
         first = stored[0].values
@@ -318,157 +288,3 @@ class FeatureBatch:
             grid = rearrange(self.rows @ narrow, "b p (q c) -> b (p q) c", c=self.values.shape[1])
             # After the sampling, which is linear: far fewer numbers are scaled.
             return grid * self.scale[:, None]
-
-
-def read_manifest(folder: Path, whole: bool = True) -> dict[str, Any]:
-    """The manifest beside cached shards: ``format``, ``cache`` (:class:`Cache`), and ``shards``:
-    by file name the number of ``samples``, what was ``left_out`` and the ``sha256``.
-
-    Args:
-        whole: all shards have to be there.
-
-    Raises:
-        UserError: none, unreadable, or the cache is still being written.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-        cache, shards = manifest["cache"], manifest["shards"]
-        Cache(**cache)
-        pending = [name for name, told in shards.items() if told is None]
-        number = manifest["format"]
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} does not exist, so these shards hold no cached features; make them with "
-            "tools/cache_teacher.py, or set --teacher.cached false"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise_if_machine(error, path)
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); run tools/cache_teacher.py "
-            "again, which keeps finished shards"
-        ) from error
-    require(number == FORMAT, f"{path} has format {number}, this code reads {FORMAT}")
-    require(
-        not (whole and pending),
-        f"{folder} is still being written: {len(pending)} of {len(shards)} shards are missing, "
-        f"such as {pending[0] if pending else ''}; let tools/cache_teacher.py end",
-    )
-    return manifest
-
-
-def open_cache(
-    shards: list[Shard],
-    config: TeacherConfig,
-    sha256: str | None,
-    verified: Path,
-    say: Callable[[str], None] = print,
-    part: tuple[int, int] | None = (0, 1),
-) -> Cache:
-    """The cache that some shards hold, if it is what a configuration asks for.
-
-    Args:
-        shards: those that are trained on and those that are held out.
-        sha256: of teacher.checkpoint's weights; None if none was given.
-        verified: a folder that remembers which checksums were found right, so that a shard is read
-            for that only once.
-        say: told when shards are read for it.
-        part: (number, of): look only at every ``of``-th checksum, from ``number`` on: the ranks
-            share the work. None: at none.
-
-    Raises:
-        UserError: no manifest, or one that tells of another teacher, or of other shards.
-    """
-    asked = {"name": config.name, "layer": config.layer, "image_size": config.image_size}
-    asked |= {} if sha256 is None else {"sha256": sha256}
-    found: dict[Path, dict[str, Any]] = {}
-    for shard in shards:
-        require(
-            not is_url(shard.url),
-            f"{shard.url}: cached features are read from local shards; fetch it, or set "
-            "--teacher.cached false",
-        )
-        path = Path(shard.url)
-        if path.parent not in found:
-            manifest = found[path.parent] = read_manifest(path.parent)
-            for name, value in asked.items():
-                theirs = manifest["cache"][name]
-                require(
-                    theirs == value,
-                    f"{path.parent / MANIFEST} has features of teacher.{name} {theirs}, and the "
-                    f"configuration asks for {value}; set teacher.{name} {theirs}, or make another "
-                    "cache",
-                )
-        require(
-            path.name in found[path.parent]["shards"],
-            f"{path} is not in {path.parent / MANIFEST}, which has "
-            f"{len(found[path.parent]['shards'])} other shards; cache it too, or leave it out of "
-            "data.shards",
-        )
-    for folder, manifest in found.items():
-        gone = [name for name in manifest["shards"] if not exists(folder / name)]
-        require(
-            not gone,
-            f"{folder / MANIFEST} names {len(manifest['shards'])} shards and {len(gone)} of them "
-            f"are not there, such as {gone[0] if gone else ''}; bring them back, or run "
-            "tools/cache_teacher.py again",
-        )
-    caches = [Cache(**manifest["cache"]) for manifest in found.values()]
-    folders = list(found)
-    for folder, cache in zip(folders, caches, strict=True):
-        differing = [
-            f"{name} {value} and {getattr(cache, name)}"
-            for name, value in vars(caches[0]).items()
-            if value != getattr(cache, name)
-        ]
-        require(
-            not differing,
-            f"{folders[0]} and {folder} hold features of different kinds ({', '.join(differing)}); "
-            "cache both alike",
-        )
-    if part is not None:
-        _check_sums(shards, found, verified, say, part)
-    return caches[0]
-
-
-def _check_sums(
-    shards: list[Shard],
-    manifests: dict[Path, dict[str, Any]],
-    verified: Path,
-    say: Callable[[str], None],
-    part: tuple[int, int],
-) -> None:
-    """Whether each shard is the one that the manifest tells of; remembered by size and time."""
-    known: dict[str, list[Any]] = {}
-    for file in verified.glob("*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            known |= json.loads(file.read_bytes())
-    facts = {}
-    for shard in shards:
-        path = Path(shard.url)
-        status, told = path.stat(), manifests[path.parent]["shards"][path.name]["sha256"]
-        facts[shard.url] = [status.st_size, status.st_mtime_ns, told]
-    unread = [url for url in sorted(facts) if known.get(url) != facts[url]]
-    if not unread:
-        return
-    say(f"reading {len(unread)} cached shards for their checksums, once")
-    verified.mkdir(parents=True, exist_ok=True)
-    number, of = part
-    mine, written = unread[number::of], time.monotonic()
-    found = {url: facts[url] for url in facts if url not in unread and number == 0}
-    file = verified / f"{number}.json"
-    with ThreadPoolExecutor(8) as pool:
-        for url, own in zip(mine, pool.map(sha256_of, map(Path, mine)), strict=True):
-            path, told = Path(url), facts[url][2]
-            if own != told:
-                pool.shutdown(cancel_futures=True)
-                raise UserError(
-                    f"{path} has the sha256 {own[:16]}... and {path.parent / MANIFEST} says "
-                    f"{told[:16]}...; it was changed or damaged: delete it and run "
-                    "tools/cache_teacher.py again"
-                )
-            found[url] = facts[url]
-            if time.monotonic() > written + 10:  # a start that is cut off need not begin anew
-                write_text(file, json.dumps(found))
-                written = time.monotonic()
-    write_text(file, json.dumps(found))

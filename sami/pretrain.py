@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sami.caching import open_cache
 from sami.core.checkpoint import Export
 from sami.core.checks import start_entry, tell_checked
 from sami.core.config import require, to_dict
@@ -30,7 +31,7 @@ from sami.data import Batch, DataConfig, HeldOut, MaskConfig, Views, visible_cou
 from sami.encoder import TAKES, EncoderConfig, build_encoder, export_header
 from sami.encoders.protocol import ImageEncoder
 from sami.encoders.registry import names_of_encoders
-from sami.features import Cache, open_cache
+from sami.features import Cache
 from sami.heldout import EvalConfig, measure
 from sami.model import (
     DecoderConfig,
@@ -296,9 +297,8 @@ def find_cache(
     shards = [shard for source in sources for shard in source.shards] + held_out
     if run.is_main and cfg.teacher.checkpoint == RANDOM:
         sha256 = checkpoint_sha256(cfg.teacher)
-    verified = run.dir / "index" / "verified"
     part = (run.rank, run.processes) if sums else None
-    cache = open_cache(shards, cfg.teacher, sha256, verified, run.say, part)
+    cache = open_cache(shards, cfg.teacher, sha256, run.dir / "index", run.say, part)
     run.gather(None)  # all have looked at their part
     return cache
 

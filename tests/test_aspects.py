@@ -14,13 +14,13 @@ from finetune.data import NO_PIXEL, loss_pixels
 from finetune.evaluation import PROMPTS, EvalDataset, EvalSample, PromptSpec, score
 from finetune.pictures import draw_masks
 from finetune.sam import ModelShape, Sam
-from sami.caching import prepare
 from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, frame_of, open_image
 from sami.core.shards import PICTURE, TEACHER, RawSample
 from sami.data import Views
 from sami.encoders.protocol import EncoderShape
-from sami.features import Cache, FeatureBatch, pack, quantise, see_whole, to_bytes
+from sami.extraction import extract_whole, prepare
+from sami.features import Cache, FeatureBatch, pack, quantise, to_bytes
 from sami.probe import Labelled as Probed
 from sami.teacher import TeacherConfig, load_teacher
 from tests.test_data_stage2 import maker
@@ -107,8 +107,8 @@ def test_cached_features(teacher, grid):
     for width, height in [*EXTREME, *more]:
         sample, _ = sample_of(width, height)
         size, pixels = prepare(sample.parts[PICTURE], cache)
-        assert size == (width, height) and pixels.shape[:2] == cache.frame(width, height)
-        stored = pack(quantise(see_whole(teacher, [pixels])[0], cache, size))
+        assert size == (width, height) and pixels.shape[:2] == cache.input_size(width, height)
+        stored = pack(quantise(extract_whole(teacher, [pixels])[0], cache, size))
         sample.parts[TEACHER] = to_bytes(stored)
         for pool in ("area", "bilinear"):
             views = Views(0, 32, None, 4, 0.75, (0.2, 1.0), True, cache=cache, pool=pool)

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -15,9 +16,12 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from sami import caching
+from sami import caching, extraction
+from sami.caching import read_manifest, sha256_of
+from sami.core.errors import UserError
 from sami.core.shards import PICTURE, TEACHER, read_range
-from sami.features import Cache, from_bytes, read_manifest, see_whole, sha256_of
+from sami.extraction import extract_whole
+from sami.features import Cache, from_bytes
 from sami.pretrain import PretrainConfig, main, make_targets, make_views
 from sami.teacher import Teacher, TeacherConfig, load_teacher, to_grid
 from tests.runs import (
@@ -202,7 +206,7 @@ def test_verify(made, copied, in_process, capsys):
     first, second = (f"p{number:04d}.{TEACHER}" for number in (0, 1))
     members[first], members[second] = members[second], members[first]
     with tarfile.open(path, "w") as tar:
-        caching._write(tar, members)
+        extraction._write(tar, members)
     everything = ("--verify", "--verify-fraction", "1")
     code, said = in_process(cache_teacher, words(shards, copied, *everything))
     assert code == 2 and "s-001.tar is not the file that" in said
@@ -278,7 +282,7 @@ def test_a_full_disk(made, tmp_path, in_process, monkeypatch):
     assert code == 2 and "are to be written and" in said and "has 0.0 GB free" in said
 
     written = 0
-    real = caching._write
+    real = extraction._write
 
     def write(tar, members):
         nonlocal written
@@ -288,7 +292,7 @@ def test_a_full_disk(made, tmp_path, in_process, monkeypatch):
         real(tar, members)
 
     with monkeypatch.context() as patch:
-        patch.setattr(caching, "_write", write)
+        patch.setattr(extraction, "_write", write)
         code, said = in_process(cache_teacher, words(shards, tmp_path / "out"))
     assert code == 2 and "the disk is full" in said
     assert [path.name for path in (tmp_path / "out").glob("*.tar*")] == ["s-000.tar"]
@@ -312,7 +316,7 @@ def test_whole_pictures_see_no_padding():
     rng = np.random.default_rng(0)
     shapes = [(128, 60), (77, 128), (128, 128)]
     pictures = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
-    together = see_whole(teacher, pictures)
+    together = extract_whole(teacher, pictures)
     for picture, one in zip(pictures, together, strict=True):
         alone = teacher(torch.from_numpy(picture).permute(2, 0, 1)[None])[0]
         torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-4)
@@ -353,25 +357,91 @@ def test_the_target_of_a_whole_picture_is_what_the_teacher_gives(tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_a_run_on_cached_features(made, tmp_path, in_process):
-    """Its summary tells of the cache; taken up again, it does not read the checksums again."""
-    _, out = made
+ONCE = "cached shards for their checksums, once"
+
+
+def test_a_run_on_cached_features(copied, tmp_path, in_process):
+    """Its summary tells of the cache; its checksums are not read again by another run."""
     plain, again = tmp_path / "plain", tmp_path / "again"
-    options = {"data.val_shards": str(out / "s-001.tar"), "train.steps": 5, "run.picture_every": 5}
+    options = {"data.val_shards": str(copied / "s-001.tar"), "train.steps": 5}
+    options |= {"run.picture_every": 5}
     options |= {"decoder.predict_fraction": 0.5, "data.allow_val_in_train": "true"}
-    assert in_process(main, train(plain, out, **options))[0] == 0
-    once = "reading 3 cached shards for their checksums, once"
-    assert once in (plain / "log.txt").read_text()
+    assert in_process(main, train(plain, copied, **options))[0] == 0
+    assert f"reading 3 {ONCE}" in (plain / "log.txt").read_text()
     told = summary(plain)
     assert told["teacher"]["cached"] and told["teacher"]["grid"] == 8
     assert told["evaluation"]["pictures"] == 9 and list((plain / "pictures").glob("*.png"))
     assert told["bad_samples"] == {}
-    assert in_process(main, train(again, out, **options, **{"run.save_every": 2}))[0] == 0
+    assert in_process(main, train(again, copied, **options, **{"run.save_every": 2}))[0] == 0
     shutil.rmtree(again / "checkpoints" / "step-5")
     (again / "summary.json").unlink()
-    assert in_process(main, train(again, out, **options))[0] == 0
-    assert (again / "log.txt").read_text().count(once) == 1
+    assert in_process(main, train(again, copied, **options))[0] == 0
+    assert ONCE not in (again / "log.txt").read_text()
     assert numbers(plain) == numbers(again)
+
+
+@pytest.fixture
+def checked(copied, tmp_path, monkeypatch):
+    """A cache, and a function that looks at its checksums: what it said, and what was read."""
+    shards, read = opened(f"{copied}/*.tar", tmp_path)[0].shards, []
+    real = caching.sha256_of
+    monkeypatch.setattr(caching, "sha256_of", lambda path: read.append(path.name) or real(path))
+
+    def check(part=(0, 1), run="run"):
+        said = []
+        read.clear()
+        manifests = {copied: read_manifest(copied)}
+        caching.check_sums(shards, manifests, tmp_path / run / "index", said.append, part)
+        return said, sorted(read)
+
+    return copied, check
+
+
+NAMES = ["s-000.tar", "s-001.tar", "s-002.tar"]
+
+
+def test_checksums_are_read_once_per_cache(checked):
+    folder, check = checked
+    assert check() == ([f"reading 3 {ONCE}"], NAMES)
+    assert check(run="another") == ([], [])
+    os.utime(folder / "s-001.tar")  # written again, or restored
+    assert check() == ([f"reading 1 {ONCE}"], ["s-001.tar"])
+    shutil.copy2(folder / "s-002.tar", folder / "copy")  # the same time and size, another file
+    (folder / "copy").replace(folder / "s-002.tar")
+    assert check() == ([f"reading 1 {ONCE}"], ["s-002.tar"])
+    content = json.loads((folder / "manifest.json").read_text())
+    content["shards"]["s-000.tar"]["sha256"] = "0" * 64  # the same file, another manifest
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="s-000.tar has the sha256 .* and .* says 0000"):
+        check()
+    (folder / "verified.json").write_text("{")  # a memory that is damaged is none
+    with pytest.raises(UserError, match="s-000.tar has the sha256"):
+        check()
+
+
+def test_ranks_share_the_checksums_and_what_others_read_meanwhile_is_left(checked):
+    folder, check = checked
+    assert check((0, 2))[1] == ["s-000.tar", "s-002.tar"]
+    assert check((1, 2)) == ([f"reading 1 {ONCE}"], ["s-001.tar"])
+    assert check((0, 2)) == ([], []) == check((1, 2))
+
+
+def test_a_cache_that_cannot_be_written_is_remembered_in_the_run(checked, monkeypatch):
+    folder, check = checked
+    real = caching.changed
+
+    def changed(path, remedy=None):
+        if path.parent == folder:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(path, remedy)
+
+    monkeypatch.setattr(caching, "changed", changed)
+    said, read = check()
+    assert read == NAMES and len(said) == 2
+    assert "verified.json cannot be written (Read-only file system)" in said[1]
+    assert "run/index, for this run alone" in said[1]
+    assert check() == ([], []) and check(run="another")[1] == NAMES
+    assert not list(folder.glob("*verified*"))
 
 
 def spoil(folder, name, change):
@@ -381,7 +451,7 @@ def spoil(folder, name, change):
         members = {m.name: tar.extractfile(m).read() for m in tar}
     changed = {k: change(v) if k.endswith(TEACHER) else v for k, v in members.items()}
     with tarfile.open(path, "w") as tar:
-        caching._write(tar, changed)
+        extraction._write(tar, changed)
     content = json.loads((folder / "manifest.json").read_text())
     content["shards"][name]["sha256"] = sha256_of(path)
     (folder / "manifest.json").write_text(json.dumps(content))

@@ -10,13 +10,13 @@ from torch import nn
 
 from finetune.model import MaskDecoderConfig, build_model, load_model
 from finetune.sam import ModelShape, Sam
-from sami.caching import describe_preprocessing, prepare
 from sami.core.checkpoint import write_weights
 from sami.core.images import Normalise
 from sami.encoder import EncoderConfig, build_encoder, export_header, load_encoder
 from sami.encoders.protocol import EncoderShape, token_map
 from sami.encoders.registry import ENCODERS, KINDS, TEACHERS, Architecture, TeacherSource, build
-from sami.features import Cache, see_whole
+from sami.extraction import describe_preprocessing, extract_whole, prepare
+from sami.features import Cache
 from sami.teacher import TeacherConfig, describe_teacher, load_teacher
 from tests.test_images import encode
 from tools.cost import cache_bytes, find_parts
@@ -138,7 +138,7 @@ def test_a_teacher_is_asked_for_all_that_is_its_own(mine):
     seen = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
     scaled = (seen - 0.5) / torch.tensor([0.25, 0.25, 0.5]).view(1, 3, 1, 1)
     expected = teacher.encoder.last(teacher.encoder.patches(scaled))
-    torch.testing.assert_close(see_whole(teacher, [pixels]), expected)
+    torch.testing.assert_close(extract_whole(teacher, [pixels]), expected)
     assert Cache(**json.loads(json.dumps(cache.header()))) == cache
     told = describe_preprocessing(teacher)
     assert told["mean"] == [127.5] * 3 and told["std"] == [63.75, 63.75, 127.5]

@@ -12,7 +12,7 @@ from sami.core.errors import BadSample
 from sami.features import (
     Cache,
     FeatureBatch,
-    Stored,
+    QuantizedFeatures,
     axis_weights,
     from_bytes,
     pack,
@@ -75,7 +75,7 @@ def test_a_linear_ramp_stays_one():
     """Each output cell of a crop is the ramp at its centre: nothing is moved."""
     y, x = torch.meshgrid(torch.arange(16.0) + 0.5, torch.arange(16.0) + 0.5, indexing="ij")
     cache = dataclasses.replace(CACHE, channels=2)
-    stored = Stored(torch.stack([y, x]).half().numpy(), np.ones(2, np.float32))
+    stored = QuantizedFeatures(torch.stack([y, x]).half().numpy(), np.ones(2, np.float32))
     box = (70, 61, 215, 187)  # of 256 px: 16 px a cell, well inside
     for pool, within in (("bilinear", 0.1), ("area", 0.1)):
         found = cut(stored, cache, (256, 256), box, out=5, pool=pool).view(5, 5, 2)
@@ -128,7 +128,7 @@ def test_stored_and_read_again(dtype, size, grid):
     assert stored.values.shape == (8, rows, columns)  # without the padding
     again = from_bytes(to_bytes(stored), cache, size)
     assert np.array_equal(again.values, stored.values) and again.values.dtype == stored.values.dtype
-    height, width = cache.frame(*size)
+    height, width = cache.input_size(*size)
     kept = given[:, : -(-height // 16), : -(-width // 16)]
     if grid == 8:
         kept = F.avg_pool2d(kept[None], 2, ceil_mode=True, count_include_pad=False)[0]
@@ -155,9 +155,9 @@ def test_bad_features():
     assert reason(data, dataclasses.replace(CACHE, dtype="int8")) == "features of another shape"
     holed = stored.values.copy()
     holed[3, 4, 5] = np.nan
-    assert reason(to_bytes(Stored(holed, stored.scale))) == "features are not finite"
+    assert reason(to_bytes(QuantizedFeatures(holed, stored.scale))) == "features are not finite"
     scale = np.full(8, np.inf, np.float32)
-    assert reason(to_bytes(Stored(stored.values, scale))) == "features are not finite"
+    assert reason(to_bytes(QuantizedFeatures(stored.values, scale))) == "features are not finite"
     buffer = io.BytesIO()
     np.savez(buffer, values=np.array([{}], object), scale=scale)
     assert reason(buffer.getvalue()) == "damaged features"

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from finetune.coco import read_coco
+from sami.caching import MANIFEST, read_manifest
 from sami.core.checkpoint import list_checkpoints, read_meta, read_state, save_checkpoint
 from sami.core.config import load_config
 from sami.core.errors import (
@@ -35,7 +36,6 @@ from sami.core.metrics import MetricsFile
 from sami.core.shards import expand, open_sources, read_samples, read_whole, scan, stored_index
 from sami.core.stream import Batches, make_loader
 from sami.core.weights import Takes, find_weights, read_summary, read_weights
-from sami.features import MANIFEST, read_manifest
 from sami.pretrain import PretrainConfig, main
 from tests.runs import ROOT, arguments, opened, summary, wait_for, write_shards
 from tools.cost import resolve

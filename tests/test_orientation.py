@@ -14,11 +14,11 @@ from finetune.coco import CocoSource, read_coco
 from finetune.data import UNSURE
 from finetune.evaluation import EvalDataset, PromptSpec
 from finetune.train import main as train
-from sami.caching import prepare
 from sami.core.errors import BadSample
 from sami.core.images import DRAWN, STD, drawn_on, open_image
 from sami.core.shards import PICTURE, RawSample, read_range
 from sami.data import Views
+from sami.extraction import prepare
 from sami.probe import Labelled as Probed
 from tests.runs import opened, run, summary
 from tests.test_bad_data import write_tar

@@ -56,7 +56,7 @@ from sami.core.tables import show_table
 from sami.data import Views
 from sami.encoder import EncoderConfig, build_encoder
 from sami.encoders.sam import SAM_SHAPES
-from sami.features import Cache, Stored, to_bytes
+from sami.features import Cache, QuantizedFeatures, to_bytes
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction, pixel_target
 from sami.teacher import TeacherConfig, load_teacher
 
@@ -389,7 +389,7 @@ def write_features(source: Source, folder: Path, cache: Cache) -> Source:
                 data = sample.part(PICTURE)
                 cells = cache.cells(*open_image(data).upright)
                 values = rng.integers(-127, 128, (cache.channels, *cells), dtype=np.int8)
-                stored = Stored(values, np.full(cache.channels, 0.01, np.float32))
+                stored = QuantizedFeatures(values, np.full(cache.channels, 0.01, np.float32))
                 key = sample.key.removeprefix(f"{shard.name}/")
                 writer.write({"__key__": key, "jpg": data, TEACHER: to_bytes(stored)})
     (made,) = open_sources(expand(f"{folder}/*.tar", "made"), folder / "index")

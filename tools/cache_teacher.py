@@ -31,16 +31,7 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from sami.caching import (
-    Manifest,
-    Seer,
-    cache_shard,
-    describe_preprocessing,
-    estimate_bytes,
-    prepare,
-    require_room,
-    verify,
-)
+from sami.caching import Manifest, estimate_bytes, require_room
 from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.exits import run_entry
@@ -51,6 +42,13 @@ from sami.core.progress import Progress as Lines
 from sami.core.run import TimeLeft, environment
 from sami.core.shards import PICTURE, Shard, Source, expand, is_url, open_sources, read_samples
 from sami.encoders.registry import TEACHERS
+from sami.extraction import (
+    FeatureExtractor,
+    cache_shard,
+    describe_preprocessing,
+    prepare,
+    verify,
+)
 from sami.features import DTYPES, Cache
 from sami.teacher import TeacherConfig, describe_teacher, load_teacher
 
@@ -130,7 +128,7 @@ def name_shards(patterns: list[str], out: Path) -> dict[str, str]:
     return names
 
 
-def make_seer(args: argparse.Namespace) -> tuple[Seer, dict[str, object]]:
+def make_extractor(args: argparse.Namespace) -> tuple[FeatureExtractor, dict[str, object]]:
     """The teacher on its device, and what the manifest tells of it."""
     config = TeacherConfig(
         name=args.teacher,
@@ -147,7 +145,7 @@ def make_seer(args: argparse.Namespace) -> tuple[Seer, dict[str, object]]:
         print("--checkpoint is not there yet: counted and timed with random weights instead")
         config = dataclasses.replace(config, checkpoint="random")
     teacher = load_teacher(config, "--checkpoint")
-    told = describe_teacher(config, teacher)
+    info = describe_teacher(config, teacher)
     tokens = args.image_size // teacher.stride
     grid = args.grid or (32 if tokens % 32 == 0 else tokens)
     require(
@@ -161,14 +159,18 @@ def make_seer(args: argparse.Namespace) -> tuple[Seer, dict[str, object]]:
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     automatic = "bf16" if bf16 else "fp32"
     precision = automatic if args.precision == "auto" else args.precision
-    cache = Cache.of(teacher, told, grid, args.dtype, precision)
+    cache = Cache.of(teacher, info, grid, args.dtype, precision)
     if args.compile:
         teacher.features = torch.compile(teacher.features, dynamic=False)
-    seer = Seer(teacher.to(device), cache, device, args.batch, args.workers, fixed=args.compile)
-    return seer, told
+    extractor = FeatureExtractor(
+        teacher.to(device), cache, device, args.batch, args.workers, fixed=args.compile
+    )
+    return extractor, info
 
 
-def plan(args: argparse.Namespace, seer: Seer, shards: list[Shard], others: float) -> int:
+def plan(
+    args: argparse.Namespace, extractor: FeatureExtractor, shards: list[Shard], others: float
+) -> int:
     """``--dry-run``: bytes, and hours by the second of two equal batches.
 
     Args:
@@ -176,18 +178,18 @@ def plan(args: argparse.Namespace, seer: Seer, shards: list[Shard], others: floa
     """
     pictures = []
     for shard in shards:
-        for sample in read_samples(shard, np.arange(min(shard.count, seer.batch)), (PICTURE,)):
+        for sample in read_samples(shard, np.arange(min(shard.count, extractor.batch)), (PICTURE,)):
             with contextlib.suppress(BadSample):
-                pictures.append(prepare(sample.part(PICTURE), seer.cache)[1])
-        if len(pictures) >= seer.batch:
+                pictures.append(prepare(sample.part(PICTURE), extractor.cache)[1])
+        if len(pictures) >= extractor.batch:
             break
     require(bool(pictures), f"{shards[0].url}: none of the first pictures can be used")
-    pictures = pictures[: seer.batch]
+    pictures = pictures[: extractor.batch]
     for _ in range(2):
         began = time.perf_counter()
-        seer.see(pictures).float().sum().item()
+        extractor.extract(pictures).float().sum().item()
         rate = len(pictures) / (time.perf_counter() - began)
-    count, needed = sum(shard.count for shard in shards), estimate_bytes(shards, seer.cache)
+    count, needed = sum(shard.count for shard in shards), estimate_bytes(shards, extractor.cache)
     print(
         f"{count} pictures in {len(shards)} shards: about {needed / 1e9:.3g} GB and "
         f"{count / rate / 3600:.3g} h at {rate:.3g} images/s in one process like this"
@@ -196,7 +198,9 @@ def plan(args: argparse.Namespace, seer: Seer, shards: list[Shard], others: floa
     return 0
 
 
-def write_all(seer: Seer, shards: dict[str, Shard], manifest: Manifest, missing: list[str]) -> None:
+def write_all(
+    extractor: FeatureExtractor, shards: dict[str, Shard], manifest: Manifest, missing: list[str]
+) -> None:
     """Cache what is missing, with a bar in a terminal and a line per shard."""
     total = sum(shards[name].count for name in missing)
     columns = (
@@ -225,7 +229,7 @@ def write_all(seer: Seer, shards: dict[str, Shard], manifest: Manifest, missing:
             if manifest.finished()[name] is not None:  # by another process, since
                 progress.update(task, advance=shards[name].count)
                 continue
-            record = cache_shard(seer, shards[name], manifest.folder / name, advance)
+            record = cache_shard(extractor, shards[name], manifest.folder / name, advance)
             manifest.put(name, record)
             progress.update(task, advance=shards[name].count - record["samples"])
             left_out = f", left out: {record['left_out']}" if record["left_out"] else ""
@@ -245,28 +249,28 @@ def main(argv: list[str] | None = None) -> int:
     if not mine:
         print(f"no shard is left for slice {args.slice} of {len(names)} shards")
         return 0
-    seer, told = make_seer(args)
-    cache = seer.cache
+    extractor, info = make_extractor(args)
+    cache = extractor.cache
     print(
         f"teacher {cache.name} at {cache.image_size} px, {cache.layer}, sha256 "
-        f"{cache.sha256[:12]}, {cache.precision} on {seer.device}; {cache.grid} x {cache.grid} "
-        f"{cache.dtype}"
+        f"{cache.sha256[:12]}, {cache.precision} on {extractor.device}; {cache.grid} x "
+        f"{cache.grid} {cache.dtype}"
     )
     if cache.random and not args.dry_run:
         print("*** THE TEACHER IS RANDOM (--checkpoint random): these are not SAM's features ***")
-    manifest = Manifest(args.out, cache, describe_preprocessing(seer.teacher))
+    manifest = Manifest(args.out, cache, describe_preprocessing(extractor.teacher))
     if args.verify:
-        return check(args, seer, manifest, [names[url] for url in mine])
+        return check(args, extractor, manifest, [names[url] for url in mine])
     if not args.dry_run:
         manifest.claim(
             list(names.values()),
-            {**environment(seer.device, cache.precision == "bf16"), "teacher": told},
+            {**environment(extractor.device, cache.precision == "bf16"), "teacher": info},
         )
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) if args.dry_run else args.out / "index"
         (source,) = open_sources([(mine, None)], index, print)
         if args.dry_run:
-            return plan(args, seer, source.shards, len(names) / len(mine))
+            return plan(args, extractor, source.shards, len(names) / len(mine))
     shards = {names[shard.url]: shard for shard in source.shards}
     finished = manifest.finished()
     for name in shards:
@@ -281,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         require_room(args.out, round(needed * share))
     if len(missing) < len(shards):
         print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
-    write_all(seer, shards, manifest, missing)
+    write_all(extractor, shards, manifest, missing)
     others = [name for name, record in manifest.finished().items() if record is None]
     print(
         f"{len(names) - len(others)} of {len(names)} shards are cached"
@@ -292,7 +296,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check(args: argparse.Namespace, seer: Seer, manifest: Manifest, names: list[str]) -> int:
+def check(
+    args: argparse.Namespace, extractor: FeatureExtractor, manifest: Manifest, names: list[str]
+) -> int:
     """``--verify``: what is finished of these, if it is this teacher's."""
     manifest.check()
     finished = manifest.finished()
@@ -301,10 +307,12 @@ def check(args: argparse.Namespace, seer: Seer, manifest: Manifest, names: list[
     urls = [str(args.out / name) for name in names]
     with tempfile.TemporaryDirectory() as index:  # a cache may be read-only
         (source,) = open_sources([(urls, None)], Path(index), print)
-        return compare(args, seer, manifest, source)
+        return compare(args, extractor, manifest, source)
 
 
-def compare(args: argparse.Namespace, seer: Seer, manifest: Manifest, source: Source) -> int:
+def compare(
+    args: argparse.Namespace, extractor: FeatureExtractor, manifest: Manifest, source: Source
+) -> int:
     """Checksums of all shards, and ``--verify-fraction`` of the pictures, drawn anew each time."""
     draw = np.random.default_rng()
     ends = np.cumsum([shard.count for shard in source.shards])
@@ -314,7 +322,7 @@ def compare(args: argparse.Namespace, seer: Seer, manifest: Manifest, source: So
         picked[(picked >= end - shard.count) & (picked < end)] - (end - shard.count)
         for shard, end in zip(source.shards, ends, strict=True)
     ]
-    compared, worst = verify(seer, source.shards, rows, manifest)
+    compared, worst = verify(extractor, source.shards, rows, manifest)
     print(
         f"{len(source.shards)} shards have their checksums; {compared} of {ends[-1]} pictures "
         f"computed again, the largest relative difference is {worst:.2%}"
