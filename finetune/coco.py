@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from finetune.folders import find_files, plain_path, told_counts
+from finetune.folders import count_words, find_files, plain_path
 from finetune.rle import area, box, decode_counts, read_json
 from sami.core.errors import BadSample, UserError, raise_if_machine
 from sami.core.shards import PICTURE, RawSample
@@ -287,7 +287,7 @@ class CocoSource:
         """
         annotated = told.annotated()
         if not annotated:
-            reasons = f" ({told_counts(told.left_out)})" if told.left_out else ""
+            reasons = f" ({count_words(told.left_out)})" if told.left_out else ""
             raise UserError(
                 f"--coco {told.file}: none of its {len(told.entries)} pictures has an annotation"
                 f"{reasons}; name a file whose annotations have the image_id of its images"

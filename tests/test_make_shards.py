@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from finetune.folders import Classes, class_folders
+from finetune.class_names import Classes, class_folders
 from finetune.packing import SourcePicture, listing
 from sami.core.exits import run_entry
 from sami.core.shards import PICTURE, expand, read_range

@@ -34,17 +34,15 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.coco import CocoSource, read_coco
-from finetune.folders import (
+from finetune.class_names import (
     Classes,
     class_folders,
-    find_pictures,
     listed_classes,
     number_classes,
     question_names,
-    told_classes,
-    told_counts,
 )
+from finetune.coco import CocoSource, read_coco
+from finetune.folders import count_words, find_pictures
 from finetune.packing import (
     How,
     SourcePicture,
@@ -85,7 +83,7 @@ def find(args: argparse.Namespace) -> tuple[list[SourcePicture], list[str], Coco
     if listing.remarks:
         print(f"left out in all: {len(listing.remarks)} links")
     if others:
-        print(f"not pictures: {told_counts(others)}")
+        print(f"not pictures: {count_words(others)}")
     if args.labels is not None:
         words = (args.labels, listing.files, args.source, args.synsets, known)
         class_of, unused = listed_classes(*words)
@@ -103,11 +101,11 @@ def find(args: argparse.Namespace) -> tuple[list[SourcePicture], list[str], Coco
     if not class_of:
         return [SourcePicture(file) for file in listing.files], [], None
     classes, numbers = number_classes(class_of, known, args.labels is not None)
-    print(told_classes(classes, numbers))
+    print(classes.describe(numbers))
     if known is None:
         print(f"numbered by themselves; held-out pictures of these classes need --like {args.out}")
     pictures = [SourcePicture(file, label) for file, label in zip(class_of, numbers, strict=True)]
-    return pictures, classes, None
+    return pictures, classes.names, None
 
 
 def count_pictures(path: Path) -> int:
@@ -230,10 +228,10 @@ def main(argv: list[str] | None = None) -> int:
         print(line)
     if not total:
         unclaim(args.out, args.prefix, paths, own_classes)
-        masks = f"; masks: {told_counts(written.masks)}" if written.masks else ""
+        masks = f"; masks: {count_words(written.masks)}" if written.masks else ""
         raise UserError(
             f"none of the {len(pictures)} pictures of {args.source} could be used, and nothing was "
-            f"written: {told_counts(reasons) or 'the shards there are empty'}{masks}"
+            f"written: {count_words(reasons) or 'the shards there are empty'}{masks}"
         )
     size = sum(path.stat().st_size for path in paths) / 1e9
     what = "with masks" if args.coco else f"{len(classes) or 'no'} classes"
