@@ -98,11 +98,16 @@ def command(arguments: list[str]) -> list[str]:
     return [sys.executable, str(ROOT / "sami" / "pretrain.py"), *arguments]
 
 
-def run(words: list[str], **environment: str) -> subprocess.CompletedProcess:
-    """Run to the end and return what it said."""
+def run(words: list[str], truly: bool = False, **environment: str) -> subprocess.CompletedProcess:
+    """Run to the end and return what it said.
+
+    Args:
+        truly: start a Python of its own, as a user does.
+    """
     words = [*map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with Popen(words, cwd=ROOT, env=os.environ | environment, **pipes) as process:
+    begin = subprocess.Popen if truly else Popen
+    with begin(words, cwd=ROOT, env=os.environ | environment, **pipes) as process:
         try:
             out, err = process.communicate(timeout=LIMIT)
         except BaseException:
@@ -111,9 +116,9 @@ def run(words: list[str], **environment: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    """Start as the leader of a process group of its own."""
-    return Popen(
+def start(words: list[str], truly: bool = False) -> subprocess.Popen:
+    """Start as the leader of a process group of its own; ``truly`` as for :func:`run`."""
+    return (subprocess.Popen if truly else Popen)(
         [*map(str, words)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
