@@ -5,7 +5,7 @@ is silent.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,7 +19,8 @@ from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from sami.core.config import PATH, require
+from sami.core.config import require
+from sami.core.dataset import ShardsConfig
 from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, open_image
 from sami.core.optim import OptimConfig
@@ -30,45 +31,22 @@ from sami.probe import read_label
 
 
 @dataclass
-class LabelDataConfig:
-    """Labelled pictures.
+class LabelDataConfig(ShardsConfig):
+    """Pictures with labels: shards with .cls.
 
     Attributes:
-        shards: one pattern of tar shards with .cls, several, or several with the share of the
-            samples that comes from each; braces, globs, URLs.
-        val_shards: one pattern or several to measure on.
-        allow_val_in_train: measure on pictures that are trained on, too, instead of refusing it.
         classes: their number.
-        workers: processes per rank that decode; 0 decodes in the training process.
-        epoch_samples: samples of one epoch if it shall be shorter than the shards; null for all.
-        max_bad_fraction: stop once more than this share of the samples was bad.
-        shuffle_mb: bound of each reader's shuffle buffer of encoded pictures, in MB.
         image_size: side of the picture in pixels.
     """
 
-    shards: str | list[str] | dict[str, float] = field(default="", metadata=PATH)
-    val_shards: str | list[str] = field(default="", metadata=PATH)
-    allow_val_in_train: bool = False
     classes: int = 1000
-    workers: int = 8
-    epoch_samples: int | None = None
-    max_bad_fraction: float = 0.1
-    shuffle_mb: int = 128
     image_size: int = 224
 
     def check(self) -> None:
-        for name in ("classes", "image_size", "shuffle_mb"):
+        super().check()
+        for name in ("classes", "image_size"):
             value = getattr(self, name)
             require(value > 0, f"data.{name} {value} must be positive")
-        require(self.workers >= 0, f"data.workers {self.workers} must be 0 or more")
-        require(
-            self.epoch_samples is None or self.epoch_samples > 0,
-            f"data.epoch_samples {self.epoch_samples} must be positive, or null for all",
-        )
-        require(
-            0 <= self.max_bad_fraction <= 1,
-            f"data.max_bad_fraction {self.max_bad_fraction} must be within 0..1, such as 0.1",
-        )
 
 
 @dataclass
@@ -136,9 +114,9 @@ class LabelTransform:
         _guard_posterize(self.augmented)
         self.plain = create_transform(data.image_size, crop_pct=224 / 256, **common)
 
-    def decode(self, sample: RawSample, epoch: int, stand_in: bool) -> tuple:
+    def decode(self, sample: RawSample, epoch: int, replacement: bool) -> tuple:
         """Key, picture [3, H, H] and label of a training sample."""
-        key = f"{sample.key}/stand-in" if stand_in else sample.key
+        key = f"{sample.key}/replacement" if replacement else sample.key
         rng = sample_rng(self.seed, epoch, key)
         # timm draws from all three libraries' own generators.
         before = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -269,9 +247,15 @@ class Classification(nn.Module):
         )
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``loss`` of a micro-batch, mixed up if that is asked for (numpy's generator decides)."""
+        """``loss`` of a micro-batch, mixed up if that is asked for (numpy's generator decides).
+
+        Neighbours are mixed with each other, so that any cut of a batch into even micro-batches
+        mixes the same pairs. timm mixes the first picture with the last, and so on inwards.
+        """
         if self.mixup is not None:
-            images, labels = self.mixup(images, labels)
+            inwards = torch.arange(len(images), device=images.device).view(-1, 2).T
+            inwards = torch.cat([inwards[0], inwards[1].flip(0)])
+            images, labels = self.mixup(images[inwards], labels[inwards])
         logits = self.model(images)
         with torch.autocast(images.device.type, enabled=False):
             return {"loss": self.loss(logits.float(), labels)}

@@ -8,19 +8,17 @@ On several GPUs: accelerate launch --config_file configs/accelerate/gpu_8.yaml f
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import numpy as np
 import torch
 from timm.models import VisionTransformer
-from torch.utils.data import IterableDataset, get_worker_info
 
 from finetune.classification import (
     AugmentConfig,
     Classification,
-    LabelBatch,
     LabelDataConfig,
     LabelTransform,
     build_classifier,
@@ -29,20 +27,25 @@ from finetune.classification import (
 from sami.core.checkpoint import Export
 from sami.core.checks import start_entry, tell_checked
 from sami.core.config import require, to_dict
-from sami.core.errors import BadSample
+from sami.core.dataset import (
+    Bad,
+    ShardSource,
+    Validation,
+    load_training,
+    load_validation,
+    open_data,
+)
 from sami.core.exits import FINISHED, run_entry
 from sami.core.labels import check_labels, check_names, tell_held_out, tell_neighbours
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
-from sami.core.order import Layout, Order, deal
+from sami.core.order import Order
 from sami.core.processes import exact
-from sami.core.progress import follow
 from sami.core.run import Run, RunConfig, is_due
-from sami.core.shards import RawSample, Shard, fingerprint, read_range
+from sami.core.shards import Shard, fingerprint
 from sami.core.starts import Start, find_starts
 from sami.core.state import State
-from sami.core.stream import Batches, make_loader, open_data, take_up
 from sami.encoder import TAKES, EncoderConfig
-from sami.heldout import pictures_of, tell_unusable
+from sami.heldout import tell_unusable
 
 STARTS = {"encoder.checkpoint": Start(TAKES)}
 BATCH = 64  # pictures per forward of the evaluation
@@ -119,10 +122,9 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
     sources, held_out = open_data(cfg.data, run)
     order = Order(
         sources,
-        fields=LabelTransform.fields,
         batch_size=cfg.train.batch_size,
         seed=cfg.run.seed,
-        buffer_bytes=cfg.data.shuffle_mb * 1_000_000,
+        window=cfg.data.window,
         epoch_samples=cfg.data.epoch_samples,
     )
     require(
@@ -130,16 +132,13 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
         f"data.shards hold {order.samples} pictures, less than one train.batch_size of "
         f"{cfg.train.batch_size}; lower it or give more shards",
     )
-    layout = Layout(
-        batch_size=cfg.train.batch_size,
-        micro_batch_size=cfg.train.micro_batch(run.processes),
-        processes=run.processes,
-        workers=max(1, cfg.data.workers),
-    )
+    micro_batch = cfg.train.micro_batch(run.processes)
+    parts = cfg.train.batch_size // run.processes // micro_batch  # micro-batches per step and rank
+    share = 1 / (parts * run.processes)  # of a micro-batch in its step
     mixed = cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
     require(
-        not mixed or layout.micro_batch_size % 2 == 0,
-        f"augment.mixup needs an even micro-batch, and it has {layout.micro_batch_size} pictures; "
+        not mixed or micro_batch % 2 == 0,
+        f"augment.mixup needs an even micro-batch, and it has {micro_batch} pictures; "
         "set --train.micro_batch_size even, or --augment.mixup 0 --augment.cutmix 0",
     )
     steps = cfg.train.total_steps(order.steps_per_epoch)
@@ -180,14 +179,13 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
 
     # ---- Where training stands
     identity = {"config": to_dict(cfg), "facts": facts}
-    step, legs = state.resume(identity, FREE)
+    step = state.resume(identity, FREE)
     if step == steps and run.is_finished():
         run.say(f"{run.dir} is finished; start another with --run.dir, or delete the folder")
         return FINISHED
     run.begin(cfg, step, facts)
-    legs = take_up(run, order, layout, step, legs)
     if run.is_main:
-        tell_neighbours(order, layout, run.say)
+        tell_neighbours(order, run.say)
         if held_out:
             tell_held_out(order.shards, held_out, cfg.eval.samples, run.say)
     run.say(
@@ -200,8 +198,8 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
     if cfg.train.compiles(run.device):
         model.compile()  # in place: its weights keep their names
     wrapped = run.accelerator.prepare(objective)
-    batches = Batches(
-        order, samples, legs, rank=run.rank, step=step, workers=cfg.data.workers, device=run.device
+    batches = load_training(
+        order, samples, run, micro_batch_size=micro_batch, step=step, workers=cfg.data.workers
     )
 
     log_every = cfg.run.log_interval(steps)
@@ -209,18 +207,18 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
         # ---- One optimizer step
         state.begin_step(step, steps)
         run.seed_step(step)
-        np.random.seed(torch.initial_seed() % 2**32)  # timm's mixup draws from it
-        for part in range(layout.micro_batches_per_step):
+        for part in range(parts):
             with state.clock.wait():
                 batch, bad = next(batches)
             state.note_bad(bad)
             run.advance(step, steps)
             batch = batch.to(run.device)
-            last_part = part == layout.micro_batches_per_step - 1
+            np.random.seed(run.number_of(step))  # timm's mixup draws from it, alike in all parts
+            last_part = part == parts - 1
             with contextlib.nullcontext() if last_part else run.accelerator.no_sync(wrapped):
                 losses = wrapped(batch.images, batch.labels)
-                run.accelerator.backward(poison(losses["loss"]) / layout.micro_batches_per_step)
-            state.window.add("loss", losses["loss"])
+                run.accelerator.backward(poison(losses["loss"]) / parts)
+            state.window.add("loss", losses["loss"], share)
         state.update(step)
         step += 1
 
@@ -241,36 +239,13 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
         state.clock.pause()
         stop, by_clock = run.stop_and_save()
         if is_due(step, cfg.run.save_every, last) or by_clock or stop:
-            state.save(step, identity, batches.position(step), export)
+            state.save(step, identity, export)
             if stop and not last:
                 return run.leave_asked(step, **state.bad_summary())
 
     # ---- What is left behind
     finish(run, steps, state, export)
     return FINISHED
-
-
-class HeldOut(IterableDataset):
-    """The held-out samples of one rank in fixed order; of each bad one its key and reason."""
-
-    def __init__(self, shards: list[Shard], samples: LabelTransform, positions: range) -> None:
-        self.shards, self.samples, self.positions = shards, samples, positions
-
-    def __iter__(self) -> Iterator[LabelBatch | RawSample]:
-        info = get_worker_info()
-        number, of = (0, 1) if info is None else (info.id, info.num_workers)
-        items: list[tuple] = []
-        positions = deal(self.positions, number, of)
-        for sample in read_range(self.shards, positions, self.samples.fields):
-            try:
-                items.append(self.samples.decode_held_out(sample))
-            except BadSample as error:
-                yield RawSample(sample.key, reason=str(error))
-            if len(items) == BATCH:
-                yield self.samples.collate(items)
-                items = []
-        if items:
-            yield self.samples.collate(items)
 
 
 @torch.no_grad()
@@ -282,17 +257,16 @@ def evaluate(
     cfg: ClassifyConfig,
 ) -> dict[str, float]:
     """Top-1 and top-5 in %, and how many pictures were measured. Collective."""
-    total = sum(shard.count for shard in shards)
-    positions = range(min(cfg.eval.samples or total, total))
-    dataset = HeldOut(shards, samples, deal(positions, run.rank, run.processes))
+    source = ShardSource.first(shards, samples.fields, cfg.eval.samples)
+    dataset = Validation(source, samples.decode_held_out, samples.collate)
     counts = torch.zeros(3, dtype=exact(run.device), device=run.device)  # right, among 5, pictures
-    unusable: list[RawSample] = []
+    unusable: Bad = []
     model.eval()
-    loader = make_loader(dataset, cfg.data.workers, run.device)
-    mine = len(dataset.positions)
-    for batch in follow(loader, "held out", mine, run.say, pictures_of):
-        if isinstance(batch, RawSample):
-            unusable.append(batch)
+    share, workers = (run.rank, run.processes), cfg.data.workers
+    told = {"share": share, "say": run.say}
+    for batch, bad in load_validation(dataset, BATCH, workers, run.device, **told):
+        unusable += bad
+        if batch is None:
             continue
         batch = batch.to(run.device)
         with run.accelerator.autocast():
@@ -300,7 +274,7 @@ def evaluate(
         best = logits.topk(min(5, cfg.data.classes), dim=1).indices == batch.labels[:, None]
         counts += torch.stack([best[:, 0].sum(), best.sum(), best.new_ones(len(best)).sum()])
     model.train()
-    tell_unusable(run, unusable, len(positions))
+    tell_unusable(run, unusable, len(source))
     right, among, pictures = run.accelerator.reduce(counts, "sum").tolist()
     require(
         pictures > 0,

@@ -7,7 +7,7 @@ COCO, LVIS and what labelling tools export: ``images`` with id, file_name, width
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -340,9 +340,9 @@ class CocoSource:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def read(self, number: int, of: int) -> Iterator[RawSample]:
-        """Every ``of``-th, from ``number`` on."""
-        for name, entry in self.entries[number::of]:
+    def read(self, numbers: Sequence[int]) -> Iterator[RawSample]:
+        """Some of them by number."""
+        for name, entry in (self.entries[number] for number in numbers):
             try:
                 told, left_out = to_sa1b(entry, name, self.keep_crowd)
                 if not told["annotations"]:

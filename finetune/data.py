@@ -23,7 +23,8 @@ from finetune.rle import (
     random_points,
 )
 from finetune.rle import sample as sample_runs
-from sami.core.config import PATH, require
+from sami.core.config import require
+from sami.core.dataset import ShardsConfig
 from sami.core.errors import BadSample
 from sami.core.images import Drawn, drawn_on, frame_of, open_image, resize_whole
 from sami.core.order import sample_rng
@@ -34,19 +35,10 @@ UNSURE = "turned by EXIF, and its masks fit both ways: masks_drawn_on decided"  
 
 
 @dataclass
-class MaskDataConfig:
-    """Pictures and masks of stage 2.
+class MaskDataConfig(ShardsConfig):
+    """Pictures and masks of stage 2: shards of SA-1B's layout.
 
     Attributes:
-        shards: one pattern of tar shards of SA-1B's layout, several, or several with the share of
-            the samples that comes from each; braces, globs, URLs.
-        val_shards: one pattern or several for the evaluation; empty for none.
-        allow_val_in_train: measure on pictures that are trained on, too, instead of refusing it.
-        workers: processes per rank that decode; 0 decodes in the training process.
-        epoch_samples: samples of one epoch if it shall be shorter than the shards; null for all.
-        max_bad_fraction: stop once more than this share of the samples was bad; exactly so at the
-            end of an epoch, within one with an allowance for chance.
-        shuffle_mb: bound of each reader's shuffle buffer of encoded samples, in MB.
         image_size: side of the model's input in pixels.
         resize: square, whatever the picture's aspect, as the released model; or longest, as SAM,
             with padding that is left out of the loss.
@@ -59,13 +51,6 @@ class MaskDataConfig:
         min_stability: likewise for its stability score.
     """
 
-    shards: str | list[str] | dict[str, float] = field(default="", metadata=PATH)
-    val_shards: str | list[str] = field(default="", metadata=PATH)
-    allow_val_in_train: bool = False
-    workers: int = 8
-    epoch_samples: int | None = None
-    max_bad_fraction: float = 0.1
-    shuffle_mb: int = 256
     image_size: int = 1024
     resize: Literal["square", "longest"] = "square"
     masks_drawn_on: Drawn = "upright"
@@ -76,18 +61,13 @@ class MaskDataConfig:
     min_stability: float = 0.0
 
     def check(self) -> None:
+        super().check()
         require(self.image_size > 0, f"data.image_size {self.image_size} must be positive")
-        require(self.workers >= 0, f"data.workers {self.workers} must be 0 or more")
-        require(self.shuffle_mb > 0, f"data.shuffle_mb {self.shuffle_mb} must be positive")
         require(
             self.masks_per_image > 0,
             f"data.masks_per_image {self.masks_per_image} must be positive, such as 64",
         )
-        require(
-            self.epoch_samples is None or self.epoch_samples > 0,
-            f"data.epoch_samples {self.epoch_samples} must be positive, or null for all",
-        )
-        for name in ("max_bad_fraction", "max_area", "min_predicted_iou", "min_stability"):
+        for name in ("max_area", "min_predicted_iou", "min_stability"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name} {value} must be within 0..1")
 
@@ -170,14 +150,16 @@ class PromptTransform:
             prompt.clicks,
         )
 
-    def decode(self, sample: RawSample, epoch: int, stand_in: bool) -> tuple:
+    def decode(self, sample: RawSample, epoch: int, replacement: bool) -> tuple:
         """What :meth:`collate` takes, of one sample: key, picture, inside, its objects, and what is
         to be counted of it.
 
         Raises:
             BadSample: picture or annotation cannot be used, or no mask is left.
         """
-        rng = sample_rng(self.seed, epoch, f"{sample.key}/stand-in" if stand_in else sample.key)
+        rng = sample_rng(
+            self.seed, epoch, f"{sample.key}/replacement" if replacement else sample.key
+        )
         flip = bool(rng.random() < 0.5) and self.hflip
         encoded = open_image(sample.part(PICTURE))
         told = parse_annotations(sample.part("json"))
@@ -204,7 +186,7 @@ class PromptTransform:
         places[0, : len(columns)], places[1, : len(rows)] = columns * scale[0], rows * scale[1]
         left_out = [(reason, sample.key) for reason in reasons.elements()]
         counted = ([(UNSURE, sample.key)] * unsure, left_out)
-        if stand_in:  # or it would be counted again in its own slot
+        if replacement:  # or it would be counted again in its own slot
             counted = ([], [])
         return sample.key, picture, inside, masks, points, labels, places, *counted
 

@@ -9,13 +9,13 @@ that the model itself thinks best, and the oracle, the best of three against the
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 
 from finetune.coco import DEGENERATE, LEFT_OUT
 from finetune.data import UNSURE
@@ -26,16 +26,16 @@ from finetune.rle import area, box, decode_counts, parse_annotations, random_poi
 from finetune.sam import ModelShape, Sam
 from finetune.trivial import RADII, discs, filled_box
 from sami.core.config import require
+from sami.core.dataset import SampleSource, ShardSource, load_validation
 from sami.core.errors import BadSample
 from sami.core.images import Drawn, drawn_on, open_image, resize_whole
-from sami.core.order import deal, sample_rng
+from sami.core.order import sample_rng
 from sami.core.processes import exact
-from sami.core.progress import follow
 from sami.core.run import Run
-from sami.core.shards import PICTURE, RawSample, Shard, read_range
-from sami.core.stream import make_loader
+from sami.core.shards import PICTURE, RawSample, Shard
 from sami.heldout import tell_unusable
 
+FIELDS = (PICTURE, "json")  # what is read of a sample
 CHOICES = ("predicted", "oracle")  # which of three masks is scored
 DECODED_AT_ONCE = 64  # prompts of a picture
 PIXELS_AT_ONCE = 2**25  # of masks that are compared together
@@ -154,35 +154,12 @@ class EvalSample:
         return discs(self.ends, *self.size, self.prompts(prompting)[0].numpy())
 
 
-class EvalSource(Protocol):
-    """Where encoded samples come from, in fixed order."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, number: int, of: int) -> Iterator[RawSample]:
-        """Every ``of``-th part of them, or the like: each sample is in one part."""
-
-
-@dataclass(frozen=True)
-class ShardSource:
-    """Some samples of shards."""
-
-    shards: list[Shard]
-    positions: range
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def read(self, number: int, of: int) -> Iterator[RawSample]:
-        yield from read_range(self.shards, deal(self.positions, number, of), (PICTURE, "json"))
-
-
-class EvalDataset(IterableDataset):
+class EvalDataset(Dataset):
     """Pictures with their objects and prompts; of those that cannot be used, the reason."""
 
     def __init__(
         self,
-        source: EvalSource,
+        source: SampleSource,
         shape: ModelShape,
         promptings: tuple[PromptSpec, ...] = PROMPTS,
         masks: int | None = None,
@@ -202,14 +179,18 @@ class EvalDataset(IterableDataset):
         self.clicks = max((prompting.clicks for prompting in random), default=1)
         self.centres = any(prompting.kind == "centre" for prompting in promptings)
 
-    def __iter__(self) -> Iterator[EvalSample | RawSample]:
-        info = get_worker_info()
-        number, of = (0, 1) if info is None else (info.id, info.num_workers)
-        for sample in self.source.read(number, of):
-            try:
-                yield self._judged(sample)
-            except BadSample as error:
-                yield RawSample(sample.key, reason=str(error))
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, number: int) -> EvalSample | RawSample:
+        (sample,) = self.source.read([number])
+        try:
+            return self._judged(sample)
+        except BadSample as error:
+            return RawSample(sample.key, reason=str(error))
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[EvalSample | RawSample]:
+        return [self[number] for number in numbers]
 
     def _judged(self, sample: RawSample) -> EvalSample:
         encoded, told = open_image(sample.part(PICTURE)), parse_annotations(sample.part("json"))
@@ -277,18 +258,17 @@ def evaluate(
         ``trivial_box`` and so on, ``pictures`` and ``objects``; None where nothing could be
         measured.
     """
-    positions = range(min(config.samples, sum(shard.count for shard in shards)))
-    source = ShardSource(shards, deal(positions, run.rank, run.processes))
+    source = ShardSource.first(shards, FIELDS, config.samples)
     dataset = EvalDataset(source, model.shape, PROMPTS, config.masks, seed, drawn)
     unusable, noted = [], Counter()
     sums = torch.zeros(len(PROMPTS) + 2, dtype=exact(run.device), device=run.device)
     answers = [1 if p.kind == "box" else len(RADII) for p in PROMPTS]
     trivial = torch.zeros(sum(answers), dtype=exact(run.device), device=run.device)
     model.eval()
-    loader = make_loader(dataset, workers, run.device)
-    for judged in follow(loader, "held out", len(source), run.say):
+    share = run.rank, run.processes
+    for (judged,) in load_validation(dataset, 1, workers, run.device, share=share, say=run.say):
         if isinstance(judged, RawSample):
-            unusable.append(judged)
+            unusable.append((judged.reason, judged.key))
             continue
         noted.update(judged.notes)
         with run.accelerator.autocast():
@@ -298,7 +278,7 @@ def evaluate(
     model.train()
     *totals, pictures, objects = run.accelerator.reduce(sums, "sum").tolist()
     best = [part.max().item() for part in run.accelerator.reduce(trivial, "sum").split(answers)]
-    tell_unusable(run, unusable, len(positions))
+    tell_unusable(run, unusable, len(source))
     noted = sum(run.gather(noted), Counter())
     if noted:
         run.say_once(f"noted of held-out pictures: {dict(noted)}")

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from finetune.data import UNSURE, MaskDataConfig, PromptTransform
-from finetune.evaluation import EvalDataset, EvalSample, MaskEvalConfig, ShardSource, evaluate
+from finetune.evaluation import FIELDS, EvalDataset, EvalSample, MaskEvalConfig, evaluate
 from finetune.losses import MaskLossConfig
 from finetune.model import (
     TAKES,
@@ -33,15 +33,15 @@ from finetune.sam import Sam
 from sami.core.checkpoint import Export
 from sami.core.checks import start_entry, tell_checked
 from sami.core.config import require, to_dict
+from sami.core.dataset import ShardSource, load_training, open_data
 from sami.core.exits import FINISHED, run_entry
 from sami.core.images import Drawn
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
-from sami.core.order import Layout, Order
+from sami.core.order import Order
 from sami.core.run import Run, RunConfig, is_due
 from sami.core.shards import Shard, fingerprint
 from sami.core.starts import Start, find_starts
 from sami.core.state import State
-from sami.core.stream import Batches, open_data, take_up
 from sami.core.weights import find_weights
 from sami.encoder import EncoderConfig
 
@@ -123,10 +123,9 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
     sources, held_out = open_data(cfg.data, run)
     order = Order(
         sources,
-        fields=PromptTransform.fields,
         batch_size=cfg.train.batch_size,
         seed=cfg.run.seed,
-        buffer_bytes=cfg.data.shuffle_mb * 1_000_000,
+        window=cfg.data.window,
         epoch_samples=cfg.data.epoch_samples,
     )
     require(
@@ -134,12 +133,9 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
         f"data.shards hold {order.samples} pictures, less than one train.batch_size of "
         f"{cfg.train.batch_size}; lower it or give more shards",
     )
-    layout = Layout(
-        batch_size=cfg.train.batch_size,
-        micro_batch_size=cfg.train.micro_batch(run.processes),
-        processes=run.processes,
-        workers=max(1, cfg.data.workers),
-    )
+    micro_batch = cfg.train.micro_batch(run.processes)
+    parts = cfg.train.batch_size // run.processes // micro_batch  # micro-batches per step and rank
+    share = 1 / (parts * run.processes)  # of a micro-batch in its step
     steps = cfg.train.total_steps(order.steps_per_epoch)
 
     # ---- What is trained
@@ -177,18 +173,17 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
 
     # ---- Where training stands
     identity = {"config": to_dict(cfg), "facts": facts}
-    step, legs = state.resume(identity, FREE)
+    step = state.resume(identity, FREE)
     if step == steps and run.is_finished():
         run.say(f"{run.dir} is finished; start another with --run.dir, or delete the folder")
         return FINISHED
     run.begin(cfg, step, facts)
-    legs = take_up(run, order, layout, step, legs)
-    announce(cfg, run, order, layout, steps, step, model)
+    announce(cfg, run, order, micro_batch, steps, step, model)
     if cfg.train.compiles(run.device):
         model.image_encoder.compile()  # in place: its weights keep their names
     wrapped = run.accelerator.prepare(objective)
-    batches = Batches(
-        order, samples, legs, rank=run.rank, step=step, workers=cfg.data.workers, device=run.device
+    batches = load_training(
+        order, samples, run, micro_batch_size=micro_batch, step=step, workers=cfg.data.workers
     )
 
     log_every = cfg.run.log_interval(steps)
@@ -196,7 +191,7 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
         # ---- One optimizer step
         state.begin_step(step, steps)
         run.seed_step(step)
-        for part in range(layout.micro_batches_per_step):
+        for part in range(parts):
             with state.clock.wait():
                 batch, bad = next(batches)
             state.note_bad(bad)
@@ -204,12 +199,12 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
             state.note_unsure(batch.unsure)
             run.advance(step, steps)
             batch = batch.to(run.device)
-            last_part = part == layout.micro_batches_per_step - 1
+            last_part = part == parts - 1
             with contextlib.nullcontext() if last_part else run.accelerator.no_sync(wrapped):
                 losses = wrapped(batch)
-                run.accelerator.backward(poison(losses["loss"]) / layout.micro_batches_per_step)
+                run.accelerator.backward(poison(losses["loss"]) / parts)
             for name, value in losses.items():
-                state.window.add(name, value)
+                state.window.add(name, value, share)
         state.update(step)
         step += 1
 
@@ -240,7 +235,7 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
                 draw(run, model, held_out or order.shards, step, cfg.data.masks_drawn_on)
         stop, by_clock = run.stop_and_save()
         if is_due(step, cfg.run.save_every, last) or by_clock or stop:
-            state.save(step, identity, batches.position(step), export)
+            state.save(step, identity, export)
             if stop and not last:
                 counted = state.bad_summary() | state.left_out_summary()
                 return run.leave_asked(step, **counted)
@@ -254,9 +249,8 @@ def draw(run: Run, model: Sam, shards: list[Shard], step: int, drawn: Drawn) -> 
     """Masks by box and by click on a few pictures, as ``pictures/masks-<step>.png``; rank 0."""
     if not run.is_main:
         return
-    positions = range(min(SHOWN, sum(shard.count for shard in shards)))
     path = run.dir / "pictures" / f"masks-{step:07d}.png"
-    found = EvalDataset(ShardSource(shards, positions), model.shape, masks=8, drawn=drawn)
+    found = EvalDataset(ShardSource.first(shards, FIELDS, SHOWN), model.shape, masks=8, drawn=drawn)
     shown = [judged for judged in found if isinstance(judged, EvalSample)]
     if shown:
         model.eval()
@@ -270,7 +264,7 @@ def announce(
     cfg: FinetuneConfig,
     run: Run,
     order: Order,
-    layout: Layout,
+    micro_batch: int,
     steps: int,
     step: int,
     model: Sam,
@@ -288,10 +282,11 @@ def announce(
         run.say(f"train.epochs {cfg.train.epochs} end it before train.steps {cfg.train.steps}")
     if words := unfinished_warmup(cfg.optim, steps, cfg.train.batch_size):
         run.say(words)
+    parts = cfg.train.batch_size // run.processes // micro_batch
     run.say(
         f"{run.processes} process(es) on {run.device.type}, {'bf16' if run.bf16 else 'fp32'}, "
-        f"batch {cfg.train.batch_size} = {run.processes} x {layout.micro_batch_size} x "
-        f"{layout.micro_batches_per_step}, {torch.get_num_threads()} thread(s) each"
+        f"batch {cfg.train.batch_size} = {run.processes} x {micro_batch} x "
+        f"{parts}, {torch.get_num_threads()} thread(s) each"
     )
     start = cfg.encoder.checkpoint or "random weights"
     decoder = cfg.decoder.checkpoint or "random weights"

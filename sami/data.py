@@ -4,53 +4,37 @@ Region, flip and mask are drawn from (seed, epoch, sample key) and from nothing 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
 
-from sami.core.config import PATH, require
-from sami.core.errors import BadSample
+from sami.core.config import require
+from sami.core.dataset import ShardsConfig
 from sami.core.images import Box, cut, open_image
-from sami.core.order import deal, sample_rng
-from sami.core.shards import PICTURE, TEACHER, RawSample, Shard, read_range
+from sami.core.order import sample_rng
+from sami.core.shards import PICTURE, TEACHER, RawSample
 from sami.features import Cache, FeatureBatch, from_bytes, region_weights
 from sami.grids import IMAGE_SIZE
 
 
 @dataclass
-class DataConfig:
+class DataConfig(ShardsConfig):
     """Pictures of stage 1.
 
     Attributes:
-        shards: one pattern of tar shards, several, or several with the share of the samples that
-            comes from each ({"a/*.tar": 3, "b/*.tar": 1}); braces, globs, URLs.
-        val_shards: one pattern or several for the held-out measure; empty for none.
-        allow_val_in_train: measure on pictures that are trained on, too, instead of refusing it.
-        workers: processes per rank that decode; 0 decodes in the training process.
-        epoch_samples: samples of one epoch if it shall be shorter than the shards; null for all.
-        max_bad_fraction: stop once more than this share of the samples was bad; exactly so at the
-            end of an epoch, within one with an allowance for chance.
-        shuffle_mb: bound of each reader's shuffle buffer of encoded pictures, in MB.
         image_size: side of the student's picture in pixels.
         crop_scale: smallest and largest area of the random region, as a share of the picture.
         hflip: mirror one picture in two.
     """
 
-    shards: str | list[str] | dict[str, float] = field(default="", metadata=PATH)
-    val_shards: str | list[str] = field(default="", metadata=PATH)
-    allow_val_in_train: bool = False
-    workers: int = 8
-    epoch_samples: int | None = None
-    max_bad_fraction: float = 0.1
-    shuffle_mb: int = 128
     image_size: int = IMAGE_SIZE
     crop_scale: tuple[float, float] = (0.2, 1.0)
     hflip: bool = True
 
     def check(self) -> None:
+        super().check()
         low, high = self.crop_scale
         require(
             0 < low <= high <= 1,
@@ -58,18 +42,6 @@ class DataConfig:
         )
         require(
             self.image_size > 0, f"data.image_size {self.image_size} must be positive, such as 224"
-        )
-        require(self.workers >= 0, f"data.workers {self.workers} must be 0 or more")
-        require(
-            self.shuffle_mb > 0, f"data.shuffle_mb {self.shuffle_mb} must be positive, such as 128"
-        )
-        require(
-            self.epoch_samples is None or self.epoch_samples > 0,
-            f"data.epoch_samples {self.epoch_samples} must be positive, or null for all",
-        )
-        require(
-            0 <= self.max_bad_fraction <= 1,
-            f"data.max_bad_fraction {self.max_bad_fraction} must be within 0..1, such as 0.1",
         )
 
 
@@ -165,9 +137,9 @@ class Views:
         """What is read of a sample."""
         return (PICTURE,) if self.cache is None else (PICTURE, TEACHER)
 
-    def decode(self, sample: RawSample, epoch: int, stand_in: bool) -> tuple:
+    def decode(self, sample: RawSample, epoch: int, replacement: bool) -> tuple:
         """What :func:`collate` takes, of one training sample."""
-        key = f"{sample.key}/stand-in" if stand_in else sample.key
+        key = f"{sample.key}/replacement" if replacement else sample.key
         return make_sample(self, sample, lambda size: draw(self, epoch, key, size))
 
     def decode_held_out(self, sample: RawSample) -> tuple:
@@ -253,31 +225,6 @@ def make_sample(
         sizes.append(views.teacher_size)
     cuts = cut(picture, drawn.box, sizes, drawn.flip)
     return sample.key, cuts[0], cuts[1] if len(cuts) > 1 else None, drawn, cached
-
-
-class HeldOut(IterableDataset):
-    """The held-out samples of one rank in fixed order; of each bad one its key and reason."""
-
-    def __init__(
-        self, shards: list[Shard], views: Views, positions: range, batch_size: int
-    ) -> None:
-        self.shards, self.views, self.positions = shards, views, positions
-        self.batch_size = batch_size
-
-    def __iter__(self) -> Iterator[Batch | RawSample]:
-        info = get_worker_info()
-        number, of = (0, 1) if info is None else (info.id, info.num_workers)
-        positions, items = deal(self.positions, number, of), []
-        for sample in read_range(self.shards, positions, self.views.fields):
-            try:
-                items.append(self.views.decode_held_out(sample))
-            except BadSample as error:
-                yield RawSample(sample.key, reason=str(error))
-            if len(items) == self.batch_size:
-                yield self.views.collate(items)
-                items = []
-        if items:
-            yield self.views.collate(items)
 
 
 def collate(items: list[tuple], views: Views) -> Batch:

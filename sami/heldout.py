@@ -4,19 +4,16 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from sami.core.config import require
-from sami.core.order import deal
+from sami.core.dataset import Bad, ShardSource, Validation, load_validation
 from sami.core.processes import exact
-from sami.core.progress import follow
 from sami.core.run import Run
-from sami.core.shards import RawSample, Shard
-from sami.core.stream import make_loader
-from sami.data import Batch, HeldOut, Views
+from sami.core.shards import Shard
+from sami.data import Batch, Views
 from sami.model import MaskedReconstruction, token_errors
 
 BATCH = 32  # pictures per forward
@@ -136,16 +133,15 @@ def measure(
         model: unwrapped.
         targets: a batch on the device to its targets [B, N, C].
     """
-    positions = range(min(samples, sum(shard.count for shard in shards)))
-    dataset = HeldOut(shards, views, deal(positions, run.rank, run.processes), BATCH)
+    source = ShardSource.first(shards, views.fields, samples)
+    dataset = Validation(source, views.decode_held_out, views.collate)
     sums = Sums(model.grid**2, model.head.out_features, run.device)
-    unusable: list[RawSample] = []
+    unusable: Bad = []
     model.eval()
-    loader = make_loader(dataset, workers, run.device)
-    mine = len(dataset.positions)
-    for batch in follow(loader, "held out", mine, run.say, pictures_of):
-        if isinstance(batch, RawSample):
-            unusable.append(batch)
+    told = {"share": (run.rank, run.processes), "say": run.say}
+    for batch, bad in load_validation(dataset, BATCH, workers, run.device, **told):
+        unusable += bad
+        if batch is None:
             continue
         batch = batch.to(run.device)
         target = targets(batch)
@@ -155,24 +151,18 @@ def measure(
     model.train()
     for tensor in sums.tensors():
         tensor.copy_(run.accelerator.reduce(tensor, "sum"))
-    tell_unusable(run, unusable, len(positions))
+    tell_unusable(run, unusable, len(source))
     return sums.measures(model.loss_config.tokens)
 
 
-def pictures_of(item: Any) -> int:
-    """Pictures in a batch, or in one that is unusable."""
-    return 1 if isinstance(item, RawSample) else len(item.keys)
-
-
-def tell_unusable(run: Run, unusable: list[RawSample], pictures: int) -> None:
+def tell_unusable(run: Run, unusable: Bad, pictures: int) -> None:
     """Say, once, how many held-out pictures of all ranks are unusable and why. Collective.
 
     Args:
-        unusable: of this rank, with their reasons.
+        unusable: of this rank.
         pictures: that were asked for, of all ranks.
     """
-    gathered = run.gather([(one.reason, one.key) for one in unusable])
-    told = [one for part in gathered for one in part]
+    told = [one for part in run.gather(unusable) for one in part]
     if told:
         counts = dict(Counter(reason for reason, _ in told))
         run.say_once(

@@ -18,16 +18,17 @@ from sami.caching import open_cache
 from sami.core.checkpoint import Export
 from sami.core.checks import start_entry, tell_checked
 from sami.core.config import require, to_dict
+from sami.core.dataset import load_training, open_data
+from sami.core.errors import BadSample
 from sami.core.exits import FINISHED, run_entry
 from sami.core.labels import check_names, require_labels, tell_neighbours
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
-from sami.core.order import Layout, Order
+from sami.core.order import Order
 from sami.core.run import Run, RunConfig, is_due
-from sami.core.shards import Shard, Source, fingerprint
+from sami.core.shards import Shard, Source, fingerprint, read_range
 from sami.core.starts import RANDOM, Start, find_starts
 from sami.core.state import State
-from sami.core.stream import Batches, open_data, take_up
-from sami.data import Batch, DataConfig, HeldOut, MaskConfig, Views, visible_count
+from sami.data import Batch, DataConfig, MaskConfig, Views, visible_count
 from sami.encoder import TAKES, EncoderConfig, build_encoder, export_header
 from sami.encoders.protocol import ImageEncoder
 from sami.encoders.registry import names_of_encoders
@@ -139,10 +140,9 @@ def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
     views = make_views(cfg, cache)
     order = Order(
         sources,
-        fields=views.fields,
         batch_size=cfg.train.batch_size,
         seed=cfg.run.seed,
-        buffer_bytes=cfg.data.shuffle_mb * 1_000_000,
+        window=cfg.data.window,
         epoch_samples=cfg.data.epoch_samples,
     )
     require(
@@ -150,12 +150,9 @@ def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
         f"data.shards hold {order.samples} pictures, less than one train.batch_size of "
         f"{cfg.train.batch_size}; lower it or give more shards",
     )
-    layout = Layout(
-        batch_size=cfg.train.batch_size,
-        micro_batch_size=cfg.train.micro_batch(run.processes),
-        processes=run.processes,
-        workers=max(1, cfg.data.workers),
-    )
+    micro_batch = cfg.train.micro_batch(run.processes)
+    parts = cfg.train.batch_size // run.processes // micro_batch  # micro-batches per step and rank
+    share = 1 / (parts * run.processes)  # of a micro-batch in its step
     steps = cfg.train.total_steps(order.steps_per_epoch)
 
     if cfg.eval.probe and run.is_main:
@@ -199,40 +196,39 @@ def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
 
     # ---- Where training stands
     identity = {"config": to_dict(cfg), "facts": facts}
-    step, legs = state.resume(identity, FREE)
+    step = state.resume(identity, FREE)
     if step == steps and run.is_finished():
         run.say(f"{run.dir} is finished; start another with --run.dir, or delete the folder")
         return FINISHED
     run.begin(cfg, step, facts)
-    legs = take_up(run, order, layout, step, legs)
     if run.is_main:
-        tell_neighbours(order, layout, run.say)
-    announce(cfg, run, order, layout, steps, step, model, facts)
+        tell_neighbours(order, run.say)
+    announce(cfg, run, order, micro_batch, steps, step, model, facts)
     shown = load_shown(run, held_out or order.shards, views)
     if cfg.train.compiles(run.device):
         model.predict = torch.compile(model.predict)
     wrapped = run.accelerator.prepare(model)
-    batches = Batches(
-        order, views, legs, rank=run.rank, step=step, workers=cfg.data.workers, device=run.device
+    batches = load_training(
+        order, views, run, micro_batch_size=micro_batch, step=step, workers=cfg.data.workers
     )
 
     log_every = cfg.run.log_interval(steps)
     while step < steps:
         # ---- One optimizer step
         state.begin_step(step, steps)
-        for part in range(layout.micro_batches_per_step):
+        for part in range(parts):
             with state.clock.wait():
                 batch, bad = next(batches)
             state.note_bad(bad)
             run.advance(step, steps)
             batch = batch.to(run.device)
             target = targets(batch)
-            last_part = part == layout.micro_batches_per_step - 1
+            last_part = part == parts - 1
             with contextlib.nullcontext() if last_part else run.accelerator.no_sync(wrapped):
                 losses = wrapped(batch.student, batch.visible, batch.masked, target)
-                run.accelerator.backward(poison(losses["loss"]) / layout.micro_batches_per_step)
+                run.accelerator.backward(poison(losses["loss"]) / parts)
             for name, value in losses.items():
-                state.window.add(name, value)
+                state.window.add(name, value, share)
         state.update(step)
         step += 1
 
@@ -262,7 +258,7 @@ def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
                 draw(cfg, run, model, targets, shown, step)
         stop, by_clock = run.stop_and_save()
         if is_due(step, cfg.run.save_every, last) or by_clock or stop:
-            state.save(step, identity, batches.position(step), export)
+            state.save(step, identity, export)
             if stop and not last:
                 return run.leave_asked(step, **state.bad_summary())
 
@@ -346,9 +342,13 @@ def load_shown(run: Run, shards: list[Shard], views: Views) -> Batch | None:
     """The few pictures that are drawn: the first usable ones; rank 0 only."""
     if not run.is_main:
         return None
-    positions = range(min(10 * SHOWN, sum(shard.count for shard in shards)))
-    found = HeldOut(shards, views, positions, SHOWN)
-    return next((batch for batch in found if isinstance(batch, Batch)), None)
+    items, total = [], sum(shard.count for shard in shards)
+    for sample in read_range(shards, range(min(10 * SHOWN, total)), views.fields):
+        with contextlib.suppress(BadSample):
+            items.append(views.decode_held_out(sample))
+        if len(items) == SHOWN:
+            break
+    return views.collate(items) if items else None
 
 
 @torch.no_grad()
@@ -382,7 +382,7 @@ def announce(
     cfg: PretrainConfig,
     run: Run,
     order: Order,
-    layout: Layout,
+    micro_batch: int,
     steps: int,
     step: int,
     model: MaskedReconstruction,
@@ -401,10 +401,11 @@ def announce(
         run.say(f"train.epochs {cfg.train.epochs} end it before train.steps {cfg.train.steps}")
     if words := unfinished_warmup(cfg.optim, steps, cfg.train.batch_size):
         run.say(words)
+    parts = cfg.train.batch_size // run.processes // micro_batch
     run.say(
         f"{run.processes} process(es) on {run.device.type}, {'bf16' if run.bf16 else 'fp32'}, "
-        f"batch {cfg.train.batch_size} = {run.processes} x {layout.micro_batch_size} x "
-        f"{layout.micro_batches_per_step}, {torch.get_num_threads()} thread(s) each"
+        f"batch {cfg.train.batch_size} = {run.processes} x {micro_batch} x "
+        f"{parts}, {torch.get_num_threads()} thread(s) each"
     )
     if frozen:
         run.say(f"not trained, but kept as at the start: {', '.join(frozen)}")

@@ -5,24 +5,20 @@ each picture's central square. They rank encoders; the paper's numbers are those
 (finetune/classify.py).
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import IterableDataset, get_worker_info
 
 from sami.core.config import require
+from sami.core.dataset import ShardSource, Validation, load_validation
 from sami.core.errors import BadSample
 from sami.core.images import cut, open_image
-from sami.core.order import deal
-from sami.core.progress import follow
 from sami.core.run import Run
-from sami.core.shards import PICTURE, RawSample, Shard, parse_label, read_samples
-from sami.core.stream import make_loader
+from sami.core.shards import PICTURE, RawSample, Shard, parse_label
 from sami.data import centre_square
 from sami.encoders.protocol import ImageEncoder
 
@@ -42,38 +38,20 @@ class LabelledBatch:
         return LabelledBatch(self.images.pin_memory(), self.labels.pin_memory())
 
 
-class Labelled(IterableDataset):
-    """The central squares of some samples with their labels; those without either are left out."""
+def labelled_squares(shards: list[Shard], numbers: np.ndarray, size: int) -> Validation:
+    """The central squares of some samples with their labels; those without either are left out.
 
-    def __init__(self, shards: list[Shard], numbers: np.ndarray, size: int) -> None:
-        """``numbers`` ascend: of samples in the shards laid end to end. ``size`` in pixels."""
-        self.shards, self.numbers, self.size = shards, numbers, size
+    Args:
+        numbers: of the samples in the shards laid end to end, ascending.
+        size: in pixels.
+    """
 
-    def __iter__(self) -> Iterator[LabelledBatch]:
-        info = get_worker_info()
-        number, of = (0, 1) if info is None else (info.id, info.num_workers)
-        part = deal(range(len(self.numbers)), number, of)
-        items: list[tuple[np.ndarray, int]] = []
-        for sample in self._read(self.numbers[part.start : part.stop]):
-            with contextlib.suppress(BadSample):
-                items.append((self._square(sample), read_label(sample)))
-            if len(items) == BATCH:
-                yield _collate(items)
-                items = []
-        if items:
-            yield _collate(items)
-
-    def _read(self, numbers: np.ndarray) -> Iterator[RawSample]:
-        start = 0
-        for shard in self.shards:
-            rows = numbers[(numbers >= start) & (numbers < start + shard.count)] - start
-            if len(rows):
-                yield from read_samples(shard, rows, (PICTURE, "cls"))
-            start += shard.count
-
-    def _square(self, sample: RawSample) -> np.ndarray:
+    def decode(sample: RawSample) -> tuple[np.ndarray, int]:
         picture = open_image(sample.part(PICTURE))
-        return cut(picture, centre_square(*picture.upright), [self.size], False)[0]
+        square = cut(picture, centre_square(*picture.upright), [size], False)[0]
+        return square, read_label(sample)
+
+    return Validation(ShardSource(shards, (PICTURE, "cls"), numbers), decode, _collate)
 
 
 def _collate(items: list[tuple[np.ndarray, int]]) -> LabelledBatch:
@@ -109,14 +87,22 @@ def embed(
     bf16: bool,
     workers: int,
     say: Callable[[str], None] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features fp32 [P, D] and labels [P], on the CPU, of the samples that have a label."""
-    dataset = Labelled(shards, numbers, encoder.image_size)
+    """Features fp32 [P, D] and labels [P], on the CPU, of the samples that have a label.
+
+    Args:
+        numbers: of the samples in the shards laid end to end, ascending.
+        share: (rank, processes); only that rank's part of them.
+    """
     features, labels = [torch.zeros(0, encoder.width)], [torch.zeros(0, dtype=torch.long)]
     training = encoder.training
     encoder.eval()
-    loader = make_loader(dataset, workers, device)
-    for batch in follow(loader, "probing", len(numbers), say, lambda batch: len(batch.labels)):
+    dataset = labelled_squares(shards, numbers, encoder.image_size)
+    told = {"say": say, "what": "probing"}
+    for batch, _ in load_validation(dataset, BATCH, workers, device, share=share, **told):
+        if batch is None:
+            continue
         images = encoder.normalise(batch.images.to(device, non_blocking=True))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             tokens = encoder.tokens(images)[:, encoder.class_tokens :]
@@ -200,9 +186,10 @@ def probe(
 
     def gathered(shards: list[Shard]) -> tuple[torch.Tensor, torch.Tensor]:
         numbers = spread(shards, samples)
-        part = deal(range(len(numbers)), run.rank, run.processes)
-        part = numbers[part.start : part.stop]
-        found = run.gather(embed(encoder, shards, part, run.device, run.bf16, workers, run.say))
+        share = run.rank, run.processes
+        found = run.gather(
+            embed(encoder, shards, numbers, run.device, run.bf16, workers, run.say, share)
+        )
         features, labels = (torch.cat(kind).to(run.device) for kind in zip(*found, strict=True))
         return features, labels
 

@@ -1,6 +1,7 @@
 """Slow, obvious versions of what the project computes."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -68,16 +69,14 @@ def mlp(x, module):
     return linear(gelu, module.fc2)
 
 
-def shuffle_buffer(sizes, limit, draws):
-    """A buffer of samples that is refilled up to a bound of bytes before each one handed out."""
-    buffer, order, fed = [], [], list(enumerate(sizes))
-    for draw in draws:
-        while fed and (not buffer or sum(size for _, size in buffer) + fed[0][1] <= limit):
-            buffer.append(fed.pop(0))
-        pick = int(draw * len(buffer))
-        buffer[pick], buffer[-1] = buffer[-1], buffer[pick]
-        order.append(buffer.pop()[0])
-    return order
+def interleaved(parts):
+    """Sources mixed evenly: (source, which of its samples), sample o of n at (o + 1/2) / n."""
+    places = [
+        (Fraction(2 * which + 1, 2 * part), source, which)
+        for source, part in enumerate(parts)
+        for which in range(part)
+    ]
+    return [(source, which) for _, source, which in sorted(places)]
 
 
 def next_click(missed, taken):

@@ -21,7 +21,7 @@ from sami.data import Views
 from sami.encoders.protocol import EncoderShape
 from sami.extraction import extract_whole, prepare
 from sami.features import Cache, FeatureBatch, pack, quantise, to_bytes
-from sami.probe import Labelled as Probed
+from sami.probe import labelled_squares
 from sami.teacher import TeacherConfig, load_teacher
 from tests.test_data_stage2 import maker
 from tests.test_evaluation import Given
@@ -191,7 +191,7 @@ def test_classification_and_probe(size):
         assert picture.shape == (3, 32, 32) and label == 1
         pixels = (picture.permute(1, 2, 0).numpy() * STD + MEAN) * 255
         assert between(pixels)
-    square = Probed([], np.zeros(0, int), 32)._square(sample)
+    square = labelled_squares([], np.zeros(0, int), 32).decode(sample)[0]
     assert square.shape == (32, 32, 3) and between(square)
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from finetune.rle import decode_counts, parse_annotations
+from sami.core.dataset import Training
 from sami.core.errors import BadSample, UserError
 from sami.core.order import Order
 from sami.core.shards import PICTURE, RawSample, index_beside, open_sources, read_range
@@ -321,9 +322,9 @@ def test_a_shard_that_vanishes_with_its_index(four, tmp_path):
     (source,) = open_sources([([str(four)], None)], tmp_path / "index")
     assert source.shards[0].index == beside
     beside.unlink()
-    order = Order([source], fields=(PICTURE,), batch_size=2, seed=0, buffer_bytes=10_000)
+    order = Order([source], batch_size=2, seed=0, window=1)
     for use in (
-        lambda: order.reading(0, np.arange(2), 0, 0),
+        lambda: Training(order, Views(0, 32, 48, 4, 0.75, (0.2, 1.0), True)).__getitems__(range(2)),
         lambda: list(read_range(source.shards, range(4), (PICTURE,))),
     ):
         with pytest.raises(UserError, match="a.tar.index.npz, the index of .*a.tar, is gone"):

@@ -307,7 +307,7 @@ NFC, NFD = "caf\u00e9", "cafe\u0301"
 def test_a_name_finds_its_file(tmp_path, make, name, file):
     folder = drawn(tmp_path / "pictures", file, "far/away/z.png", ".hidden/a.png")
     path = write(tmp_path, [image(1, name)], None)
-    (found,) = CocoSource.of(read_coco(path), folder).read(0, 1)
+    (found,) = CocoSource.of(read_coco(path), folder).read([0])
     assert found.parts[PICTURE] == (folder / file).read_bytes()
     done = make(folder, tmp_path / "out", path)
     assert done.returncode == 0 and "1 pictures, with masks" in done.stdout
@@ -351,7 +351,8 @@ def test_a_file_named_twice_has_all_its_masks(tmp_path, make):
     path = write(tmp_path, images, None)
     told = read_coco(path)
     assert len(told.entries) == 2 and not told.left_out
-    samples = {s.key: json.loads(s.parts["json"]) for s in CocoSource.of(told, folder).read(0, 1)}
+    samples = CocoSource.of(told, folder).read(range(2))
+    samples = {sample.key: json.loads(sample.parts["json"]) for sample in samples}
     for name, numbers in (("sub/a.png", [0, 1, 2]), (f"sub/{NFC}.png", [3, 4])):
         entries = samples[name]["annotations"]
         assert [entry["id"] for entry in entries] == numbers

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from sami.core.order import deal, sample_rng
+from sami.core.dataset import ShardSource, Validation, load_validation
+from sami.core.order import sample_rng
 from sami.core.shards import read_range
-from sami.core.stream import make_loader
-from sami.data import HeldOut, Views, draw, draw_held_out, random_region, visible_count
+from sami.data import Views, draw, draw_held_out, random_region, visible_count
 from tests.runs import opened, write_shards
 
 VIEWS = Views(0, 32, 48, 4, 0.75, (0.2, 1.0), True)
@@ -92,7 +92,7 @@ def test_views_and_masks_of_a_batch(tmp_path):
     assert batch.teacher_view.shape == (5, 3, 48, 48)
     assert batch.visible.shape == (5, 4) and batch.masked.shape == (5, 12)
     assert batch.student.is_contiguous() or batch.student.stride()[1] == 1
-    again, other = (VIEWS.decode(samples[0], 0, stand_in) for stand_in in (False, True))
+    again, other = (VIEWS.decode(samples[0], 0, replaces) for replaces in (False, True))
     assert np.array_equal(again[1].transpose(2, 0, 1), batch.student[0])
     assert not np.array_equal(other[1], again[1])
 
@@ -100,20 +100,42 @@ def test_views_and_masks_of_a_batch(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_held_out_samples_in_order(tmp_path, workers):
     shards = shards_of(write_shards(tmp_path, (7, 3, 15)), tmp_path)
-    parts = [deal(range(20), rank, 3) for rank in range(3)]
-    assert [len(part) for part in parts] == [6, 7, 7]
-    keys = []
-    for part in parts:
-        for batch in make_loader(HeldOut(shards, VIEWS, part, 4), workers, CPU):
-            keys += batch.keys
-    assert keys == [f"{s.name}/p{n:04d}" for s in shards for n in range(s.count)][:20]
+    source = ShardSource.first(shards, VIEWS.fields, 18)
+    dataset = Validation(source, VIEWS.decode_held_out, VIEWS.collate)
+    for processes in (1, 2, 3, 7):  # the batches are the same, whoever has them
+        batches = []
+        for rank in range(processes):
+            share = rank, processes
+            mine = load_validation(dataset, 4, workers, CPU, share=share)
+            batches += [batch.keys for batch, bad in mine if not bad]
+        assert [len(keys) for keys in batches] == [4, 4, 4, 4, 2]
+        everything = [f"{s.name}/p{n:04d}" for s in shards for n in range(s.count)]
+        assert [key for keys in batches for key in keys] == everything[:18]
+
+
+def test_held_out_samples_that_are_bad(tmp_path):
+    """They leave their batch smaller, and one of nothing else out."""
+    shards = shards_of(write_shards(tmp_path, (5, 6), corrupt=5), tmp_path)
+    source = ShardSource(shards, VIEWS.fields, [0, 1, 3, 4, 5, 6, 10])
+    dataset = Validation(source, VIEWS.decode_held_out, VIEWS.collate)
+    found = list(load_validation(dataset, 2, 0, CPU))
+    assert [batch and batch.keys for batch, _ in found] == [
+        None,
+        None,
+        ["s-001/p0000", "s-001/p0001"],
+        ["s-001/p0005"],
+    ]
+    assert [key for _, bad in found for _, key in bad] == [f"s-000/p000{n}" for n in (0, 1, 3, 4)]
+    assert {reason for _, bad in found for reason, _ in bad} == {"damaged picture"}
 
 
 def test_real_photographs(photos, tmp_path):
     shards = shards_of(photos, tmp_path)
     assert [shard.count for shard in shards] == [125] * 8
     views = Views(0, 224, 448, 14, 0.75, (0.2, 1.0), True)
-    found = list(HeldOut(shards, views, range(120, 150), 10))
+    source = ShardSource(shards, views.fields, range(120, 150))
+    dataset = Validation(source, views.decode_held_out, views.collate)
+    found = [batch for batch, _ in load_validation(dataset, 10, 0, CPU)]
     assert sum(len(batch.keys) for batch in found) == 30
     for batch in found:  # both views are of one picture: shrunk, the large one is the small one
         small = torch.nn.functional.interpolate(batch.teacher_view.float(), (224, 224), mode="area")

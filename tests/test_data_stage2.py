@@ -11,10 +11,10 @@ from pycocotools import mask as coco_mask
 
 from finetune.data import NO_PIXEL, MaskDataConfig, PromptTransform, loss_pixels, mirror
 from finetune.prompts import PromptConfig
+from sami.core.dataset import Training
 from sami.core.errors import BadSample
-from sami.core.order import Layout, Order
+from sami.core.order import Order
 from sami.core.shards import PICTURE, RawSample
-from sami.core.stream import Batches
 from tests.runs import ROOT, opened
 from tests.test_toy_shards import draw
 
@@ -108,12 +108,12 @@ def test_masks_and_prompts_belong_to_their_objects(resize, hflip):
 def test_a_sample_follows_from_seed_epoch_and_key():
     masks = list(discs(9))
 
-    def drawn(seed=0, epoch=0, key="a/b", stand_in=False):
-        made = maker(seed=seed, masks_per_image=4).decode(raw(masks, key), epoch, stand_in)
+    def drawn(seed=0, epoch=0, key="a/b", replacement=False):
+        made = maker(seed=seed, masks_per_image=4).decode(raw(masks, key), epoch, replacement)
         return made[3].tobytes() + made[4].tobytes()
 
     assert drawn() == drawn()
-    others = [drawn(seed=1), drawn(epoch=1), drawn(key="b"), drawn(stand_in=True)]
+    others = [drawn(seed=1), drawn(epoch=1), drawn(key="b"), drawn(replacement=True)]
     assert len({drawn(), *others}) == 5
 
 
@@ -242,12 +242,10 @@ def test_the_stream_of_both_stages(tmp_path):
     done = draw(tmp_path, "--shards", "3")
     sources = opened(done.stdout.split(": ")[-1].strip(), tmp_path)
     views = maker(masks_per_image=3)
-    order = Order(sources, fields=PromptTransform.fields, batch_size=5, seed=0, buffer_bytes=10**6)
-    legs = order.legs(0, [], Layout(5, 5, 1, 2))
-    source = Batches(order, views, legs, rank=0, step=0, workers=0, device=torch.device("cpu"))
+    training = Training(Order(sources, batch_size=5, seed=0, window=2), views)
     keys = []
-    for _ in range(2):
-        batch, bad = next(source)
+    for step in range(2):
+        batch, bad = training.__getitems__(range(5 * step, 5 * step + 5))
         assert not bad and batch.images.shape == (5, 3, 64, 64)
         keys += batch.keys
     assert len(set(keys)) == 10

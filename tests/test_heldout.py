@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from sami.core.images import MEAN, STD
-from sami.core.shards import RawSample
 from sami.heldout import Sums, tell_unusable
 from sami.model import pixel_target
 from sami.pictures import (
@@ -161,7 +160,7 @@ def test_unusable_pictures_of_all_ranks_are_counted(capsys):
         gather = staticmethod(lambda mine: [[("b", "s/9")], mine])
         say_once = staticmethod(print)
 
-    tell_unusable(Ranks, [RawSample("s/1", reason="a"), RawSample("s/2", reason="b")], 5)
+    tell_unusable(Ranks, [("a", "s/1"), ("b", "s/2")], 5)
     assert capsys.readouterr().out == (
         "3 of 5 held-out pictures unusable: {'b': 2, 'a': 1}, the first is s/9\n"
     )

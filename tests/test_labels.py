@@ -9,8 +9,8 @@ import pytest
 from finetune.classify import main as classify
 from sami.core.errors import UserError
 from sami.core.labels import check_labels, classes_in_a_batch, labels_of, tell_neighbours
-from sami.core.order import Layout, Order
-from sami.core.shards import BAD_LABEL, NO_LABEL, PICTURE, Members
+from sami.core.order import Order
+from sami.core.shards import BAD_LABEL, NO_LABEL, Members
 from tests.runs import opened
 from tests.test_classify import words
 from tests.test_probe import labelled
@@ -108,36 +108,28 @@ def test_classification_finds_them_before_a_step(tmp_path, in_process, which):
     assert "set --data.classes 3" in said and not list(tmp_path.glob("run/checkpoints/*"))
 
 
-def layouts(processes, workers, micro):
-    return Layout(processes * workers * micro, micro, processes, workers)
-
-
-@pytest.mark.parametrize("layout", [(1, 1, 256), (1, 4, 64), (2, 2, 16)])
+@pytest.mark.parametrize("window", [2, 4, 8])
 @pytest.mark.parametrize("sort", [False, True])
-def test_neighbours_of_one_class(tmp_path, layout, sort):
-    """The estimate equals what the readers would hand out; sorted shards are told from mixed."""
+def test_neighbours_of_one_class(tmp_path, window, sort):
+    """What is said is what the first step has; sorted shards are told from mixed ones."""
     classes = np.arange(4000) // 40  # 100 classes
     if not sort:
         classes = np.random.default_rng(0).permutation(classes)
     for number in range(8):
         shard_of(tmp_path / f"s-{number}.tar", classes[500 * number : 500 * number + 500].tolist())
     sources = opened(str(tmp_path / "s-*.tar"), tmp_path)
-    layout = layouts(*layout)
-    order = Order(
-        sources, fields=(PICTURE,), batch_size=layout.batch_size, seed=0, buffer_bytes=8_000
-    )
-    found, mixed, samples = classes_in_a_batch(order, layout)
+    order = Order(sources, batch_size=256, seed=0, window=window)
+    found, mixed, samples = classes_in_a_batch(order)
     assert samples == 256 and mixed == pytest.approx(100 * (1 - 0.99**256), rel=0.01)
     labels = [shard.members().labels for shard in order.shards]
-    handed = []
-    for rank in range(layout.processes):
-        for worker in range(layout.workers):
-            share = layout.share(order.steps_per_epoch, rank, worker)
-            read, out = order.reading(0, np.arange(share.start, share.stop), rank, worker)
-            count = 256 // layout.processes // layout.workers
-            handed += [labels[read.shard[n]][read.row[n]] for n in out[:count]]
-    assert found == len(set(handed))
-    assert found < 40 if sort else found > 85
+    first = [labels[shard][row] for shard, row in zip(*order.rows(0, np.arange(256)), strict=True)]
+    assert found == len(set(first))
+    most = 12.5 * window  # classes of a window, if it holds whole shards of sorted ones
+    assert min(most, mixed) * 0.8 < found <= most + 2 if sort else found > 85
+    said = []
+    tell_neighbours(order, said.append)
+    assert bool(said) == (sort and window < 8)
+    assert not said or f"raise --data.window from {window} towards 8" in said[0]
 
 
 @pytest.mark.parametrize("sort", [False, True])
@@ -153,15 +145,9 @@ def test_it_is_said(tmp_path, in_process, sort):
     run = words(tmp_path / "run", tmp_path, **{"train.steps": 1, "eval.samples": 10})
     assert in_process(classify, run)[0] == 0
     told = (tmp_path / "run" / "log.txt").read_text()
-    assert "neighbours in data.shards" not in told  # the buffer holds all of them
+    assert "neighbours in data.shards" not in told  # one window holds all of them
     assert ("eval.samples 10 are the first pictures" in told) == sort
     assert ("1 classes, of 3 in all" in told) == sort
-    sources, said = opened(str(tmp_path / "train.tar"), tmp_path), []
-    small = Order(sources, fields=(PICTURE,), batch_size=8, seed=0, buffer_bytes=20_000)
-    small.epoch_places = 8
-    tell_neighbours(small, Layout(8, 8, 1, 1), said.append)
-    assert bool(said) == sort
-    assert not sort or "a batch of 8 will hold about 1 classes, and 3 if" in said[0]
 
 
 def test_other_numbers_in_the_two_lists(tmp_path, in_process):

@@ -20,8 +20,10 @@ from safetensors.torch import save_file
 
 from finetune.coco import read_coco
 from sami.caching import MANIFEST, read_manifest
+from sami.core import shards as shards_module
 from sami.core.checkpoint import list_checkpoints, read_meta, read_state, save_checkpoint
 from sami.core.config import load_config
+from sami.core.dataset import load
 from sami.core.errors import (
     HANDING_OVER,
     REMEDIES,
@@ -34,7 +36,6 @@ from sami.core.exits import USER_ERROR, run_entry, user_error
 from sami.core.images import open_image
 from sami.core.metrics import MetricsFile
 from sami.core.shards import expand, open_sources, read_samples, read_whole, scan, stored_index
-from sami.core.stream import Batches, make_loader
 from sami.core.weights import Takes, find_weights, read_summary, read_weights
 from sami.pretrain import PretrainConfig, main
 from tests.runs import ROOT, arguments, opened, summary, wait_for, write_shards
@@ -178,6 +179,7 @@ def test_in_the_middle_of_training(monkeypatch, tmp_path, in_process, number):
     """No sample is counted bad, no checkpoint is lost; afterwards the run goes on."""
     shards = write_shards(tmp_path / "data", (13, 9))
     words = arguments(tmp_path / "run", shards, **{"train.steps": 6, "run.save_every": 2})
+    monkeypatch.setattr(shards_module, "OPEN", 1)  # or each is opened but once
     reads = []
 
     def late(path: str) -> bool:
@@ -386,14 +388,14 @@ def test_words_of_torch_and_of_the_memory():
     raise_if_machine(ValueError("damage"))
 
 
-class Refusing(torch.utils.data.IterableDataset):
+class Refusing(torch.utils.data.Dataset):
     """Something that a worker cannot hand over."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def __iter__(self):
-        yield Unpicklable(self.error)
+    def __getitems__(self, numbers):
+        return Unpicklable(self.error)
 
 
 class Unpicklable:
@@ -416,11 +418,8 @@ class Unpicklable:
 )
 def test_a_reader_that_cannot_hand_over(error, words):
     """Torch drops such a batch with a traceback, and the training process waits for it for ever."""
-    batches = Batches.__new__(Batches)
-    batches._source = None
-    batches._loader = make_loader(Refusing(error), 1, torch.device("cpu"))
     with pytest.raises(MachineError) as caught:
-        batches._next()
+        next(load(Refusing(error), [[0]], 1, torch.device("cpu")))
     assert words in str(caught.value)
     assert max(REMEDIES) + HANDING_OVER < 256
 
@@ -436,13 +435,14 @@ def test_a_reader_that_cannot_hand_over(error, words):
 def test_a_reader_that_ends_in_the_middle_of_a_step(capsys, end, words):
     """Torch raises in its signal handler, so anywhere: in training, held out, in a tool."""
 
-    class Ending(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            yield 0
-            end()
+    class Ending(torch.utils.data.Dataset):
+        def __getitems__(self, numbers):
+            if numbers[0]:
+                end()
+            return 0
 
     def step() -> int:
-        batches = iter(make_loader(Ending(), 1, torch.device("cpu")))
+        batches = load(Ending(), [[0], [1]], 1, torch.device("cpu"))
         next(batches)
         wait_for(lambda: False)
         return 0

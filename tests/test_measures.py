@@ -231,7 +231,7 @@ def test_what_is_not_there_is_counted(model, coco, tmp_path):
         "annotated": 4,
         "annotated_and_found": 1,
     }
-    assert [sample.key for sample in source.read(0, 1)] == ["2.png"]
+    assert [sample.key for sample in source.read(range(len(source)))] == ["2.png"]
     (tmp_path / "1.png").write_bytes(b"x")
     words = ("--coco", coco / "annotations.json", "--pictures", tmp_path, "--prompts", "box")
     done = evaluate(model, *words, "--out", tmp_path / "out")
@@ -245,7 +245,7 @@ def test_what_is_not_there_is_counted(model, coco, tmp_path):
     assert told_there["found"] == told_there["annotated_and_found"] == 2
     (tmp_path / "1.png").unlink()
     (tmp_path / "2.png").unlink()
-    (sample,) = source.read(0, 1)
+    (sample,) = source.read(range(len(source)))
     assert PICTURE not in sample.parts and "unreadable" in sample.reason
     with pytest.raises(UserError, match="holds none of the annotated pictures"):
         CocoSource.of(told, tmp_path)

@@ -1,66 +1,17 @@
-"""Which sample comes when: dealing out, mixing, shuffling, legs."""
+"""Which sample comes when: windows, mixing, and the same batches for any number of readers."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sami.core.order import Layout, Leg, Order, apportion, sample_rng, shuffled
-from sami.core.shards import PICTURE, Shard, Source
+from sami.core.dataset import MicroBatches
+from sami.core.order import Order, apportion, interleaved, sample_rng
+from sami.core.shards import Shard, Source
 from tests import reference
-from tests.runs import opened, write_shards
-
-
-def layouts():
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        processes, workers, micro = (int(rng.integers(1, high)) for high in (4, 6, 4))
-        batch = processes * micro * int(rng.integers(1, 4))
-        yield Layout(batch, micro, processes, workers), int(rng.integers(1, 9))
-
-
-def test_steps_are_dealt_out_without_gap_or_overlap_and_evenly():
-    for layout, steps in layouts():
-        shares = [
-            layout.share(steps, rank, worker)
-            for rank in range(layout.processes)
-            for worker in range(layout.workers)
-        ]
-        places = [place for share in shares for place in share]
-        assert places == list(range(steps * layout.batch_size))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_what_is_handed_out_by_a_step_against_a_literal_count():
-    """Micro-batches go round the workers; the last few are made of equal parts of all."""
-    for layout, steps in layouts():
-        size, count = layout.micro_batch_size, steps * layout.micro_batches_per_step
-        alone = count // layout.workers * layout.workers
-        owners = [n % layout.workers for n in range(alone) for _ in range(size)]
-        for worker in range(layout.workers):
-            owners += [worker] * len(layout.part(steps, worker))
-        assert len(owners) == count * size
-        for done in range(steps + 1):
-            out = owners[: done * layout.micro_batches_per_step * size]
-            for worker in range(layout.workers):
-                assert layout.handed_out(steps, done, worker) == out.count(worker)
-
-
-def test_shuffle_buffer_against_a_plain_list():
-    sizes = np.random.default_rng(1).integers(1, 100, 300)
-    for limit in (1, 150, 1000, 10**6):
-        order = shuffled(sizes, limit, np.random.default_rng(2))
-        draws = np.random.default_rng(2).random(len(sizes))
-        assert order.tolist() == reference.shuffle_buffer(sizes.tolist(), limit, draws)
-        assert sorted(order) == list(range(300))
-        held, entered = 0, -1
-        for item in order:  # what was read and not yet handed out stays within the bound
-            if item > entered:
-                held += sizes[entered + 1 : item + 1].sum()
-                entered = item
-            assert held <= max(limit, sizes.max())
-            held -= sizes[item]
-    assert shuffled(sizes, 1, np.random.default_rng(2)).tolist() == list(range(300))
 
 
 def bare(counts, weight=None):
@@ -70,50 +21,136 @@ def bare(counts, weight=None):
 
 
 def order_of(sources, batch=4, **more):
-    options = {"fields": (PICTURE,), "batch_size": batch, "seed": 0, "buffer_bytes": 5000} | more
-    return Order(sources, **options)
+    return Order(sources, **{"batch_size": batch, "seed": 0, "window": 2} | more)
 
 
-def test_an_epoch_holds_each_place_once_and_leaves_out_less_than_a_batch():
-    counts = (7, 1, 12, 0, 5)
-    order, seen = order_of([bare(counts)]), []
-    assert order.samples == 25 and order.epoch_places == 24
-    for epoch in range(20):
-        places = order.places(epoch, np.arange(24))
-        pairs = set(zip(places.shard.tolist(), places.row.tolist(), strict=True))
-        assert len(pairs) == 24 and all(row < counts[shard] for shard, row in pairs)
-        breaks = np.flatnonzero(np.diff(places.visit))  # within a visit rows go up one by one
-        assert all(
-            (np.diff(run) == 1).all() for run in np.split(places.row, breaks + 1) if len(run)
+def pairs(order, epoch, positions):
+    """(shard, row) at each of some positions."""
+    shard, row = order.rows(epoch, np.array(positions))
+    return list(zip(shard.tolist(), row.tolist(), strict=True))
+
+
+@st.composite
+def orders(draw):
+    """An order over one or several sources, and a batch size that it fills."""
+    counts = st.lists(st.integers(0, 12), min_size=1, max_size=7)
+    sources = draw(st.lists(counts.filter(lambda c: sum(c) >= 3), min_size=1, max_size=3))
+    weights = draw(st.lists(st.integers(1, 5), min_size=len(sources), max_size=len(sources)))
+    shares = [None] if len(sources) == 1 else [w / sum(weights) for w in weights]
+    made = [bare(c, share) for c, share in zip(sources, shares, strict=True)]
+    samples = min(int(source.count / (source.weight or 1)) for source in made)
+    batch = draw(st.integers(1, max(1, samples // 2)))
+    return Order(
+        made, batch_size=batch, seed=draw(st.integers(0, 9)), window=draw(st.integers(1, 4))
+    )
+
+
+@given(orders(), st.integers(0, 3))
+def test_an_epoch_holds_each_sample_once_and_leaves_out_less_than_a_batch(order, epoch):
+    found = pairs(order, epoch, range(order.epoch_positions))
+    assert len(set(found)) == len(found) == order.epoch_positions
+    assert order.samples - order.epoch_positions < order.batch_size
+    for shard, row in found:
+        assert 0 <= row < order.shards[shard].count
+    weights = [source.weight or 1.0 for source in order.sources]
+    of = np.repeat(np.arange(len(order.sources)), [len(s.shards) for s in order.sources])
+    drawn = np.bincount(of[[shard for shard, _ in found]], minlength=len(order.sources))
+    assert drawn.tolist() == apportion(weights, order.epoch_positions)
+
+
+@given(orders(), st.data())
+def test_any_part_of_an_epoch_is_the_same_part(order, data):
+    """Asked for in any order, alone, or of an order that was sent to another process."""
+    whole = pairs(order, 1, range(order.epoch_positions))
+    some = data.draw(st.lists(st.integers(0, order.epoch_positions - 1), min_size=1, max_size=9))
+    again = pickle.loads(pickle.dumps(order))
+    for one in (order, again):
+        assert pairs(one, 1, some) == [whole[position] for position in some]
+        assert pairs(one, 1, some[:1]) == [whole[some[0]]]
+
+
+@given(orders(), st.integers(0, 2))
+def test_windows_against_a_literal_rule(order, epoch):
+    """The shards permuted and divided evenly; what a source gives comes window after window."""
+    found = pairs(order, epoch, range(order.epoch_positions))
+    first = 0
+    for number, source in enumerate(order.sources):
+        shards = range(first, first + len(source.shards))
+        first += len(source.shards)
+        mine = [pair for pair in found if pair[0] in shards]
+        rng = sample_rng(order.seed, epoch, f"shards/{number}")
+        permuted = rng.permutation(len(shards)) + shards.start
+        of = -(-len(shards) // order.window)
+        parts = [permuted[len(shards) * k // of : len(shards) * (k + 1) // of] for k in range(of)]
+        assert all(len(part) <= order.window for part in parts)
+        for k, part in enumerate(parts):
+            samples = [(s, row) for s in part.tolist() for row in range(order.shards[s].count)]
+            rng = sample_rng(order.seed, epoch, f"window/{number}/{k}")
+            expected = [samples[i] for i in rng.permutation(len(samples))]
+            assert mine[: len(expected)] == expected[: len(mine)]
+            mine = mine[len(expected) :]
+        assert not mine
+
+
+@settings(max_examples=200)
+@given(
+    orders(),
+    st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2), (4, 1), (3, 2)]),
+    st.integers(1, 4),
+    st.integers(0, 5),
+)
+def test_each_step_has_the_same_samples_for_any_number_of_processes(order, layout, parts, first):
+    """And of micro-batches, and wherever it starts."""
+    processes, micro = layout
+    batch = processes * micro * parts
+    order = Order(order.sources, batch_size=batch, seed=0, window=2)
+    if not order.steps_per_epoch:
+        return
+    ranks = [iter(MicroBatches(batch, micro, rank, processes, first)) for rank in range(processes)]
+    for step in range(first, first + 3):
+        indices = [next(rank) for rank in ranks for _ in range(parts)]
+        assert all(len(part) == micro for part in indices)
+        assert sorted(i for part in indices for i in part) == list(
+            range(step * batch, (step + 1) * batch)
         )
-        assert len(breaks) <= len(counts)
-        seen.append((places.shard.tolist(), places.row.tolist()))
-    left_out = {
-        frozenset(zip(*part, strict=True))
-        ^ {(s, r) for s, n in enumerate(counts) for r in range(n)}
-        for part in seen
-    }
-    assert len(left_out) > 5
-    again = order.places(3, np.arange(24))
-    assert (again.shard.tolist(), again.row.tolist()) == seen[3]
-    other = order_of([bare(counts)], seed=1).places(3, np.arange(24))
-    assert (other.shard.tolist(), other.row.tolist()) != seen[3]
-    part = order.places(3, np.arange(5, 9))
-    assert part.row.tolist() == seen[3][1][5:9]
+        # a batch is of one epoch: index i is position i % P of epoch i // P
+        assert len({i // order.epoch_positions for part in indices for i in part}) == 1
+
+
+def test_epochs_and_seeds_differ_and_leave_out_other_samples():
+    counts = (7, 1, 12, 0, 5)
+    order = order_of([bare(counts)])
+    assert order.samples == 25 and order.epoch_positions == 24
+    seen = [pairs(order, epoch, range(24)) for epoch in range(20)]
+    everything = {(shard, row) for shard, count in enumerate(counts) for row in range(count)}
+    assert len({frozenset(everything - set(part)) for part in seen}) > 5
+    assert len({tuple(part) for part in seen}) == 20
+    assert pairs(order_of([bare(counts)], seed=1), 3, range(24)) != seen[3]
+    short = order_of([bare(counts)], epoch_samples=10)
+    assert short.samples == 10 and short.steps_per_epoch == 2
+    assert len({frozenset(pairs(short, epoch, range(8))) for epoch in range(9)}) == 9
 
 
 def test_weights_are_shares_of_the_samples_evenly_mixed():
     order = order_of([bare((40, 20), 0.75), bare((9, 30), 0.25)])
     assert order.samples == 80  # all of the first; then 20 of the second's 39
-    places = order.places(0, np.arange(80))
-    second = places.shard >= 2
+    shard, row = order.rows(0, np.arange(80))
+    second = shard >= 2
     assert second.sum() == 20
-    assert len(set(zip(places.shard.tolist(), places.row.tolist(), strict=True))) == 80
     for start in range(0, 80, 8):  # every stretch has its share
         assert second[start : start + 8].sum() == 2
-    rows = [order.places(epoch, np.arange(80)).row[second].tolist() for epoch in range(3)]
-    assert rows[0] != rows[1]
-    assert order.places(0, np.arange(30, 50)).row.tolist() == places.row[30:50].tolist()
+    assert row[second].tolist() != order.rows(1, np.arange(80))[1][second].tolist()
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any), st.data())
+def test_interleaving_against_a_literal_sort(parts, data):
+    expected = reference.interleaved(parts)
+    picked = st.lists(st.integers(0, sum(parts) - 1), min_size=1, max_size=5)
+    for positions in (range(sum(parts)), data.draw(picked)):
+        source, which = interleaved(parts, np.array(positions))
+        assert list(zip(source.tolist(), which.tolist(), strict=True)) == [
+            expected[position] for position in positions
+        ]
 
 
 def test_apportion():
@@ -126,54 +163,35 @@ def test_apportion():
         assert sum(parts) == 37 and np.abs(np.array(parts) - weights * 37).max() < 1
 
 
-def test_legs():
-    order = order_of([bare((40,))])  # ten steps an epoch
-    a, b, c = (Layout(4, 1, 1, workers) for workers in (1, 2, 3))
-    assert order.legs(0, [], a) == [Leg(0, a)]
-    assert order.legs(3, [Leg(0, a)], a) == [Leg(0, a)]
-    assert order.legs(3, [Leg(0, a)], b) == [Leg(0, a), Leg(3, b)]
-    assert order.legs(7, [Leg(0, a), Leg(3, b)], c) == [Leg(0, a), Leg(3, b), Leg(7, c)]
-    assert order.legs(10, [Leg(0, a), Leg(3, b)], c) == [Leg(10, c)]
-    assert order.legs(13, [Leg(0, a), Leg(3, b)], b) == [Leg(10, b)]
-    assert order.legs(13, [Leg(0, a), Leg(3, b)], c) == [Leg(10, b), Leg(13, c)]
-    assert Leg.from_dict(Leg(3, b).to_dict()) == Leg(3, b)
+@pytest.mark.parametrize("weights", [(None,), (0.5, 0.5)])
+def test_replacements_are_near_at_first(weights):
+    """A function of the position alone: of its window, then of the whole epoch."""
+    sources = [bare((6, 5, 9, 4), weight) for weight in weights]
+    order = order_of(sources)
+    for position in range(order.epoch_positions):
+        drawn = order.candidates(2, position, 16)
+        found = [next(drawn) for _ in range(200)]
+        again = order_of(sources).candidates(2, position, 16)
+        assert found == [next(again) for _ in range(200)]
+        ((own, _),) = pairs(order, 2, [position])
+        near, far = ({shard for shard, _ in part} for part in (found[:16], found[16:]))
+        assert len(near | {own}) <= 2 and (own < 4) == (min(near) < 4) == (max(near) < 4)
+        assert len(far) == len(order.shards)
+        assert all(row < order.shards[shard].count for shard, row in found)
+    others = [next(order.candidates(2, position, 16)) for position in range(8)]
+    assert len(set(others)) > 1
 
 
-def handed_out(order, epoch, leg, left, steps, done, first=0):
-    """What all readers hand out in steps ``first`` to ``done`` of a leg, one by one."""
-    found = []
-    for rank in range(leg.layout.processes):
-        for worker in range(leg.layout.workers):
-            share = leg.layout.share(steps, rank, worker)
-            read, out = order.reading(epoch, left[share.start : share.stop], rank, worker)
-            begin, end = (leg.layout.handed_out(steps, k, worker) for k in (first, done))
-            mine = read[out[begin:end]]
-            found += zip(mine.shard.tolist(), mine.row.tolist(), strict=True)
-    return found
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_another_layout_goes_on_with_what_is_left(tmp_path, weighted):
-    patterns = [
-        write_shards(tmp_path / name, counts) for name, counts in (("a", (9, 6)), ("b", (11,)))
-    ]
-    sources = opened({patterns[0]: 1, patterns[1]: 1} if weighted else patterns, tmp_path)
-    order = order_of(sources, 4)
-    changes = [(0, Layout(4, 2, 1, 1)), (2, Layout(4, 1, 2, 2)), (3, Layout(4, 4, 1, 3))]
-    for epoch in (0, 2):
-        legs = [Leg(epoch * order.steps_per_epoch + step, layout) for step, layout in changes]
-        seen = []
-        for number, leg in enumerate(legs):
-            left = order.remaining(legs[: number + 1])
-            steps = (epoch + 1) * order.steps_per_epoch - leg.first_step
-            assert len(left) == steps * 4
-            until = legs[number + 1].first_step - leg.first_step if number < 2 else steps
-            seen += handed_out(order, epoch, leg, left, steps, until)
-        assert len(seen) == len(set(seen)) == order.epoch_places
-        everything = order.places(epoch, np.arange(order.epoch_places))
-        assert set(seen) == set(
-            zip(everything.shard.tolist(), everything.row.tolist(), strict=True)
-        )
+def test_eleven_million_samples_are_never_all_laid_out():
+    """SA-1B: what is held is a permutation of the shards and a few of windows."""
+    order = order_of([bare((11_000,) * 1000)], batch=128, window=8)
+    assert order.steps_per_epoch == 11_000_000 // 128
+    for step in (0, 40_000, order.steps_per_epoch - 1):
+        shard, row = order.rows(0, np.arange(128 * step, 128 * (step + 1)))
+        assert len(set(zip(shard.tolist(), row.tolist(), strict=True))) == 128
+        assert 4 <= len(set(shard.tolist())) <= 16
+    held = [order._permuted.cache_info(), order._windows.cache_info()]
+    assert all(told.currsize <= told.maxsize <= 16 for told in held)
 
 
 def test_streams_of_random_numbers_differ():

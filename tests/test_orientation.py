@@ -19,7 +19,7 @@ from sami.core.images import DRAWN, STD, drawn_on, open_image
 from sami.core.shards import PICTURE, RawSample, read_range
 from sami.data import Views
 from sami.extraction import prepare
-from sami.probe import Labelled as Probed
+from sami.probe import labelled_squares
 from tests.runs import opened, run, summary
 from tests.test_bad_data import write_tar
 from tests.test_data_stage2 import maker
@@ -149,7 +149,7 @@ def coco(request, tmp_path_factory):
 def test_evaluation_of_coco(coco):
     folder, file, drawn = coco
     source, unsure = CocoSource.of(read_coco(file), folder), 0
-    for sample in source.read(0, 1):
+    for sample in source.read(range(len(source))):
         unsure += check_evaluation(Given([sample]), drawn) == [UNSURE]
     assert len(source) == 24 and unsure == 9
 
@@ -243,7 +243,7 @@ def test_without_masks_everything_is_upright(orientation, kind):
         size, whole = prepare(data, CACHE)
         assert size == SIZES["wide"][::-1]
         yield from Views(0, 32, 48, 4, 0.75, (0.2, 1.0), True).decode(sample, 0, False)[1:3]
-        yield Probed([], np.zeros(0, int), 32)._square(sample)
+        yield labelled_squares([], np.zeros(0, int), 32).decode(sample)[0]
         classify = LabelTransform(ClassifyData(image_size=32), AugmentConfig(auto=""), seed=0)
         for decode in (classify.decode_held_out, lambda s: classify.decode(s, 0, False)):
             yield decode(sample)[1].permute(1, 2, 0).numpy() * 255 * np.array(STD)

@@ -12,7 +12,7 @@ from PIL import Image
 from sami.core.errors import BadSample
 from sami.core.shards import PICTURE, RawSample
 from sami.pretrain import main
-from sami.probe import Labelled, knn_accuracy, linear_accuracy, read_label
+from sami.probe import knn_accuracy, labelled_squares, linear_accuracy, read_label
 from tests.runs import arguments, numbers, opened
 from tools.probe import main as probe_tool
 
@@ -78,9 +78,9 @@ def labelled(path, counts=3, per_class=8, seed=0):
 
 def test_labelled_samples(tmp_path):
     (source,) = opened(labelled(tmp_path / "a.tar"), tmp_path)
-    (batch,) = Labelled(source.shards, np.arange(source.count), 32)
+    batch, _ = labelled_squares(source.shards, np.arange(26), 32).__getitems__(range(26))
     assert batch.images.shape == (24, 3, 32, 32) and batch.labels.tolist() == [0, 1, 2] * 8
-    (few,) = Labelled(source.shards, np.array([1, 5, 24, 25]), 32)
+    few, _ = labelled_squares(source.shards, np.array([1, 5, 24, 25]), 32).__getitems__(range(4))
     assert few.labels.tolist() == [1, 2]
     for data in (b"cat", b"-1", b""):
         with pytest.raises(BadSample, match="not a class number"):

@@ -1,9 +1,7 @@
 """Two processes over gloo, started by accelerate launch."""
 
 import contextlib
-import json
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -17,7 +15,6 @@ from tests.runs import (
     LIMIT,
     ROOT,
     arguments,
-    command,
     kill,
     numbers,
     run,
@@ -188,33 +185,6 @@ def test_no_rank_outlives_its_launcher(tmp_path, how):
     assert told["exit_code"] == 75 and told["status"] == "interrupted"
     saved = list((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name for path in saved] == [f"step-{told['steps']}"]
-
-
-def test_processes_and_workers_may_change_in_an_epoch(tmp_path):
-    """tests/test_stream.py counts the samples; here the same through real runs."""
-    pattern = write_shards(tmp_path / "shards", (31, 9, 24))  # eight steps an epoch
-    options = {"train.steps": 16, "run.save_every": 3, "run.keep": 9}
-    process = start(command(arguments(tmp_path / "run", pattern, **options)))
-    checkpoints = tmp_path / "run" / "checkpoints"
-    assert wait_for((checkpoints / "step-3").exists, process, pause=0.001)
-    kill(process)
-    for later in checkpoints.glob("step-*"):
-        if later.name != "step-3":
-            shutil.rmtree(later)
-    words = arguments(tmp_path / "run", pattern, **options | {"data.workers": 2})
-    done = run(launch("cpu_2.yaml", "sami/pretrain.py", *words))
-    assert done.returncode == 0, done.stderr
-    assert "1 process(es) x 1 worker(s) x 8 became 2 x 2 x 4" in done.stdout
-    assert "3 shard(s) for 4 readers" in done.stdout
-    assert [line["step"] for line in numbers(tmp_path / "run")] == list(range(1, 17))
-    told = {
-        step: json.loads((checkpoints / f"step-{step}" / "meta.json").read_text())["data"]
-        for step in (3, 6, 9)
-    }
-    assert [len(one["legs"]) for one in told.values()] == [1, 2, 1]
-    assert [leg["first_step"] for leg in told[6]["legs"]] == [0, 3]
-    assert [reader["position"] for reader in told[6]["readers"]] == [8, 4, 8, 4]
-    assert [reader["of"] for reader in told[6]["readers"]] == [10, 10, 10, 10]
 
 
 @pytest.mark.parametrize("config", ["sami_ti", "sami_ti_cached"])

@@ -113,7 +113,7 @@ def test_the_whole_process_group_is_asked_to_stop(tmp_path, how):
 
 def test_three_kills_in_one_epoch_with_prefetched_batches_in_flight(tmp_path):
     shards = write_shards(tmp_path / "shards", (161, 80, 159), corrupt=3)  # 50 steps an epoch
-    options = {"data.workers": 2, "train.steps": 55, "run.save_every": 7, "data.shuffle_mb": 1}
+    options = {"data.workers": 2, "train.steps": 55, "run.save_every": 7, "data.window": 1}
     whole = run(command(arguments(tmp_path / "whole", shards, **options)))
     assert whole.returncode == 0, whole.stderr
     words = command(arguments(tmp_path / "cut", shards, **options))

@@ -35,11 +35,12 @@ from finetune.objective import Objective
 from finetune.prompts import PromptConfig, as_box, correction_clicks
 from finetune.rle import decode_counts, parse_annotations, sample_grid
 from sami.core.config import require
+from sami.core.dataset import MicroBatches, ShardsConfig, Training, Transform, load
 from sami.core.exits import run_entry
 from sami.core.images import Normalise, open_image
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
 from sami.core.options import Options
-from sami.core.order import Layout, Order
+from sami.core.order import Order
 from sami.core.paths import path_pattern
 from sami.core.processes import DEVICES, choose_device
 from sami.core.shards import (
@@ -51,7 +52,6 @@ from sami.core.shards import (
     open_sources,
     read_samples,
 )
-from sami.core.stream import Batches, Samples
 from sami.core.tables import show_table
 from sami.data import Views
 from sami.encoder import EncoderConfig, build_encoder
@@ -215,7 +215,7 @@ class Raw:
 
     fields = (PICTURE,)
 
-    def decode(self, sample, epoch, stand_in):
+    def decode(self, sample, epoch, replacement):
         return sample.part(PICTURE)
 
     def collate(self, items):
@@ -246,25 +246,16 @@ def open_or_draw(args: argparse.Namespace, folder: str, shards: int, pictures: i
 
 def start_stream(
     source: Source,
-    samples: Samples,
+    transform: Transform,
     batch: int,
     step: int = 0,
     workers: int = 0,
-    megabytes: int = 100,
     device: str = "cpu",
-) -> Batches:
+) -> Iterator:
     """One rank's micro-batches from a step on."""
-    order = Order(
-        [source],
-        fields=samples.fields,
-        batch_size=batch,
-        seed=0,
-        buffer_bytes=megabytes * 1_000_000,
-    )
-    legs = order.legs(step, [], Layout(batch, batch, 1, max(1, workers)))
-    return Batches(
-        order, samples, legs, rank=0, step=step, workers=workers, device=torch.device(device)
-    )
+    order = Order([source], batch_size=batch, seed=0, window=ShardsConfig.window)
+    parts = MicroBatches(batch, batch, 0, 1, step)
+    return load(Training(order, transform), parts, workers, torch.device(device))
 
 
 def rate(batches: Iterator, batch: int, rounds: int) -> list[float]:
@@ -326,7 +317,7 @@ def stream(args: argparse.Namespace) -> None:
         for _ in range(args.rounds):
             for step in (0, steps // 4, steps // 2, 3 * steps // 4, steps - 1):
                 started = time.perf_counter()
-                next(start_stream(source, Raw(), batch, step, megabytes=args.buffer_mb))
+                next(start_stream(source, Raw(), batch, step))
                 seconds.setdefault(step, []).append(1000 * (time.perf_counter() - started))
         for step, values in seconds.items():
             print(f"step {step:8} {spread(values, 1)} ms")
@@ -396,14 +387,14 @@ def write_features(source: Source, folder: Path, cache: Cache) -> Source:
     return made
 
 
-def reading(batches: Batches, train: Callable[..., None]) -> Step:
+def reading(batches: Iterator, train: Callable[..., None], device: torch.device) -> Step:
     """A step with its data; where no features are read, the targets are ready."""
     given: list[torch.Tensor] = []
 
     def step() -> None:
-        batch = next(batches)[0].to(batches.device)
+        batch = next(batches)[0].to(device)
         if batch.features is None and not given:
-            given.append(torch.randn(len(batch.student), 196, 256, device=batches.device))
+            given.append(torch.randn(len(batch.student), 196, 256, device=device))
         wanted = given[0] if batch.features is None else batch.features.tokens()
         train(batch.student, batch.visible, batch.masked, wanted)
 
@@ -416,7 +407,7 @@ def cache(args: argparse.Namespace) -> None:
     introduce(args, device)
     kind = Cache("sam_vit_h", "", True, "neck", 1024, 16, 256, args.grid, "int8")
 
-    def start_on(source: Source, views: Views) -> Batches:
+    def start_on(source: Source, views: Views) -> Iterator:
         return start_stream(source, views, batch, workers=args.workers, device=args.device)
 
     with tempfile.TemporaryDirectory() as name:
@@ -431,7 +422,8 @@ def cache(args: argparse.Namespace) -> None:
         for bf16, compiled in kinds_of(device):
             model = (args.encoder, DecoderConfig(), LossConfig(), 256, device, bf16, compiled)
             steps = {
-                what: reading(start_on(source, one), trainer(*model)) for what, one in views.items()
+                what: reading(start_on(source, one), trainer(*model), device)
+                for what, one in views.items()
             }
             title = f"training step, {args.encoder}, batch {batch}, {'bf16' if bf16 else 'fp32'}"
             title += f"{', compiled' * compiled}, {args.grid} x {args.grid} int8"
@@ -696,7 +688,6 @@ def main() -> int:
     )
     parser.add_argument("--workers", type=int, default=2, help="of cache, for each stream")
     parser.add_argument("--grid", type=int, default=32, help="of cache's features")
-    parser.add_argument("--buffer-mb", type=int, default=100, help="shuffle buffer of stream")
     args = parser.parse_args()
     if args.stage != "stage2":
         args.encoder = args.encoder or "vit_ti"

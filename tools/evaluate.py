@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from finetune.coco import CocoSource, read_coco
-from finetune.evaluation import CHOICES, EvalDataset, EvalSource, PromptSpec, ShardSource, score
+from finetune.evaluation import CHOICES, FIELDS, EvalDataset, PromptSpec, score
 from finetune.measures import PAPER, SIZES, SOURCE, TRIVIAL, Measured, data_set
 from finetune.model import TAKES, load_model
 from finetune.pictures import draw_masks
@@ -36,6 +36,7 @@ from finetune.rle import area
 from finetune.sam import Sam
 from sami.core.checkpoint import sha256_of, write_text
 from sami.core.config import require
+from sami.core.dataset import SampleSource, ShardSource, load
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
 from sami.core.images import DRAWN
@@ -44,14 +45,13 @@ from sami.core.paths import local_path, path_pattern
 from sami.core.processes import DEVICES, choose_device
 from sami.core.progress import track
 from sami.core.shards import RawSample, expand, open_sources
-from sami.core.stream import make_loader
 from sami.core.tables import show_table
 from sami.core.weights import find_weights
 
 RESULT = "evaluation.json"
 
 
-def open_source(args: argparse.Namespace, folder: Path) -> tuple[EvalSource, str | None]:
+def open_source(args: argparse.Namespace, folder: Path) -> tuple[SampleSource, str | None]:
     """The samples that a command line names, and which of the paper's data sets they are, whole.
 
     Args:
@@ -70,7 +70,7 @@ def open_source(args: argparse.Namespace, folder: Path) -> tuple[EvalSource, str
     shards = [shard for source in sources for shard in source.shards]
     count = sum(shard.count for shard in shards)
     require(count > 0, f"--shards {' '.join(args.shards)} hold no samples")
-    return ShardSource(shards, range(min(count, args.samples or count))), None
+    return ShardSource.first(shards, FIELDS, args.samples), None
 
 
 def promptings_of(words: list[str], seeds: int, model: Sam) -> tuple[PromptSpec, ...]:
@@ -97,7 +97,7 @@ def promptings_of(words: list[str], seeds: int, model: Sam) -> tuple[PromptSpec,
 
 def measure(
     model: Sam,
-    source: EvalSource,
+    source: SampleSource,
     promptings: tuple[PromptSpec, ...],
     args: argparse.Namespace,
     device: torch.device,
@@ -108,9 +108,9 @@ def measure(
     dataset = EvalDataset(source, model.shape, *words)
     measured, shown = Measured(promptings), []
     unusable, noted = Counter(), Counter()
-    loader = make_loader(dataset, args.workers, device)
+    batches = load(dataset, [[number] for number in range(len(source))], args.workers, device)
     bf16 = args.precision == "bf16"
-    for judged in track(loader, "evaluating", total=len(source)):
+    for (judged,) in track(batches, "evaluating", total=len(source)):
         if isinstance(judged, RawSample):
             unusable[judged.reason] += 1
             continue

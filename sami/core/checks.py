@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sami.core.config import load_config, needs_of, require
+from sami.core.dataset import Transform
 from sami.core.errors import BadSample, MachineError, UserError
 from sami.core.exits import FINISHED
 from sami.core.order import Order
@@ -19,7 +20,6 @@ from sami.core.processes import is_launched
 from sami.core.run import Run, refuse_other_run
 from sami.core.shards import Shard, expand, read_range
 from sami.core.starts import Start, starts_missing
-from sami.core.stream import Samples
 from sami.core.weights import entry_of_groups
 
 BATCH = 32  # pictures of the batch that --check reads
@@ -111,7 +111,7 @@ def find_missing(config: Any, starts: dict[str, Start]) -> list[str | None]:
 def tell_checked(
     order: Order,
     held_out: list[Shard],
-    samples: Samples,
+    transform: Transform,
     batch_size: int,
     made: dict[str, str],
 ) -> int:
@@ -119,7 +119,7 @@ def tell_checked(
 
     Args:
         held_out: its shards.
-        samples: how the batch is decoded.
+        transform: how the batch is decoded.
         batch_size: train.batch_size.
         made: what else was made, and of what.
 
@@ -138,9 +138,9 @@ def tell_checked(
         print(f"{name}: {words}", flush=True)
     items, bad = [], Counter()
     positions = range(min(BATCH, batch_size, order.samples))
-    for sample in read_range(order.shards, positions, samples.fields):
+    for sample in read_range(order.shards, positions, transform.fields):
         try:
-            items.append(samples.decode(sample, 0, False))
+            items.append(transform.decode(sample, 0, False))
         except BadSample as error:
             bad[str(error)] += 1
     reasons = ", ".join(f"{number} {reason}" for reason, number in bad.items())
@@ -149,7 +149,7 @@ def tell_checked(
         f"none of the first {len(positions)} pictures of data.shards can be used ({reasons}); does "
         "it hold what this run reads?",
     )
-    samples.collate(items)
+    transform.collate(items)
     left_out = f"; left out: {reasons}" if bad else ""
     print(f"a first batch: {len(items)} pictures read and decoded{left_out}")
     return FINISHED

@@ -26,6 +26,11 @@ from sami.core.paths import expand_path
 from sami.core.shipped import find
 
 Config = TypeVar("Config")
+# Keys of before, and what a file or a command line that has one is told.
+GONE = {
+    "data.shuffle_mb": "the order of the samples depends on no buffer; leave it out, or set "
+    "data.window, the number of shards that are shuffled together"
+}
 PATH = {"path": True}  # metadata of a field that holds a path, or a pattern of shards
 
 
@@ -282,6 +287,8 @@ def _unknown_word(word: str, types: dict[str, Any]) -> str:
 
 
 def _nearest(key: str, types: dict[str, Any], prefix: str) -> str:
+    if key in GONE:
+        return f" any more: {GONE[key]}"
     known = [name for name, kind in types.items() if not dataclasses.is_dataclass(kind)]
     told = nearest(key, known, "--print_config")
     if not told.startswith("; did"):  # the right field in the wrong group, or no group at all

@@ -108,7 +108,7 @@ def reader_gone(error: BaseException) -> UserError | None:
         return MachineError(f"a process that reads data could not go on: {refused}")
     return UserError(
         f"a process that reads data was killed ({words[:80]}); if memory ran out, which dmesg "
-        "tells, lower --data.workers or --data.shuffle_mb"
+        "tells, lower --data.workers"
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from sami.core.config import require
 from sami.core.errors import UserError, raise_if_machine
-from sami.core.order import Layout, Order
+from sami.core.order import Order
 from sami.core.paths import is_file
 from sami.core.shards import BAD_LABEL, FIELDS, NO_LABEL, Shard, is_url, key_of
 
@@ -94,7 +94,7 @@ def check_names(train: list[Shard], held_out: list[Shard], keys: tuple[str, str]
                 )
 
 
-def classes_in_a_batch(order: Order, layout: Layout) -> tuple[int, float, int]:
+def classes_in_a_batch(order: Order) -> tuple[int, float, int]:
     """How well an epoch's beginning is mixed; from the order itself and the indexes.
 
     Returns:
@@ -102,32 +102,34 @@ def classes_in_a_batch(order: Order, layout: Layout) -> tuple[int, float, int]:
         Zeros where there are no labels.
     """
     counts = np.bincount(labels := _good(labels_of(order.shards)))
-    handed = _good(_first_labels(order, layout, min(LOOKED_AT, order.epoch_places)))
-    if not len(handed):
+    shards, rows = order.rows(0, np.arange(min(LOOKED_AT, order.epoch_positions)))
+    first = np.zeros(len(rows), np.int64)
+    for number in np.unique(shards):
+        mine = shards == number
+        first[mine] = order.shards[number].members().labels[rows[mine]]
+    first = _good(first)
+    if not len(first):
         return 0, 0.0, 0
-    missed = (1 - counts[counts > 0] / len(labels)) ** len(handed)
-    return len(np.unique(handed)), float((1 - missed).sum()), len(handed)
+    missed = (1 - counts[counts > 0] / len(labels)) ** len(first)
+    return len(np.unique(first)), float((1 - missed).sum()), len(first)
 
 
-def tell_neighbours(order: Order, layout: Layout, say: Callable[[str], None]) -> None:
-    """Say so if neighbours in the shards share their class, which the shuffle buffer cannot mend.
+def tell_neighbours(order: Order, say: Callable[[str], None]) -> None:
+    """Say so if neighbours in the shards share their class, and a window is too small to mix them.
 
     Costs nothing where the shards have no labels, as a few of their indexes tell.
     """
     some = order.shards[:: max(1, len(order.shards) // 8)]
     if not (labels_of(some) >= 0).any():
         return
-    found, mixed, samples = classes_in_a_batch(order, layout)
+    found, mixed, samples = classes_in_a_batch(order)
     if mixed >= 1.5 and found <= MIXED * mixed:
-        total = sum(int(s.members().bytes(order.fields).sum()) for s in some)
-        total = total / sum(s.count for s in some) * order.samples
-        whole = int(total / layout.processes / layout.workers / 1e6) + 1
         say(
             f"neighbours in data.shards share their class: a batch of {samples} will hold about "
             f"{found} classes, and {mixed:.0f} if they were mixed; make the shards anew with "
-            "tools/make_shards.py, which shuffles once and for all, or raise --data.shuffle_mb "
-            f"from {order.buffer_bytes // 1_000_000} towards {whole} (a reader's whole part, held "
-            "in memory)"
+            "tools/make_shards.py, which shuffles once and for all, or raise --data.window from "
+            f"{order.window} towards {max(len(source.shards) for source in order.sources)}, the "
+            "number of shards"
         )
 
 
@@ -157,30 +159,6 @@ def tell_held_out(
             f"there share their class: {found} classes, of {len(counts)} in all; set "
             "--eval.samples null, or make the shards anew with tools/make_shards.py, which shuffles"
         )
-
-
-def _first_labels(order: Order, layout: Layout, samples: int) -> np.ndarray:
-    """Labels of the first samples of epoch 0, as the readers of this layout hand them out."""
-    size = layout.micro_batch_size
-    turns: dict[tuple[int, int], int] = {}  # micro-batches of each reader
-    for number in range(-(-samples // size)):
-        turn, rank = divmod(number, layout.processes)
-        reader = (rank, turn % layout.workers)
-        turns[reader] = turns.get(reader, 0) + 1
-    sizes = order.shards[0].members().bytes(order.fields)
-    ahead = int(1.5 * order.buffer_bytes / max(1.0, sizes.mean())) + size  # what the buffer holds
-    labels: dict[int, np.ndarray] = {}
-    found = []
-    for (rank, worker), times in turns.items():
-        share = layout.share(order.steps_per_epoch, rank, worker)
-        places = np.arange(share.start, min(share.stop, share.start + times * size + ahead))
-        read, out = order.reading(0, places, rank, worker)
-        for number in out[: times * size]:
-            shard = int(read.shard[number])
-            if shard not in labels:
-                labels[shard] = order.shards[shard].members().labels
-            found.append(labels[shard][read.row[number]])
-    return np.array(found[:samples], np.int64)
 
 
 def _good(labels: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -24,14 +25,19 @@ class Window:
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
 
-    def add(self, name: str, value: torch.Tensor) -> None:
-        """One 0-dim value; one that is not finite is left out of the mean."""
+    def add(self, name: str, value: torch.Tensor, share: float) -> None:
+        """One 0-dim value; one that is not finite is left out of the mean.
+
+        Args:
+            share: of the step that the value stands for. So each step counts the same, also where
+                the run went on with other processes or micro-batches in between.
+        """
         finite = value.isfinite()
         if name not in self.sums:
             self.sums[name] = torch.zeros((), device=self.device)
             self.counts[name] = torch.zeros((), device=self.device)
-        self.sums[name] += torch.where(finite, value.detach().float(), 0.0)
-        self.counts[name] += finite
+        self.sums[name] += share * torch.where(finite, value.detach().float(), 0.0)
+        self.counts[name] += share * finite
 
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
         """Means over steps and ranks, and a new start; None where nothing finite came."""
@@ -50,10 +56,12 @@ class Window:
         """For a checkpoint, so that a resumed run logs what an uninterrupted one logs."""
         return {name: [self.sums[name].item(), self.counts[name].item()] for name in self.sums}
 
-    def load(self, state: dict[str, list[float]]) -> None:
-        for name, (total, count) in state.items():
-            self.sums[name] = torch.tensor(total, device=self.device)
-            self.counts[name] = torch.tensor(count, device=self.device)
+    def load(self, states: list[dict[str, list[float]]]) -> None:
+        """What this rank had added, or several together."""
+        for name in dict.fromkeys(name for state in states for name in state):
+            total, count = np.sum([state[name] for state in states if name in state], 0)
+            self.sums[name] = torch.tensor(total, dtype=torch.float32, device=self.device)
+            self.counts[name] = torch.tensor(count, dtype=torch.float32, device=self.device)
 
 
 class BadSamples:

@@ -14,7 +14,7 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -44,6 +44,8 @@ MAX_EXTENDED = 1 << 20  # bytes
 UNREADABLE = (tarfile.TarError, OSError, EOFError, zlib.error)
 DAMAGED_INDEX = (OSError, ValueError, KeyError, zlib.error, zipfile.BadZipFile)
 SHOWN_NOTES = 10
+# Shards that a process holds open: many systems allow 256 files, and workers take some for pipes.
+OPEN = 64
 
 
 @dataclass(frozen=True)
@@ -325,26 +327,106 @@ def scan(url: str) -> Members:
     return Members(keys, table[:, :, 0], table[:, :, 1], seekable, stamp_of(url), notes, numbers)
 
 
+class Reader:
+    """Reads samples by shard and row, where they lie; a few shards and their indexes stay open.
+
+    Each process opens its own. What cannot be sought in is read from its start each time.
+    """
+
+    def __init__(self, shards: list[Shard], fields: tuple[str, ...], together: int = 1) -> None:
+        """
+        Args:
+            fields: the members that are read.
+            together: shards that are read by turns; so many indexes are held at least.
+        """
+        self.shards = shards
+        self._columns = [FIELDS.index(name) for name in fields]
+        self._most = max(together, OPEN)
+        self._members: OrderedDict[int, Members] = OrderedDict()
+        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        """Without what is open, for a process that is not forked."""
+        return vars(self) | {"_members": OrderedDict(), "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for file in vars(self).get("_files", {}).values():
+            file.close()
+
+    def read(self, shards: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, RawSample]]:
+        """Samples (shard [n], row [n]), each once, in the order in which they lie.
+
+        Yields:
+            Which of the n it is, and the sample; one that cannot be read comes without parts, so
+            that positions never shift.
+        """
+        order = np.lexsort((rows, shards))
+        for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            if len(part):
+                yield from zip(
+                    part.tolist(), self._of_shard(int(shards[part[0]]), rows[part]), strict=True
+                )
+
+    def _of_shard(self, number: int, rows: np.ndarray) -> Iterator[RawSample]:
+        shard, members = self.shards[number], self._index(number)
+        if not members.seekable:
+            yield from _read_through(shard, members, rows, self._columns)
+            return
+        for row in rows.tolist():
+            key = key_of(shard, members, row)
+            try:
+                file, size = self._file(number)
+                yield RawSample(key, _read_parts(file, size, members, row, self._columns))
+            except OSError as error:
+                raise_if_machine(error, shard.url)
+                yield RawSample(key, reason="shard cannot be read")
+            except BadSample as error:
+                yield RawSample(key, reason=str(error))
+
+    def _index(self, number: int) -> "Members":
+        if number not in self._members:
+            self._members[number] = self.shards[number].members()
+            if len(self._members) > self._most:
+                self._members.popitem(last=False)
+        self._members.move_to_end(number)
+        return self._members[number]
+
+    def _file(self, number: int) -> tuple[int, int]:
+        """A shard's open file and its size; one that was replaced or deleted is opened anew."""
+        if number in self._files:
+            status = os.fstat(self._files[number].fileno())
+            if status.st_nlink:
+                self._files.move_to_end(number)
+                return self._files[number].fileno(), status.st_size
+            self._files.pop(number).close()
+        file = self._files[number] = open(self.shards[number].url, "rb", buffering=0)
+        if len(self._files) > OPEN:
+            self._files.popitem(last=False)[1].close()
+        return file.fileno(), os.fstat(file.fileno()).st_size
+
+
 def read_samples(shard: Shard, rows: np.ndarray, fields: tuple[str, ...]) -> Iterator[RawSample]:
     """Samples of a shard; exactly one for each of ``rows``, which ascend.
 
     What cannot be read comes as a sample without parts, so that positions never shift.
     """
-    members = shard.members()
-    read = _read_seeking if members.seekable else _read_through
-    yield from read(shard, members, rows, [FIELDS.index(name) for name in fields])
+    for _, sample in Reader([shard], fields).read(np.zeros_like(rows), rows):
+        yield sample
 
 
 def read_range(
     shards: list[Shard], positions: range, fields: tuple[str, ...]
 ) -> Iterator[RawSample]:
-    """Samples of the shards laid end to end, unshuffled: what evaluation reads."""
-    start = 0
-    for shard in shards:
-        first, last = max(positions.start, start), min(positions.stop, start + shard.count)
-        if first < last:
-            yield from read_samples(shard, np.arange(first - start, last - start), fields)
-        start += shard.count
+    """Samples of the shards laid end to end, unshuffled."""
+    for _, sample in Reader(shards, fields).read(*locate(shards, np.array(positions, np.int64))):
+        yield sample
+
+
+def locate(shards: list[Shard], numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shard [n] and row [n] of samples [n] counted through the shards laid end to end."""
+    ends = np.cumsum([shard.count for shard in shards])
+    shard = np.searchsorted(ends, numbers, side="right")
+    return shard, numbers - np.concatenate([[0], ends])[shard]
 
 
 def read_whole(path: str) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -417,28 +499,39 @@ def _as_far_as_it_goes(path: str) -> Iterator[None]:
         raise_if_machine(error, path)
 
 
-def _read_seeking(
-    shard: Shard, members: Members, rows: np.ndarray, columns: list[int]
-) -> Iterator[RawSample]:
-    with contextlib.ExitStack() as stack:
-        stream = None
-        for row in rows:
-            parts, reason = {}, ""
-            try:
-                stream = stream or stack.enter_context(_open(shard.url))
-                for column in columns:
-                    start, size = int(members.starts[row, column]), int(members.sizes[row, column])
-                    if start >= 0:
-                        if start + size > os.fstat(stream.fileno()).st_size:
-                            raise BadSample("cut off in shard")  # not after making room for it
-                        stream.seek(start - BLOCK)
-                        parts[FIELDS[column]] = _checked(stream.read(BLOCK + size), size)
-            except OSError as error:
-                raise_if_machine(error, shard.url)
-                parts, reason = {}, "shard cannot be read"
-            except BadSample as error:
-                parts, reason = {}, str(error)
-            yield RawSample(key_of(shard, members, row), parts, reason)
+def _read_parts(
+    file: int, size: int, members: "Members", row: int, columns: list[int]
+) -> dict[str, bytes]:
+    """The members of one sample by field.
+
+    Args:
+        file: open; ``size`` its bytes.
+
+    Raises:
+        BadSample: they are not what the index says.
+    """
+    spans = {}
+    for column in columns:
+        start, length = int(members.starts[row, column]), int(members.sizes[row, column])
+        if start >= 0:
+            if start + length > size:
+                raise BadSample("cut off in shard")  # not after making room for it
+            spans[FIELDS[column]] = start - BLOCK, start + length
+    parts = {}
+    for field_, (start, end) in spans.items():
+        parts[field_] = _checked(_read_at(file, start, end - start), end - start - BLOCK)
+    return parts
+
+
+def _read_at(file: int, start: int, count: int) -> bytes:
+    """So many bytes from a place on, fewer where the file ends."""
+    data = os.pread(file, count, start)
+    while len(data) < count:  # the kernel gives at most 2 GB at once
+        more = os.pread(file, count - len(data), start + len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 def _read_through(

@@ -33,7 +33,6 @@ from sami.core.optim import (
     guarded_step,
     learning_rate,
 )
-from sami.core.order import Leg
 from sami.core.run import Run
 
 
@@ -78,7 +77,7 @@ class State:
         Nothing here waits for the device.
         """
         norm, skipped = guarded_step(self.optimizer, self.optim.clip)
-        self.window.add("grad_norm", norm)
+        self.window.add("grad_norm", norm, 1 / self.run.processes)
         self.guard.count(skipped)
         if self.ema is not None:
             self.ema.update(step, skipped)
@@ -88,7 +87,7 @@ class State:
         """Count unusable samples, given as (reason, key); name the first of each reason."""
         for reason, key in bad:
             if self.bad.add(reason, key):
-                words = f"bad sample {key}: {reason}; the next good one takes its place"
+                words = f"bad sample {key}: {reason}; another one takes its place"
                 self.run.say(words, any_rank=True)
 
     def note_left_out(self, objects: list[tuple[str, str]]) -> None:
@@ -213,45 +212,39 @@ class State:
         self,
         step: int,
         identity: dict[str, Any],
-        position: dict[str, Any],
         export: Callable[[int, str], Export],
     ) -> None:
         """Write ``checkpoints/step-<step>``. Collective; rank 0 writes.
 
         Args:
             identity: ``config`` and ``facts`` of the run; see :meth:`resume`.
-            position: this rank's place in the data, from :meth:`Batches.position`.
             export: as :meth:`leave` takes it.
         """
         mine = {"window": self.window.state(), "bad": self.bad.state()}
         mine["left_out"] = self.left_out.state()
         mine["unsure"] = self.unsure.state()
-        ranks, positions = zip(*self.run.gather((mine, position)), strict=True)
+        ranks = self.run.gather(mine)
         if self.run.is_main:
             tensors = {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": None if self.ema is None else self.ema.average,
                 "guard": self.guard.state(),
-                "ranks": list(ranks),
+                "ranks": ranks,
             }
             folder = self.run.dir / "checkpoints"
-            data = {
-                "legs": position["legs"],
-                "readers": [reader for of_rank in positions for reader in of_rank["readers"]],
-            }
-            meta = {**identity, "entry": self.run.entry, "data": data, "machine": _machine()}
+            meta = {**identity, "entry": self.run.entry, "machine": _machine()}
             keep = self.run.config.keep
             save_checkpoint(
                 folder, step, tensors, meta, keep, lambda place: self.leave(place, step, export)
             )
         self.run.saved()
 
-    def resume(self, identity: dict[str, Any], free: set[str]) -> tuple[int, list[Leg]]:
+    def resume(self, identity: dict[str, Any], free: set[str]) -> int:
         """Load the newest whole checkpoint of the run folder.
 
         Returns:
-            Its step, and the legs of the epoch up to there; 0 and none where a run begins.
+            Its step; 0 where a run begins.
 
         Args:
             identity: what the checkpoint must agree with.
@@ -271,16 +264,22 @@ class State:
                 continue
             self._refuse_another(meta, identity, free)
             self._load(stored)
-            return meta["step"], [Leg.from_dict(leg) for leg in meta["data"]["legs"]]
+            return meta["step"]
         if checkpoints:
             raise UserError(
                 f"none of the {len(checkpoints)} checkpoints in {run.dir}/checkpoints can be "
                 "read; move the folder away to start over, or give another --run.dir"
             )
-        return 0, []
+        return 0
 
     def _refuse_another(self, meta: dict, identity: dict, free: set[str]) -> None:
         run = self.run
+        if "legs" in meta.get("data", {}):
+            raise UserError(
+                f"{run.dir} was begun by an earlier version, whose samples came in another order "
+                "(data.shuffle_mb became data.window); finish it with that version, or give "
+                "another --run.dir"
+            )
         changed = differences(meta["config"], identity["config"], free)
         if run.is_main:  # only rank 0 hashed the teacher
             changed += _other_facts(meta["facts"], identity["facts"], free)
@@ -306,12 +305,12 @@ class State:
             self.ema.average = stored["ema"]
         self.guard.load(stored["guard"])
         if len(stored["ranks"]) == self.run.processes:
-            mine = stored["ranks"][self.run.rank]
-            self.window.load(mine["window"])
-            self._count_on(mine)
-        elif self.run.is_main:
-            for rank in stored["ranks"]:
-                self._count_on(rank)
+            mine = [stored["ranks"][self.run.rank]]
+        else:
+            mine = stored["ranks"] if self.run.is_main else []
+        self.window.load([rank["window"] for rank in mine])
+        for rank in mine:
+            self._count_on(rank)
 
     def _count_on(self, stored: dict[str, Any]) -> None:
         """From what a rank had counted in a checkpoint; older ones have less."""
