@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from finetune.coco import DEGENERATE, LEFT_OUT
+from finetune.coco import LEFT_OUT
+from finetune.coco_masks import DEGENERATE
 from finetune.data import UNSURE
 from finetune.losses import mask_iou
 from finetune.prompt_encoder import BOTTOM_RIGHT, FOREGROUND, TOP_LEFT

@@ -18,7 +18,8 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from finetune.coco import Entry, to_sa1b, why_none
+from finetune.coco import Entry
+from finetune.coco_masks import why_none
 from finetune.folders import as_text, extension_of
 from sami.core.checkpoint import write_text
 from sami.core.config import require
@@ -127,7 +128,7 @@ def pack_sample(how: How, picture: SourcePicture, key: str, written: Written) ->
         entry = Entry(list(picture.images), list(picture.annotations))
         size = entry.image["width"], entry.image["height"]
         drawn, unsure = drawn_on(encoded, *size, None, how.masks_drawn_on)
-        told, left_out = to_sa1b(entry, key, how.keep_crowd)
+        told, left_out = entry.to_sa1b(key, how.keep_crowd)
         written.masks += left_out
         if not told["annotations"]:
             raise BadSample(why_none(left_out))

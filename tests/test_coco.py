@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from finetune.coco import DEGENERATE, NORMALISED, CocoSource, Entry, read_coco, to_sa1b
+from finetune.coco import CocoSource, Entry, read_coco
+from finetune.coco_masks import DEGENERATE, NORMALISED
 from finetune.evaluation import EvalDataset
 from finetune.folders import find_files, plain_path
 from finetune.rle import decode_counts, parse_annotations, sample
@@ -68,7 +69,7 @@ def test_each_kind_of_segmentation():
         {"id": 8, "segmentation": compressed(masks[1])},
         {"id": 9, "segmentation": [SQUARE, [40.0, 30.0, 50.0, 30.0, 45.0, 38.0]]},
     ]
-    told, left_out = to_sa1b(Entry([image()], annotations), "00000003.jpg")
+    told, left_out = Entry([image()], annotations).to_sa1b("00000003.jpg")
     assert not left_out
     assert told["image"] == {
         "image_id": 1,
@@ -137,7 +138,7 @@ def test_each_kind_of_segmentation():
 )
 def test_what_is_left_out(annotation, reason):
     good = {"segmentation": [SQUARE]}
-    told, left_out = to_sa1b(Entry([image()], [annotation, good]), "a.jpg")
+    told, left_out = Entry([image()], [annotation, good]).to_sa1b("a.jpg")
     assert left_out == {reason: 1} and len(told["annotations"]) == 1
 
 
@@ -372,7 +373,7 @@ def test_entries_of_one_file_that_differ_in_size(tmp_path, make):
         done.stdout
     )
     with pytest.raises(BadSample, match=reason):
-        to_sa1b(Entry(images[:2], []), "a.png")
+        Entry(images[:2], []).to_sa1b("a.png")
 
 
 @pytest.mark.parametrize("second", [1, "1", 1.0, " 1"])
@@ -467,13 +468,13 @@ def test_a_polygon_of_fewer_than_3_points_leaves_the_others(tmp_path, part, plac
     others = [SQUARE, [40, 5, 50, 5, 45, 20]]
     parts = [*others[:place], part, *others[place:]]
     entry = Entry([image(1, "a.png")], [{"segmentation": parts}, {"segmentation": others}])
-    told, left_out = to_sa1b(entry, "a.png")
+    told, left_out = entry.to_sa1b("a.png")
     first, second = (one["segmentation"]["counts"] for one in told["annotations"])
     whole = coco_mask.merge(coco_mask.frPyObjects(others, HEIGHT, WIDTH))
     assert first == second == whole["counts"].decode()
     assert left_out == {DEGENERATE: 1}
     small = [[x / WIDTH if n % 2 == 0 else x / HEIGHT for n, x in enumerate(SQUARE)], part]
-    _, left_out = to_sa1b(Entry(entry.images, [{"segmentation": small}]), "a.png")
+    _, left_out = Entry(entry.images, [{"segmentation": small}]).to_sa1b("a.png")
     assert left_out == {NORMALISED: 1}
     folder = drawn(tmp_path / "pictures", "a.png")
     path = write(tmp_path, entry.images, [{"image_id": 1, "segmentation": parts}])
@@ -514,7 +515,7 @@ def test_polygons_in_0_to_1(tmp_path, make, share):
 @pytest.mark.parametrize("told", [0, 0.0, "0", False, None, ""])
 def test_what_is_no_crowd(told):
     entry = Entry([image()], [{"segmentation": [SQUARE], "iscrowd": told}])
-    assert len(to_sa1b(entry, "a.jpg")[0]["annotations"]) == 1
+    assert len(entry.to_sa1b("a.jpg")[0]["annotations"]) == 1
 
 
 def test_crowds_can_be_kept(tmp_path, make):
