@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.coco_masks import is_normalised, to_sa1b, why_none, with_area
-from finetune.folders import count_words, find_files, plain_path, read_file
+from finetune.folders import count_words, find_files, plain_path, read_file, read_picture
 from finetune.rle import read_json
-from sami.core.errors import BadSample, UserError, raise_if_machine
+from sami.core.errors import BadSample, UserError
 from sami.core.shards import PICTURE, RawSample
 
 LEFT_OUT = "left out"  # a part of a sample: how many annotations were, by reason, as JSON
@@ -313,12 +313,9 @@ class CocoSource:
                 content, left_out = entry.to_sa1b(name, self.keep_crowd)
                 if not content["annotations"]:
                     raise BadSample(why_none(left_out))
-                picture = (self.folder / name).read_bytes()
+                picture = read_picture(self.folder / name)
             except BadSample as error:
                 yield RawSample(name, reason=str(error))
-            except OSError as error:
-                raise_if_machine(error, self.folder / name)
-                yield RawSample(name, reason=f"unreadable ({error.strerror})")
             else:
                 parts = {PICTURE: picture, "json": json.dumps(content).encode()}
                 if left_out:

@@ -147,6 +147,22 @@ def read_file(path: Path, option: str, remedy: str = "") -> bytes:
         ) from error
 
 
+def read_picture(path: Path) -> bytes:
+    """What the file of a picture holds.
+
+    Raises:
+        BadSample: it is not there, or cannot be read for a reason that is its own.
+        MachineError: the machine cannot read it.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadSample("gone since the folder was listed") from error
+    except OSError as error:
+        raise_if_machine(error, path)
+        raise BadSample(f"unreadable ({error.strerror})") from error
+
+
 # ---- Names in a file, files in a folder
 
 

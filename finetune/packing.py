@@ -9,7 +9,6 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +19,10 @@ from PIL import Image
 
 from finetune.coco import Entry
 from finetune.coco_masks import why_none
-from finetune.folders import as_text, extension_of
+from finetune.folders import as_text, extension_of, read_picture
 from sami.core.checkpoint import write_text
 from sami.core.config import require
-from sami.core.errors import BadSample, UserError, not_written, raise_if_machine
+from sami.core.errors import BadSample, UserError, not_written
 from sami.core.images import (
     BACK,
     FORMATS,
@@ -38,6 +37,7 @@ from sami.core.images import Picture as Encoded
 from sami.core.labels import CLASSES
 
 COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # and their extensions
+UNSURE = "are turned by EXIF and their masks fit both ways: taken as drawn on the"
 LOSSLESS = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")  # Pillow's modes that PNG holds
 
 
@@ -46,8 +46,7 @@ class SourcePicture(NamedTuple):
 
     path: str
     label: int = -1  # none
-    images: Sequence[dict[str, Any]] | None = None  # COCO's image entries
-    annotations: Sequence[dict[str, Any]] = ()
+    entry: Entry | None = None  # of COCO
 
 
 @dataclass(frozen=True)
@@ -119,18 +118,17 @@ def pack_sample(how: How, picture: SourcePicture, key: str, written: Written) ->
         BadSample: it cannot be used.
         UserError: it cannot be read, for a reason that is not in its data.
     """
-    data = _read(how.source / picture.path)
-    encoded, drawn, unsure, told = open_image(data), "upright", False, None
+    data, entry = read_picture(how.source / picture.path), picture.entry
+    encoded, drawn, unsure = open_image(data), "upright", False
     orientation = encoded.orientation  # Pillow forgets a TIFF's once it is loaded
     with decoding("damaged picture"):
         Image.open(io.BytesIO(data), formats=FORMATS).verify()
-    if picture.images is not None:
-        entry = Entry(list(picture.images), list(picture.annotations))
+    if entry is not None:
         size = entry.image["width"], entry.image["height"]
         drawn, unsure = drawn_on(encoded, *size, None, how.masks_drawn_on)
-        told, left_out = entry.to_sa1b(key, how.keep_crowd)
+        content, left_out = entry.to_sa1b(key, how.keep_crowd)
         written.masks += left_out
-        if not told["annotations"]:
+        if not content["annotations"]:
             raise BadSample(why_none(left_out))
     extension, note = extension_of(picture.path), ""
     if extension not in IMAGE_EXTENSIONS:
@@ -141,17 +139,14 @@ def pack_sample(how: How, picture: SourcePicture, key: str, written: Written) ->
             data, orientation = as_png(encoded, drawn), 1
             note = f"{named}, in {encoded.format}, became PNG without a loss"
     sample = {"__key__": key, extension: data}
-    if told is not None:
-        told["image"]["file_name"] = f"{key}.{extension}"
+    if entry is not None:
+        content["image"]["file_name"] = f"{key}.{extension}"
         if orientation != 1:
-            told["image"]["drawn_on"] = drawn  # decided here, once
-        sample["json"] = json.dumps(told).encode()
+            content["image"]["drawn_on"] = drawn  # decided here, once
+        sample["json"] = json.dumps(content).encode()
     elif picture.label >= 0:
         sample["cls"] = picture.label
-    guess = (
-        "are turned by EXIF and their masks fit both ways: taken as drawn on the "
-        f"{drawn} picture (--masks-drawn-on)"
-    )
+    guess = f"{UNSURE} {drawn} picture (--masks-drawn-on)"
     written.noted.update([note] * bool(note) + [guess] * unsure)
     return sample
 
@@ -180,16 +175,6 @@ def as_png(encoded: Encoded, drawn: Drawn) -> bytes:
         stream = io.BytesIO()
         image.save(stream, "PNG", exif=b"")
         return stream.getvalue()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise BadSample("gone since the folder was listed") from error
-    except OSError as error:
-        raise_if_machine(error, path)
-        raise BadSample(f"unreadable ({error.strerror})") from error
 
 
 # ---- The plan of a folder
@@ -232,20 +217,15 @@ def claim(
         raise UserError(
             f"{file} is damaged; delete it and the shards of --prefix {prefix}"
         ) from error
-    changed = [name for name in plan if plan[name] != found.get(name, plan[name])]
     names = {"listing": "the pictures, their labels or annotations", "pictures": "their number"}
+    changed = [names.get(n, n) for n in plan if plan[n] != found.get(n, plan[n])]
     require(
         not changed or not any(out.glob(f"{prefix}-*.tar")),
-        f"{out} holds shards made of other pictures or with other options "
-        f"({', '.join(names.get(name, name) for name in changed)} differ); use another OUT or "
-        f"--prefix, or delete {prefix}-*.tar there to make them anew",
+        f"{out} holds shards made of other pictures or with other options ({', '.join(changed)} "
+        f"differ); use another OUT or --prefix, or delete {prefix}-*.tar there to make them anew",
     )
     before = found.get("stamps", {})
-    stale = [
-        name
-        for name, now in shards.items()
-        if before.get(name, now) != now and (out / name).exists()
-    ]
+    stale = [n for n, now in shards.items() if before.get(n, now) != now and (out / n).exists()]
     require(
         not stale,
         f"pictures in {len(stale)} of the finished shards in {out} changed since they were "
@@ -253,15 +233,15 @@ def claim(
         f"{' ...' if len(stale) > 5 else ''}, and the same command writes them anew; or use "
         "another OUT",
     )
-    written = {file: plan | {"stamps": shards}}
+    contents: dict[Path, object] = {file: plan | {"stamps": shards}}
     if classes:
         _refuse_other_classes(out, classes)
-        written[out / CLASSES] = classes
-    for file, told in written.items():
-        text = json.dumps(told, indent=1) + "\n"
+        contents[out / CLASSES] = classes
+    for path, content in contents.items():
+        text = json.dumps(content, indent=1) + "\n"
         try:
-            if not file.exists() or file.read_bytes() != text.encode():
-                write_text(file, text)
+            if not path.exists() or path.read_bytes() != text.encode():
+                write_text(path, text)
         except OSError as error:
             raise not_written(error, str(out), "name another folder") from error
 
@@ -272,25 +252,24 @@ def _refuse_other_classes(out: Path, classes: list[str]) -> None:
         UserError: OUT/classes.json numbers others, and shards beside it are read by it.
     """
     file = out / CLASSES
-    if file.exists() and any(out.glob("*.tar")):
-        try:
-            found = json.loads(file.read_bytes())
-        except ValueError:
-            found = None
-        if found == classes:
-            return
-        found = found if isinstance(found, list) else []
-        ours = [name for name in classes if name not in found]
-        theirs = [name for name in found if name not in classes]
-        what = [
-            *([f"{len(ours)} are not in it, such as '{ours[0]}'"] if ours else []),
-            *([f"{len(theirs)} are in it alone, such as '{theirs[0]}'"] if theirs else []),
-        ]
-        raise UserError(
-            f"{file} numbers other classes than these ({'; '.join(what) or 'in another order'}), "
-            f"and shards beside it are read by it; number these as there, --classes {file}, or use "
-            "another OUT"
-        )
+    if not file.exists() or not any(out.glob("*.tar")):
+        return
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError:
+        found = None
+    if found == classes:
+        return
+    found = found if isinstance(found, list) else []
+    ours = [name for name in classes if name not in found]
+    theirs = [name for name in found if name not in classes]
+    what = [f"{len(ours)} are not in it, such as '{ours[0]}'"] if ours else []
+    what += [f"{len(theirs)} are in it alone, such as '{theirs[0]}'"] if theirs else []
+    raise UserError(
+        f"{file} numbers other classes than these ({'; '.join(what) or 'in another order'}), and "
+        f"shards beside it are read by it; number these as there, --classes {file}, or use another "
+        "OUT"
+    )
 
 
 def unclaim(out: Path, prefix: str, shards: list[Path], own_classes: bool) -> None:
@@ -304,13 +283,8 @@ def unclaim(out: Path, prefix: str, shards: list[Path], own_classes: bool) -> No
 
 def listing(pictures: list[SourcePicture]) -> str:
     """Changes with the pictures' paths, labels or annotations."""
-    rows = [
-        (
-            as_text(p.path),
-            p.label,
-            p.images[0] if p.images and len(p.images) == 1 else p.images,
-            p.annotations,
-        )
-        for p in pictures
-    ]
+    rows = []
+    for path, label, entry in pictures:
+        images = entry and (entry.images if len(entry.images) > 1 else entry.images[0])
+        rows.append((as_text(path), label, images, entry.annotations if entry else []))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -71,9 +71,7 @@ def find(args: argparse.Namespace) -> tuple[list[SourcePicture], list[str], Coco
     """
     if args.coco is not None:
         coco = CocoSource.of(read_coco(args.coco), args.source)
-        pictures = [
-            SourcePicture(path, -1, one.images, one.annotations) for path, one in coco.entries
-        ]
+        pictures = [SourcePicture(path, -1, one) for path, one in coco.entries]
         return pictures, [], coco
     known = Classes.read(args.classes) if args.classes else None
     known = Classes.beside(args.like) if args.like else known
