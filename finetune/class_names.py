@@ -20,7 +20,7 @@ from finetune.folders import as_text, find_files, fold, plain_path, read_file
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.labels import CLASSES
-from sami.core.shards import expand
+from sami.core.patterns import expand
 
 # Words of which the names of folders between the source and its classes are made.
 LEVELS = set(

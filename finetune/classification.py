@@ -25,7 +25,8 @@ from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, open_image
 from sami.core.optim import OptimConfig
 from sami.core.order import sample_rng
-from sami.core.shards import PICTURE, RawSample
+from sami.core.reading import RawSample
+from sami.core.scanning import PICTURE
 from sami.encoder import EncoderConfig, load_encoder
 from sami.probe import read_label
 

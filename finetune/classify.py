@@ -36,12 +36,12 @@ from sami.core.dataset import (
     open_data,
 )
 from sami.core.exits import FINISHED, run_entry
+from sami.core.index import Shard, fingerprint
 from sami.core.labels import check_labels, check_names, tell_held_out, tell_neighbours
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Order
 from sami.core.processes import exact
 from sami.core.run import Run, RunConfig, is_due
-from sami.core.shards import Shard, fingerprint
 from sami.core.starts import Start, find_starts
 from sami.core.state import State
 from sami.encoder import TAKES, EncoderConfig

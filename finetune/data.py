@@ -28,7 +28,8 @@ from sami.core.dataset import ShardsConfig
 from sami.core.errors import BadSample
 from sami.core.images import Drawn, drawn_on, frame_of, open_image, resize_whole
 from sami.core.order import sample_rng
-from sami.core.shards import PICTURE, RawSample
+from sami.core.reading import RawSample
+from sami.core.scanning import PICTURE
 
 NO_PIXEL = "no pixel at the loss's resolution"  # of an object
 UNSURE = "turned by EXIF, and its masks fit both ways: masks_drawn_on decided"  # of a picture

@@ -30,10 +30,12 @@ from sami.core.config import require
 from sami.core.dataset import SampleSource, ShardSource, load_validation
 from sami.core.errors import BadSample
 from sami.core.images import Drawn, drawn_on, open_image, resize_whole
+from sami.core.index import Shard
 from sami.core.order import sample_rng
 from sami.core.processes import exact
+from sami.core.reading import RawSample
 from sami.core.run import Run
-from sami.core.shards import PICTURE, RawSample, Shard
+from sami.core.scanning import PICTURE
 from sami.heldout import tell_unusable
 
 FIELDS = (PICTURE, "json")  # what is read of a sample

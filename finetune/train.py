@@ -36,10 +36,10 @@ from sami.core.config import require, to_dict
 from sami.core.dataset import ShardSource, load_training, open_data
 from sami.core.exits import FINISHED, run_entry
 from sami.core.images import Drawn
+from sami.core.index import Shard, fingerprint
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Order
 from sami.core.run import Run, RunConfig, is_due
-from sami.core.shards import Shard, fingerprint
 from sami.core.starts import Start, find_starts
 from sami.core.state import State
 from sami.core.weights import find_weights

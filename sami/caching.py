@@ -22,8 +22,11 @@ from sami.core.checkpoint import sha256_of, write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError, not_written, raise_if_machine
 from sami.core.images import open_image
+from sami.core.index import Shard
+from sami.core.network import is_url
 from sami.core.paths import exists, is_file
-from sami.core.shards import PICTURE, Shard, is_url, read_samples
+from sami.core.reading import read_samples
+from sami.core.scanning import PICTURE
 from sami.features import Cache
 from sami.teacher import TeacherConfig
 

@@ -14,7 +14,8 @@ from sami.core.config import require
 from sami.core.dataset import ShardsConfig
 from sami.core.images import Box, cut, open_image
 from sami.core.order import sample_rng
-from sami.core.shards import PICTURE, TEACHER, RawSample
+from sami.core.reading import RawSample
+from sami.core.scanning import PICTURE, TEACHER
 from sami.features import Cache, FeatureBatch, from_bytes, region_weights
 from sami.grids import IMAGE_SIZE
 

@@ -24,16 +24,10 @@ from sami.core.checkpoint import sha256_of
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError
 from sami.core.images import open_image, resize_whole
+from sami.core.index import Shard
 from sami.core.paths import exists
-from sami.core.shards import (
-    PICTURE,
-    TEACHER,
-    RawSample,
-    Shard,
-    read_samples,
-    read_whole,
-    split_name,
-)
+from sami.core.reading import RawSample, read_samples, read_whole
+from sami.core.scanning import PICTURE, TEACHER, split_name
 from sami.features import Cache, QuantizedFeatures, from_bytes, pack, quantise, to_bytes
 from sami.teacher import Teacher
 

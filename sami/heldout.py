@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from sami.core.config import require
 from sami.core.dataset import Bad, ShardSource, Validation, load_validation
+from sami.core.index import Shard
 from sami.core.processes import exact
 from sami.core.run import Run
-from sami.core.shards import Shard
 from sami.data import Batch, Views
 from sami.model import MaskedReconstruction, token_errors
 

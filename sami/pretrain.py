@@ -21,11 +21,12 @@ from sami.core.config import require, to_dict
 from sami.core.dataset import load_training, open_data
 from sami.core.errors import BadSample
 from sami.core.exits import FINISHED, run_entry
+from sami.core.index import Shard, Source, fingerprint
 from sami.core.labels import check_names, require_labels, tell_neighbours
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Order
+from sami.core.reading import read_range
 from sami.core.run import Run, RunConfig, is_due
-from sami.core.shards import Shard, Source, fingerprint, read_range
 from sami.core.starts import RANDOM, Start, find_starts
 from sami.core.state import State
 from sami.data import Batch, DataConfig, MaskConfig, Views, visible_count

@@ -17,8 +17,10 @@ from sami.core.config import require
 from sami.core.dataset import ShardSource, Validation, load_validation
 from sami.core.errors import BadSample
 from sami.core.images import cut, open_image
+from sami.core.index import Shard
+from sami.core.reading import RawSample
 from sami.core.run import Run
-from sami.core.shards import PICTURE, RawSample, Shard, parse_label
+from sami.core.scanning import PICTURE, parse_label
 from sami.data import centre_square
 from sami.encoders.protocol import ImageEncoder
 

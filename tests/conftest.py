@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from sami.core import remote
 from sami.core.exits import run_entry
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,13 @@ def pytest_configure(config):
 
     if config.getoption("timeout") is None:
         config.option.timeout = TEST_LIMIT
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Shards that are fetched whole lie with what else the tests write; nothing is waited for."""
+    remote.DEFAULT_FOLDER = tmp_path_factory.mktemp("shards")
+    remote.DEFAULT_PATIENCE = remote.Patience(stall=5, pauses=(0.01, 0.02))
 
 
 @pytest.fixture

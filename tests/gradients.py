@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from sami.core.index import open_sources
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
-from sami.core.shards import expand, open_sources, read_range
+from sami.core.patterns import expand
+from sami.core.reading import read_range
 from sami.data import Views
 from sami.encoder import EncoderConfig, build_encoder
 from sami.model import DecoderConfig, LossConfig, MaskedReconstruction

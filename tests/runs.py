@@ -16,7 +16,8 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from sami.core.shards import Source, expand, open_sources
+from sami.core.index import Source, open_sources
+from sami.core.patterns import expand
 from tests.preloaded import Popen
 
 ROOT = Path(__file__).parents[1]

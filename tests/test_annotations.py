@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from finetune.evaluation import EvalDataset, EvalSample
 from finetune.rle import FOREIGN, MISFIT, parse_annotations
 from sami.core.errors import BadSample
-from sami.core.shards import PICTURE, RawSample
+from sami.core.reading import RawSample
+from sami.core.scanning import PICTURE
 from tests.test_data_stage2 import HEIGHT, WIDTH, discs, maker, raw
 from tests.test_evaluation import SHAPE, Given, paint
 from tests.test_rle import JSON

@@ -16,7 +16,8 @@ from finetune.pictures import draw_masks
 from finetune.sam import ModelShape, Sam
 from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, frame_of, open_image
-from sami.core.shards import PICTURE, TEACHER, RawSample
+from sami.core.reading import RawSample
+from sami.core.scanning import PICTURE, TEACHER
 from sami.data import Views
 from sami.encoders.protocol import EncoderShape
 from sami.extraction import extract_whole, prepare

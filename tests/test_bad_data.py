@@ -21,8 +21,10 @@ from PIL import Image
 from finetune.rle import decode_counts, parse_annotations
 from sami.core.dataset import Training
 from sami.core.errors import BadSample, UserError
+from sami.core.index import index_beside, open_sources
 from sami.core.order import Order
-from sami.core.shards import PICTURE, RawSample, index_beside, open_sources, read_range
+from sami.core.reading import RawSample, read_range
+from sami.core.scanning import PICTURE
 from sami.data import Views, centre_square
 from tests.runs import LIMIT, arguments, command, kill, run, start, summary, wait_for, write_shards
 

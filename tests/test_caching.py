@@ -19,7 +19,8 @@ from PIL import Image
 from sami import caching, extraction
 from sami.caching import read_manifest, sha256_of
 from sami.core.errors import UserError
-from sami.core.shards import PICTURE, TEACHER, read_range
+from sami.core.reading import read_range
+from sami.core.scanning import PICTURE, TEACHER
 from sami.extraction import extract_whole
 from sami.features import Cache, from_bytes
 from sami.pretrain import PretrainConfig, main, make_targets, make_views

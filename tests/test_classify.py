@@ -20,7 +20,7 @@ from finetune.classify import ClassifyConfig, main
 from sami.core.checkpoint import write_weights
 from sami.core.config import load_config
 from sami.core.optim import OptimConfig
-from sami.core.shards import read_range
+from sami.core.reading import read_range
 from sami.encoder import EncoderConfig, build_encoder, export_header
 from tests.runs import ROOT, numbers, opened, summary
 from tests.test_probe import labelled

@@ -17,7 +17,8 @@ from finetune.folders import find_files, plain_path
 from finetune.rle import decode_counts, parse_annotations, sample
 from sami.core.errors import BadSample, UserError
 from sami.core.exits import run_entry
-from sami.core.shards import PICTURE, read_range
+from sami.core.reading import read_range
+from sami.core.scanning import PICTURE
 from tests.runs import opened
 from tests.test_evaluation import SHAPE
 from tools.make_shards import main

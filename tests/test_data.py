@@ -9,7 +9,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from sami.core.dataset import ShardSource, Validation, load_validation
 from sami.core.order import sample_rng
-from sami.core.shards import read_range
+from sami.core.reading import read_range
 from sami.data import Views, draw, draw_held_out, random_region, visible_count
 from tests.runs import opened, write_shards
 

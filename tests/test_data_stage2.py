@@ -14,7 +14,8 @@ from finetune.prompts import PromptConfig
 from sami.core.dataset import Training
 from sami.core.errors import BadSample
 from sami.core.order import Order
-from sami.core.shards import PICTURE, RawSample
+from sami.core.reading import RawSample
+from sami.core.scanning import PICTURE
 from tests.runs import ROOT, opened
 from tests.test_toy_shards import draw
 
@@ -255,7 +256,7 @@ def test_real_pictures(tmp_path):
     real = ROOT.parent / "shared/data/sa1b_layout/train/sa_000000.tar"
     if not real.exists():
         pytest.skip("the real tars (../shared/data/sa1b_layout) are not here")
-    from sami.core.shards import read_range
+    from sami.core.reading import read_range
 
     (source,) = opened(str(real), tmp_path)
     views = maker(image_size=256)

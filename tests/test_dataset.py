@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from sami.core import dataset as module
-from sami.core import shards as shards_module
+from sami.core import reading
 from sami.core.dataset import MicroBatches, ShardSource, Training, load
 from sami.core.errors import BadSample, UserError
+from sami.core.index import Source
 from sami.core.order import Order
-from sami.core.shards import PICTURE, Source
+from sami.core.scanning import PICTURE
 from sami.data import Views
 from tests.runs import opened, write_shards
 
@@ -99,7 +100,7 @@ def test_fewer_samples_than_workers(tmp_path):
 
 def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
     """And few indexes, however many are read by turns."""
-    monkeypatch.setattr(shards_module, "OPEN", 3)
+    monkeypatch.setattr(reading, "OPEN", 3)
     sources = opened(write_shards(tmp_path, (3,) * 12), tmp_path)
     descriptors = len(os.listdir("/proc/self/fd"))
     order = order_of(sources, 6, window=5)

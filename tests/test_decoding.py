@@ -10,7 +10,8 @@ from PIL import Image, ImageChops
 from finetune.classification import AugmentConfig, LabelDataConfig, LabelTransform
 from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, UNKNOWN_RANGE, cut, open_image, to_8_bits
-from sami.core.shards import PICTURE, RawSample
+from sami.core.reading import RawSample
+from sami.core.scanning import PICTURE
 from tests.test_images import encode
 
 HEIGHT, WIDTH = 48, 64

@@ -10,7 +10,7 @@ from finetune.classify import main as classify
 from sami.core.errors import UserError
 from sami.core.labels import check_labels, classes_in_a_batch, labels_of, tell_neighbours
 from sami.core.order import Order
-from sami.core.shards import BAD_LABEL, NO_LABEL, Members
+from sami.core.scanning import BAD_LABEL, NO_LABEL, Members
 from tests.runs import opened
 from tests.test_classify import words
 from tests.test_probe import labelled

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from finetune.coco import read_coco
 from sami.caching import MANIFEST, read_manifest
-from sami.core import shards as shards_module
+from sami.core import reading
 from sami.core.checkpoint import list_checkpoints, read_meta, read_state, save_checkpoint
 from sami.core.config import load_config
 from sami.core.dataset import load
@@ -34,8 +34,11 @@ from sami.core.errors import (
 )
 from sami.core.exits import USER_ERROR, run_entry, user_error
 from sami.core.images import open_image
+from sami.core.index import open_sources, stored_index
 from sami.core.metrics import MetricsFile
-from sami.core.shards import expand, open_sources, read_samples, read_whole, scan, stored_index
+from sami.core.patterns import expand
+from sami.core.reading import read_samples, read_whole
+from sami.core.scanning import scan
 from sami.core.weights import Takes, find_weights, read_summary, read_weights
 from sami.pretrain import PretrainConfig, main
 from tests.runs import ROOT, arguments, opened, summary, wait_for, write_shards
@@ -179,7 +182,7 @@ def test_in_the_middle_of_training(monkeypatch, tmp_path, in_process, number):
     """No sample is counted bad, no checkpoint is lost; afterwards the run goes on."""
     shards = write_shards(tmp_path / "data", (13, 9))
     words = arguments(tmp_path / "run", shards, **{"train.steps": 6, "run.save_every": 2})
-    monkeypatch.setattr(shards_module, "OPEN", 1)  # or each is opened but once
+    monkeypatch.setattr(reading, "OPEN", 1)  # or each is opened but once
     reads = []
 
     def late(path: str) -> bool:

@@ -17,7 +17,9 @@ from scipy.io import savemat
 from finetune.class_names import Classes, class_folders
 from finetune.packing import SourcePicture, listing
 from sami.core.exits import run_entry
-from sami.core.shards import PICTURE, expand, read_range
+from sami.core.patterns import expand
+from sami.core.reading import read_range
+from sami.core.scanning import PICTURE
 from tests.runs import ROOT, kill, opened, run, start, wait_for
 from tools.make_shards import main
 

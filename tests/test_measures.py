@@ -15,7 +15,7 @@ from finetune.model import MaskDecoderConfig, build_model, model_header
 from finetune.trivial import RADII
 from sami.core.checkpoint import write_weights
 from sami.core.errors import UserError
-from sami.core.shards import PICTURE
+from sami.core.scanning import PICTURE
 from sami.encoder import EncoderConfig
 from tests.runs import ROOT, run
 from tests.test_toy_shards import draw

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sami.core.dataset import MicroBatches
+from sami.core.index import Shard, Source
 from sami.core.order import Order, apportion, interleaved, sample_rng
-from sami.core.shards import Shard, Source
 from tests import reference
 
 

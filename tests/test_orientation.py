@@ -16,7 +16,8 @@ from finetune.evaluation import EvalDataset, PromptSpec
 from finetune.train import main as train
 from sami.core.errors import BadSample
 from sami.core.images import DRAWN, STD, drawn_on, open_image
-from sami.core.shards import PICTURE, RawSample, read_range
+from sami.core.reading import RawSample, read_range
+from sami.core.scanning import PICTURE
 from sami.data import Views
 from sami.extraction import prepare
 from sami.probe import labelled_squares

@@ -10,7 +10,8 @@ import webdataset as wds
 from PIL import Image
 
 from sami.core.errors import BadSample
-from sami.core.shards import PICTURE, RawSample
+from sami.core.reading import RawSample
+from sami.core.scanning import PICTURE
 from sami.pretrain import main
 from sami.probe import knn_accuracy, labelled_squares, linear_accuracy, read_label
 from tests.runs import arguments, numbers, opened

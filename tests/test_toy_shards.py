@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sami.core.shards import expand, open_sources
+from sami.core.index import open_sources
+from sami.core.patterns import expand
 from tests.runs import ROOT, run
 from tools.make_toy_shards import MIN_AREA, draw_scene, to_sa1b
 

@@ -11,7 +11,7 @@ import torch
 from finetune.data import NO_PIXEL
 from finetune.model import load_model
 from finetune.train import main
-from sami.core.shards import PICTURE
+from sami.core.scanning import PICTURE
 from sami.encoder import load_encoder
 from tests.runs import ROOT, every_parameter_was_updated, kill, numbers, run, start, summary
 from tests.runs import command as stage1

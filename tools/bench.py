@@ -38,20 +38,15 @@ from sami.core.config import require
 from sami.core.dataset import MicroBatches, ShardsConfig, Training, Transform, load
 from sami.core.exits import run_entry
 from sami.core.images import Normalise, open_image
+from sami.core.index import Source, open_sources
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
 from sami.core.options import Options
 from sami.core.order import Order
 from sami.core.paths import path_pattern
+from sami.core.patterns import expand
 from sami.core.processes import DEVICES, choose_device
-from sami.core.shards import (
-    PICTURE,
-    TEACHER,
-    RawSample,
-    Source,
-    expand,
-    open_sources,
-    read_samples,
-)
+from sami.core.reading import RawSample, read_samples
+from sami.core.scanning import PICTURE, TEACHER
 from sami.core.tables import show_table
 from sami.data import Views
 from sami.encoder import EncoderConfig, build_encoder

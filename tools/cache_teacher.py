@@ -35,12 +35,16 @@ from sami.caching import Manifest, estimate_bytes, require_room
 from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.exits import run_entry
+from sami.core.index import Shard, Source, open_sources
+from sami.core.network import is_url
 from sami.core.options import Options
 from sami.core.paths import exists, local_path, path_pattern
+from sami.core.patterns import expand
 from sami.core.processes import DEVICES, check_launch, choose_device
 from sami.core.progress import Progress as Lines
+from sami.core.reading import read_samples
 from sami.core.run import TimeLeft, environment
-from sami.core.shards import PICTURE, Shard, Source, expand, is_url, open_sources, read_samples
+from sami.core.scanning import PICTURE
 from sami.encoders.registry import TEACHERS
 from sami.extraction import (
     FeatureExtractor,

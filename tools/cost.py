@@ -37,9 +37,11 @@ from sami.core.configfile import (
 )
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
+from sami.core.index import open_sources
+from sami.core.network import is_url
 from sami.core.options import Options
 from sami.core.paths import local_path
-from sami.core.shards import expand, is_url, open_sources
+from sami.core.patterns import expand
 from sami.core.shipped import find
 from sami.core.tables import show_table
 from sami.data import visible_count

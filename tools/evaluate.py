@@ -40,11 +40,13 @@ from sami.core.dataset import SampleSource, ShardSource, load
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
 from sami.core.images import DRAWN
+from sami.core.index import open_sources
 from sami.core.options import Options
 from sami.core.paths import local_path, path_pattern
+from sami.core.patterns import expand
 from sami.core.processes import DEVICES, choose_device
 from sami.core.progress import track
-from sami.core.shards import RawSample, expand, open_sources
+from sami.core.reading import RawSample
 from sami.core.tables import show_table
 from sami.core.weights import find_weights
 

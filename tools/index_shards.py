@@ -14,10 +14,13 @@ from concurrent.futures import ProcessPoolExecutor
 from sami.core.config import require
 from sami.core.errors import not_written
 from sami.core.exits import run_entry
+from sami.core.index import index_beside, stored_index
+from sami.core.network import is_url
 from sami.core.options import Options
 from sami.core.paths import path_pattern
+from sami.core.patterns import expand
 from sami.core.progress import track
-from sami.core.shards import expand, index_beside, is_url, scan, stamp_of, stored_index
+from sami.core.scanning import scan, stamp_of
 
 
 def index(url: str) -> tuple[int, list[str]]:

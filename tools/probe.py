@@ -19,12 +19,13 @@ import torch
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.exits import run_entry
+from sami.core.index import Shard, open_sources
 from sami.core.labels import check_names, require_labels
 from sami.core.options import Options
 from sami.core.overlap import refuse_overlap
 from sami.core.paths import local_path, path_pattern
+from sami.core.patterns import expand
 from sami.core.processes import DEVICES, choose_device
-from sami.core.shards import Shard, expand, open_sources
 from sami.encoder import load_encoder
 from sami.probe import compare, embed, spread
 

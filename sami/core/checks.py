@@ -15,10 +15,12 @@ from sami.core.config import load_config, needs_of, require
 from sami.core.dataset import Transform
 from sami.core.errors import BadSample, MachineError, UserError
 from sami.core.exits import FINISHED
+from sami.core.index import Shard
 from sami.core.order import Order
+from sami.core.patterns import expand
 from sami.core.processes import is_launched
+from sami.core.reading import read_range
 from sami.core.run import Run, refuse_other_run
-from sami.core.shards import Shard, expand, read_range
 from sami.core.starts import Start, starts_missing
 from sami.core.weights import entry_of_groups
 

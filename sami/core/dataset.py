@@ -35,11 +35,13 @@ from sami.core.errors import (
     reader_gone,
     shared_memory_full,
 )
+from sami.core.index import Shard, Source, open_sources
 from sami.core.order import Order
 from sami.core.overlap import refuse_overlap
+from sami.core.patterns import expand
 from sami.core.progress import follow
+from sami.core.reading import RawSample, Reader, locate
 from sami.core.run import Run
-from sami.core.shards import RawSample, Reader, Shard, Source, expand, locate, open_sources
 
 MAX_BAD_IN_A_ROW = 1000  # samples tried for one position: nothing that is left will be usable
 NEAR = 16  # of these come from the position's own window, which is open; then from the whole epoch

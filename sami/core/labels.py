@@ -8,9 +8,12 @@ import numpy as np
 
 from sami.core.config import require
 from sami.core.errors import UserError, raise_if_machine
+from sami.core.index import Shard
+from sami.core.network import is_url
 from sami.core.order import Order
 from sami.core.paths import is_file
-from sami.core.shards import BAD_LABEL, FIELDS, NO_LABEL, Shard, is_url, key_of
+from sami.core.reading import key_of
+from sami.core.scanning import BAD_LABEL, FIELDS, NO_LABEL
 
 CLASSES = "classes.json"  # what tools/make_shards.py calls the list of names beside its shards
 LOOKED_AT = 256  # samples of a batch whose classes are counted

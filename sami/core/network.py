@@ -82,7 +82,7 @@ def by_fsspec(url: str) -> bool:
 _DESCRIBED: dict[str, Remote] = {}
 
 
-def describe(url: str, patience: Patience = DEFAULT_PATIENCE) -> Remote:
+def describe(url: str, patience: Patience) -> Remote:
     """What a server says of a shard that fsspec opens; asked once by a process and its children.
 
     Raises:
@@ -93,27 +93,40 @@ def describe(url: str, patience: Patience = DEFAULT_PATIENCE) -> Remote:
         system, path = system_of(url, patience)
         info = persist(url, lambda: system.info(path), patience)
         size, seekable = info.get("size"), False
+
+        def second_bytes() -> bytes:
+            # Not by cat_file, which takes in the whole file if the server ignores ranges.
+            with system.open(path, "rb", cache_type="none", size=size) as file:
+                file.seek(SECOND_BYTES.start)
+                try:
+                    return file.read(SECOND_BYTES.stop - SECOND_BYTES.start)
+                except ValueError as error:
+                    raise _RangesIgnored from error
+
         if size and size >= SECOND_BYTES.stop and info.get("partial", True):
-            file = RangeFile(url, size, patience)
             with contextlib.suppress(_RangesIgnored):
-                second = persist(url, lambda: file.ask(SECOND_BYTES), patience)
-                seekable = compression_of(second) is None
+                seekable = compression_of(persist(url, second_bytes, patience)) is None
         version = next((info[key] for key in ("ETag", "etag", "Last-Modified") if key in info), "")
         _DESCRIBED[url] = Remote(size, f"{size}-{version}", seekable)
     return _DESCRIBED[url]
+
+
+def read_small(url: str, patience: Patience) -> bytes:
+    """All of a small file. Raises as :func:`describe` does."""
+    system, path = system_of(url, patience)
+    return persist(url, lambda: system.cat_file(path), patience)
 
 
 class RangeFile(io.RawIOBase):
     """A remote file; each ``read`` is one request for just these bytes, tried again on faults.
 
     Nothing is read ahead, since the next sample may lie anywhere: who reads small pieces in a row
-    wraps it in ``io.BufferedReader``.
+    wraps it in ``io.BufferedReader``. Several threads may use ``read_at``.
     """
 
     def __init__(self, url: str, size: int, patience: Patience) -> None:
         super().__init__()
-        self.url, self.size, self.patience = url, size, patience
-        self._position, self._file, self._process = 0, None, 0
+        self.url, self.size, self.patience, self._position = url, size, patience, 0
 
     def readable(self) -> bool:
         return True
@@ -130,22 +143,9 @@ class RangeFile(io.RawIOBase):
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        """
-        Raises:
-            UserError: the file is gone, or may no longer be read.
-            MachineError: the network fails.
-        """
-        end = self.size if size is None or size < 0 else min(self._position + size, self.size)
-        wanted = slice(self._position, max(end, self._position))
-        if wanted.start == wanted.stop:
-            return b""
-        try:
-            data = persist(self.url, lambda: self.ask(wanted), self.patience)
-        except _RangesIgnored as error:
-            raise MachineError(
-                f"{self.url}: its server gives no ranges any more; {AGAIN}"
-            ) from error
-        self._position = wanted.stop
+        """Raises as :meth:`read_at` does."""
+        data = self.read_at(self._position, self.size if size is None or size < 0 else size)
+        self._position += len(data)
         return data
 
     def readall(self) -> bytes:
@@ -156,27 +156,25 @@ class RangeFile(io.RawIOBase):
         buffer[: len(data)] = data
         return len(data)
 
-    def ask(self, wanted: slice) -> bytes:
-        """Ask for these bytes, once.
+    def read_at(self, start: int, size: int) -> bytes:
+        """So many bytes from a place on, fewer where the file ends.
 
         Raises:
-            _RangesIgnored: the server would send the whole file.
-            Exception: of whatever library reads it.
+            UserError: the file is gone, or may no longer be read.
+            MachineError: the network fails.
         """
-        if self._process != os.getpid():  # connections do not survive a fork
+        stop = min(start + size, self.size)
+        if stop <= start:
+            return b""
+
+        def ask() -> bytes:
             system, path = system_of(self.url, self.patience)
-            self._file = system.open(path, "rb", cache_type="none", size=self.size)
-            self._process = os.getpid()
-        self._file.seek(wanted.start)
-        try:
-            data = self._file.read(wanted.stop - wanted.start)
-        except ValueError as error:
-            if "range requests" not in str(error):
-                raise
-            raise _RangesIgnored from error
-        if len(data) != wanted.stop - wanted.start:
-            raise EOFError(f"{len(data)} of {wanted.stop - wanted.start} bytes came")
-        return data
+            data = system.cat_file(path, start=start, end=stop)
+            if len(data) != stop - start:
+                raise EOFError(f"{len(data)} of {stop - start} bytes came")
+            return data
+
+        return persist(self.url, ask, self.patience)
 
 
 class _RangesIgnored(Exception):

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from sami.core.shards import Shard, Source
+from sami.core.index import Shard, Source
 
 # Permuted windows that are held: the one that is read and the next, of a few sources.
 HELD_WINDOWS = 8

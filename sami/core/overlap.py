@@ -6,7 +6,10 @@ import os
 import numpy as np
 
 from sami.core.errors import UserError
-from sami.core.shards import FIELDS, PICTURE, Shard, is_url, key_of, read_samples
+from sami.core.index import Shard
+from sami.core.network import is_url
+from sami.core.reading import key_of, read_samples
+from sami.core.scanning import FIELDS, PICTURE
 
 CONFIRMED = 32  # pairs of one key and size whose bytes are compared, at most
 PROBED, ALIKE = 16, 16  # held-out pictures that are looked for under other keys; of one size each

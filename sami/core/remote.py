@@ -42,6 +42,8 @@ from sami.core.network import (
     system_of,
 )
 
+# Of this user, where temporary files go (TMPDIR): mostly a disk of this machine, as it should be.
+DEFAULT_FOLDER = Path(tempfile.gettempdir(), f"sami-shards-{getattr(os, 'getuid', int)()}")
 GB = 1e9
 CHUNK = 1 << 20  # bytes copied at once
 STEP = 64 << 20  # bytes by which room grows for a shard whose length nobody tells
@@ -50,12 +52,15 @@ PAUSE = 0.1  # s between two looks whether others have made room
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # of decompressing
 
 
-def open_shard(url: str, cache: "ShardCache | None" = None) -> BinaryIO:
-    """A shard's bytes, decompressed, for reading and seeking.
+def open_shard(
+    url: str, cache: "ShardCache | None" = None, streamed: bool | None = None
+) -> BinaryIO:
+    """A shard's bytes, decompressed and unbuffered, for reading and seeking.
 
     Args:
         url: a local path, taken as it is whatever characters it has, or what :func:`is_url` knows.
         cache: for what cannot seek; the default one if None.
+        streamed: see :func:`is_streamed`, which is asked if None.
 
     Raises:
         OSError: a local file cannot be opened.
@@ -63,16 +68,19 @@ def open_shard(url: str, cache: "ShardCache | None" = None) -> BinaryIO:
         MachineError: the network fails for longer than ``cache.patience``, or the disk is full.
     """
     cache = cache or ShardCache()
-    if by_fsspec(url):
-        remote = describe(url, cache.patience)
-        return RangeFile(url, remote.size, cache.patience) if remote.seekable else cache.open(url)
-    if is_url(url):
+    if streamed if streamed is not None else is_streamed(url, cache.patience):
         return cache.open(url)
-    file = open(url, "rb")
-    if compression_of(file.peek(SECOND_BYTES.stop)[SECOND_BYTES]) is None:
-        return file
-    file.close()
-    return cache.open(url)
+    if is_url(url):
+        return RangeFile(url, describe(url, cache.patience).size, cache.patience)
+    return open(url, "rb", buffering=0)
+
+
+def is_streamed(url: str, patience: Patience) -> bool:
+    """Whether a shard cannot seek, and is read from a cache. Raises as :func:`open_shard` does."""
+    if is_url(url):
+        return not (by_fsspec(url) and describe(url, patience).seekable)
+    with open(url, "rb") as file:
+        return compression_of(file.read(SECOND_BYTES.stop)[SECOND_BYTES]) is not None
 
 
 class ShardCache:
@@ -87,12 +95,10 @@ class ShardCache:
         self,
         folder: str | os.PathLike = "",
         gigabytes: float = 50.0,
-        patience: Patience = DEFAULT_PATIENCE,
+        patience: Patience | None = None,
     ) -> None:
-        """``folder`` empty: one of this user where temporary files go (TMPDIR)."""
-        default = Path(tempfile.gettempdir(), f"sami-shards-{os.getuid()}")
-        self.folder = Path(folder) if folder else default
-        self.gigabytes, self.patience = gigabytes, patience
+        self.folder = Path(folder or DEFAULT_FOLDER)
+        self.gigabytes, self.patience = gigabytes, patience or DEFAULT_PATIENCE
         self._ahead: deque[str] = deque()
         self._thread: threading.Thread | None = None
 
@@ -128,7 +134,7 @@ class ShardCache:
         while True:
             path = self.fetch(url)
             with contextlib.suppress(FileNotFoundError):  # let go in between
-                return path.open("rb")
+                return path.open("rb", buffering=0)
 
     def prefetch(self, urls: Iterable[str]) -> None:
         """Fetch shards in the background, instead of what an earlier call has not begun yet.

@@ -1,0 +1,246 @@
+"""Reading samples where the index says that they lie."""
+
+import contextlib
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+
+from sami.core.errors import BadSample, raise_if_machine
+from sami.core.index import Shard
+from sami.core.network import RangeFile, is_url
+from sami.core.scanning import BLOCK, FIELDS, PICTURE, UNREADABLE, Members, named_members, open_tar
+
+# Shards that a process holds open: many systems allow 256 files, and workers take some for pipes.
+OPEN = 64
+# Samples asked for at once where shards are on the network: an answer takes 10 to 100 ms, whatever
+# its size.
+AT_ONCE = 16
+GAP = 8192  # bytes between members that are read along, rather than asked for twice: their headers
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as it stands in its shard, still encoded; without parts if it cannot be read."""
+
+    key: str
+    parts: dict[str, bytes] = field(default_factory=dict)
+    reason: str = ""
+
+    def part(self, name: str) -> bytes:
+        """The bytes of one of FIELDS.
+
+        Raises:
+            BadSample: it is not there.
+        """
+        if name not in self.parts:
+            raise BadSample(self.reason or f"no {name}" + " member" * (name != PICTURE))
+        return self.parts[name]
+
+
+class Reader:
+    """Reads samples by shard and row, where they lie; a few shards and their indexes stay open.
+
+    Each process opens its own.
+    """
+
+    def __init__(self, shards: list[Shard], fields: tuple[str, ...], together: int = 1) -> None:
+        """
+        Args:
+            fields: the members that are read.
+            together: shards that are read by turns; so many indexes are held at least.
+        """
+        self.shards = shards
+        self._columns = [FIELDS.index(name) for name in fields]
+        self._most = max(together, OPEN)
+        self._members: OrderedDict[int, Members] = OrderedDict()
+        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        """Without what is open, for a process that is not forked."""
+        return vars(self) | {"_members": OrderedDict(), "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for file in vars(self).get("_files", {}).values():
+            file.close()
+
+    def read(self, shards: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, RawSample]]:
+        """Samples (shard [n], row [n]), each once, in the order in which they lie.
+
+        Yields:
+            Which of the n it is, and the sample; one that cannot be read comes without parts, so
+            that positions never shift.
+        """
+        order = np.lexsort((rows, shards))
+        if not any(is_url(self.shards[number].url) for number in np.unique(shards)):
+            for place in order.tolist():
+                yield place, self._sample(int(shards[place]), int(rows[place]))
+            return
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for first in range(0, len(order), AT_ONCE):
+                part = order[first : first + AT_ONCE]
+                for number in np.unique(shards[part]).tolist():  # the threads find them open
+                    self._index(number)
+                    with contextlib.suppress(OSError):
+                        self._file(number)
+                found = pool.map(self._sample, shards[part].tolist(), rows[part].tolist())
+                yield from zip(part.tolist(), found, strict=True)
+
+    def _sample(self, number: int, row: int) -> RawSample:
+        shard, members = self.shards[number], self._index(number)
+        key = key_of(shard, members, row)
+        try:
+            return RawSample(key, _read_parts(self._file(number), members, row, self._columns))
+        except OSError as error:
+            raise_if_machine(error, shard.url)
+            return RawSample(key, reason="shard cannot be read")
+        except BadSample as error:
+            return RawSample(key, reason=str(error))
+
+    def _index(self, number: int) -> Members:
+        if number not in self._members:
+            self._members[number] = self.shards[number].members()
+            if len(self._members) > self._most:
+                self._members.popitem(last=False)
+        self._members.move_to_end(number)
+        return self._members[number]
+
+    def _file(self, number: int) -> BinaryIO:
+        """An open shard; a local file that was replaced or deleted is opened anew."""
+        shard, file = self.shards[number], self._files.get(number)
+        own = not (shard.streamed or is_url(shard.url))  # no copy, which may be let go of
+        if file is not None and own and not os.fstat(file.fileno()).st_nlink:
+            self._files.pop(number).close()
+        if number not in self._files:
+            self._files[number] = shard.open()
+            if len(self._files) > OPEN:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(number)
+        return self._files[number]
+
+
+def read_samples(shard: Shard, rows: np.ndarray, fields: tuple[str, ...]) -> Iterator[RawSample]:
+    """Samples of a shard; exactly one for each of ``rows``, which ascend.
+
+    What cannot be read comes as a sample without parts, so that positions never shift.
+    """
+    for _, sample in Reader([shard], fields).read(np.zeros_like(rows), rows):
+        yield sample
+
+
+def read_range(
+    shards: list[Shard], positions: range, fields: tuple[str, ...]
+) -> Iterator[RawSample]:
+    """Samples of the shards laid end to end, unshuffled."""
+    for _, sample in Reader(shards, fields).read(*locate(shards, np.array(positions, np.int64))):
+        yield sample
+
+
+def locate(shards: list[Shard], numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shard [n] and row [n] of samples [n] counted through the shards laid end to end."""
+    ends = np.cumsum([shard.count for shard in shards])
+    shard = np.searchsorted(ends, numbers, side="right")
+    return shard, numbers - np.concatenate([[0], ends])[shard]
+
+
+def read_whole(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Every sample of a shard: its key, and its members under their own names.
+
+    In the order of their pictures, as far as the tar goes. Of members of the same key and field
+    the first counts; a sample that is cut off has no members.
+    """
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    with contextlib.ExitStack() as stack:
+        try:
+            tar = stack.enter_context(open_tar(url))
+        except OSError as error:
+            raise_if_machine(error, url)
+            raise
+        with _as_far_as_it_goes(url):
+            for key, kind, member in named_members(tar):
+                groups.setdefault(key, {}).setdefault(kind, member)
+        kept = [(key, row) for key, row in groups.items() if PICTURE in row]
+        for key, row in sorted(kept, key=lambda item: item[1][PICTURE].offset_data):
+            members = {}
+            with _as_far_as_it_goes(url):
+                members = {info.name: tar.extractfile(info).read() for info in row.values()}
+            yield key, members
+
+
+@contextlib.contextmanager
+def _as_far_as_it_goes(url: str) -> Iterator[None]:
+    """Damage ends what is inside without a word; an error of the machine does not."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise_if_machine(error, url)
+
+
+def _read_parts(file: BinaryIO, members: Members, row: int, columns: list[int]) -> dict[str, bytes]:
+    """The members of one sample by field; those that lie side by side are read at once.
+
+    Raises:
+        BadSample: they are not what the index says.
+    """
+    size = file.size if isinstance(file, RangeFile) else os.fstat(file.fileno()).st_size
+    spans: list[tuple[int, int, list[int]]] = []  # from, to, columns
+    for column in sorted(columns, key=lambda column: members.starts[row, column]):
+        start = int(members.starts[row, column]) - BLOCK
+        end = start + BLOCK + int(members.sizes[row, column])
+        if end > size:
+            raise BadSample("cut off in shard")  # not after making room for it
+        if start < 0:
+            continue
+        if spans and start <= spans[-1][1] + GAP:
+            start, _, others = spans.pop()
+            spans.append((start, end, [*others, column]))
+        else:
+            spans.append((start, end, [column]))
+    parts = {}
+    for start, end, together in spans:
+        data = memoryview(_read_at(file, start, end - start))
+        for column in together:
+            first = int(members.starts[row, column]) - start
+            last = first + int(members.sizes[row, column])
+            parts[FIELDS[column]] = _checked(data[first - BLOCK : last], last - first)
+    return parts
+
+
+def _read_at(file: BinaryIO, start: int, count: int) -> bytes:
+    """So many bytes from a place on, fewer where the file ends."""
+    if isinstance(file, RangeFile):
+        return file.read_at(start, count)
+    data = os.pread(file.fileno(), count, start)
+    while len(data) < count:  # the kernel gives at most 2 GB at once
+        more = os.pread(file.fileno(), count - len(data), start + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _checked(data: memoryview, size: int) -> bytes:
+    """The data behind its header, if the two are what the index says."""
+    if len(data) < BLOCK + size:
+        raise BadSample("cut off in shard")
+    try:
+        header = tarfile.TarInfo.frombuf(bytes(data[:BLOCK]), "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        header = None
+    if header is None or header.size != size:
+        raise BadSample("shard changed since it was indexed")
+    return bytes(data[BLOCK:])
+
+
+def key_of(shard: Shard, members: Members, row: int) -> str:
+    """A sample's key, as logs have it."""
+    return f"{shard.name}/{_name(members.keys[row])}"
+
+
+def _name(key: bytes) -> str:
+    return key.decode("utf-8", "backslashreplace")
