@@ -16,7 +16,8 @@ from finetune.coco_masks import is_normalised, to_sa1b, why_none, with_area
 from finetune.folders import count_words, find_files, plain_path, read_file, read_picture
 from finetune.rle import read_json
 from sami.core.errors import BadSample, UserError
-from sami.core.shards import PICTURE, RawSample
+from sami.core.reading import RawSample
+from sami.core.scanning import PICTURE
 
 LEFT_OUT = "left out"  # a part of a sample: how many annotations were, by reason, as JSON
 OTHER_SIZES = "image entries of one file differ in size"
