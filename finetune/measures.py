@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
 
 from finetune.evaluation import CHOICES, PromptSpec
 from finetune.trivial import RADII
@@ -118,56 +117,3 @@ def mean(values: np.ndarray, pictures: np.ndarray, weights: np.ndarray) -> dict[
 def data_set(pictures: int, annotations: int) -> str | None:
     """The data set of the paper's with so many pictures and annotations; None if it is none."""
     return next((name for name, told in DATA_SETS.items() if told == (pictures, annotations)), None)
-
-
-def paired(values: list[float]) -> dict[str, Any]:
-    """What differences of two runs each, one for each seed, say together.
-
-    ``low`` and ``high`` bound the 95 % interval of the mean by Student's t; None for a single seed,
-    which has none. ``ahead``: in how many seeds the first was better.
-    """
-    low = high = None
-    if len(values) > 1:
-        half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-        low, high = float(np.mean(values) - half), float(np.mean(values) + half)
-    ahead = sum(value > 0 for value in values)
-    return {
-        "by_seed": values,
-        "mean": float(np.mean(values)),
-        "low": low,
-        "high": high,
-        "ahead": ahead,
-    }
-
-
-def verdict(told: dict[str, Any], first: float, second: float, trivial: float | None) -> str:
-    """What a paired difference (:func:`paired`) of SAMI and another start allows to say; no more.
-
-    Args:
-        first, second: the means that are compared.
-        trivial: the score that needs no model.
-    """
-    seeds = len(told["by_seed"])
-    if trivial is not None and max(first, second) <= trivial:
-        return "no conclusion: both are below the answer that needs no model"
-    if seeds == 1:
-        return "no conclusion from one seed"
-    if told["low"] > 0:
-        return "SAMI is ahead"
-    if told["high"] < 0:
-        return "SAMI is behind"
-    return f"no conclusion from {seeds} seeds: the interval holds 0"
-
-
-def conclusion(one: dict[str, Any], found: dict[str, Any]) -> str:
-    """A sentence on one of the differences that tools/chain.py found, with what it rests on."""
-    measure, seeds = one["measure"], len(one["by_seed"])
-    means = {row["start"]: float(np.mean(row[measure])) for row in found["rows"]}
-    said = verdict(one, means["sami"], means[one["other"]], found["trivial"][measure])
-    span = ""
-    if one["low"] is not None:
-        span = f", 95 % interval {100 * one['low']:+.1f} to {100 * one['high']:+.1f}"
-    return (
-        f"{measure}, against {one['other']}: {100 * one['mean']:+.1f} points{span}, ahead in "
-        f"{one['ahead']} of {seeds} seed{'s' * (seeds > 1)}: {said}"
-    )

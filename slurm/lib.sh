@@ -7,6 +7,7 @@
 
 LATE="the time limit comes near" TAKEN="taken away, by a requeue or a cancellation"
 asked= # why the job is to end
+shared= # of a sweep: the folder beside whose runs the stages are that they share
 id=${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 
 say() { echo "$(date '+%F %T') job $id: $*"; }
@@ -45,9 +46,11 @@ log_to() {
 # What a program of ours said last that its user can mend, since this start.
 sentence() { tail -c +$((began + 1)) "$log" | sed -nE 's/^(rank [0-9]+: )?error: //p' | tail -n 1; }
 
-# Whether this start has finished something: a checkpoint, a stage, a shard.
+# Whether this start has finished something: a checkpoint, a stage, a shard; a sweep's run also one that
+# it shares with others ($shared/STAGE/checkpoints/step-N), whoever made it.
 progressed() {
-  [ -n "$(find "$folder" -newer "$started" \( -name 'step-*' -o -name done.json -o -name '*.tar' \) -print -quit)" ]
+  [ -n "$(find "$folder" ${shared:+"$shared"/*/checkpoints "$shared"/*/done.json} -newer "$started" \
+    \( -name 'step-*' -o -name done.json -o -name '*.tar' \) -print -quit 2>/dev/null)" ]
 }
 
 # The value of run.dir of an entry's command line.

@@ -371,14 +371,14 @@ def test_the_demo(tmp_path):
         pytest.skip("runs where tools/test.sh set up .venv; here it would install one")
     environment = {"RUN": str(tmp_path / "run"), "DATA": str(tmp_path / "data"), "PICTURES": "64"}
     few = ["train.steps=2", "eval.samples=2", "data.image_size=32", "encoder.width=32"]
-    pretrain = [*few, "teacher.image_size=32", "decoder.width=32"]
-    words = ["--set-teacher", *few, "--set-pretrain", *pretrain, "--set-finetune", *few]
-    words += ["--seeds", "1", "--inits", "sami"]  # tests/test_chain.py compares
+    few = [f"{stage}.{word}" for stage in ("teacher", "pretrain", "finetune") for word in few]
+    words = ["--set", *few, "pretrain.teacher.image_size=32", "pretrain.decoder.width=32"]
+    words += ["--seeds", "1", "--settings", "teacher", "SAMI"]  # tests/test_chain.py compares
     done = run(["bash", "tools/demo.sh", *words], **environment)
     assert done.returncode == 0, done.stderr
-    for name in ("teacher", "sami", "sami-0"):
+    for name in ("teacher", "pretrain", "SAMI_seed-0/finetune"):
         assert f"{name}: step 2/2 · loss " in done.stdout
-    assert "teacher-evaluation: evaluating 2/2" in done.stdout
+    assert "evaluate_teacher: evaluating 2/2" in done.stdout
     path = re.search(r"the report: (\S+)", done.stdout)
     assert path and Path(path.group(1)).read_text().count("data:image/png") > 3
 

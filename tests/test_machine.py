@@ -41,11 +41,11 @@ from sami.core.reading import read_samples, read_whole
 from sami.core.scanning import scan
 from sami.core.weights import Takes, find_weights, read_summary, read_weights
 from sami.pretrain import PretrainConfig, main
+from sami.sweeps import Sweep
 from tests.runs import ROOT, arguments, opened, summary, wait_for, write_shards
 from tools.cost import resolve
 from tools.make_shards import main as make_shards
 from tools.report import RunFolder
-from tools.sweep import Sweep
 
 NUMBERS = [
     *(errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOSPC),

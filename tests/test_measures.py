@@ -10,7 +10,7 @@ from PIL import Image
 
 from finetune.coco import CocoSource, read_coco
 from finetune.evaluation import PromptSpec
-from finetune.measures import DATA_SETS, PAPER, Measured, data_set, mean, paired, resample, verdict
+from finetune.measures import DATA_SETS, PAPER, Measured, data_set, mean, resample
 from finetune.model import MaskDecoderConfig, build_model, model_header
 from finetune.trivial import RADII
 from sami.core.checkpoint import write_weights
@@ -203,22 +203,6 @@ def test_the_papers_figures_stand_on_its_own_data(model, coco, tmp_path, monkeyp
             assert told["data"] == told["paper"]["data"] == "LVIS v1 val"
         else:
             assert "*" not in table and told["data"] is None and told["paper"] is None
-
-
-def test_what_a_difference_allows_to_say():
-    """The interval is Student's; nothing is concluded from one seed, or where it holds 0."""
-    told = paired([0.02, 0.03, 0.04])
-    assert told["mean"] == pytest.approx(0.03) and told["ahead"] == 3
-    assert told["low"] == pytest.approx(0.03 - 4.302653 * 0.01 / 3**0.5, abs=1e-6)
-    assert told["high"] == pytest.approx(0.03 + 4.302653 * 0.01 / 3**0.5, abs=1e-6)
-    assert verdict(told, 0.5, 0.47, 0.4) == "SAMI is ahead"
-    assert verdict(paired([-0.02, -0.03, -0.04]), 0.47, 0.5, 0.4) == "SAMI is behind"
-    assert "the interval holds 0" in verdict(paired([0.02, -0.01, 0.04]), 0.5, 0.49, 0.4)
-    assert "the interval holds 0" in verdict(paired([0.01, 0.05]), 0.5, 0.49, None)
-    alone = paired([0.3])
-    assert alone["low"] is alone["high"] is None
-    assert verdict(alone, 0.8, 0.5, 0.4) == "no conclusion from one seed"
-    assert "below the answer that needs no model" in verdict(told, 0.3, 0.27, 0.4)
 
 
 def test_what_is_not_there_is_counted(model, coco, tmp_path):

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import re
+import statistics
 import struct
 import sys
 from datetime import UTC, datetime, timedelta
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from finetune.measures import paired
+from sami.core.tables import Results
 from tools import report as report_module
 from tools.report import RunFolder, main, mean_and_std, name_apart, settings_of
 
@@ -229,16 +230,17 @@ def test_plots_say_what_they_show_and_do_not_magnify_noise(tmp_path, report, fig
 
 
 def compared(differences):
-    """What tools/chain.py writes, of SAMI's differences from a random start by seed."""
-    seeds = len(differences)
-    rows = [
-        {"start": start, "steps": 3, "pretraining_seconds": 1.0, "finetuning_seconds": 1.0}
-        | {"box": values}
-        for start, values in (("sami", [0.6 + d for d in differences]), ("random", [0.6] * seeds))
-    ]
-    told = [{"other": "random", "measure": "box"} | paired(differences)]
-    found = {"teacher": {"box": 0.7}, "trivial": {"box": 0.5}, "rows": rows, "command": "chain"}
-    return found | {"differences": told}
+    """What tools/sweep.py table writes, of SAMI's differences from a random start by seed."""
+    scores = {"SAMI": [60 + 100 * d for d in differences], "random": [60.0] * len(differences)}
+    scores["teacher"] = [70.0]
+    rows = []
+    for setting, values in scores.items():
+        box = {"by_seed": dict(enumerate(values)), "mean": statistics.mean(values)}
+        box |= {"std": None, "paper": None, "trivial": 50.0}
+        against = "SAMI" if setting == "random" else None
+        rows.append({"setting": setting, "against": against, "measures": {"box": box}})
+    units = {"box": "box, mIoU in %"}
+    return Results("x", len(differences), units, rows).to_json("the command")
 
 
 @pytest.mark.parametrize(
@@ -253,14 +255,14 @@ def compared(differences):
 )
 def test_what_is_concluded(report, tmp_path, differences, says):
     write_run(tmp_path / "run")
-    (tmp_path / "c.json").write_text(json.dumps(compared(differences)))
+    (tmp_path / "c.json").write_text(compared(differences))
     code, page = report(tmp_path / "run", "--comparison", tmp_path / "c.json")
     page = html.unescape(page)
     assert code == 0 and page.count(says) == 2  # at the top, and under the tables
     assert ("SAMI is" in page) == ("SAMI is" in says)
-    assert "<td>without a model</td><td>-</td><td>-</td><td>50.0</td>" in page
+    assert "<td>without a model</td><td>50</td>" in page and "the command" in page
     assert page.index(says) < page.index("<h2", page.index("Summary</h2>"))
-    assert ("(one seed)" in page) == (len(differences) == 1)
+    assert ("one seed, so that differences may be chance" in page) == (len(differences) == 1)
 
 
 def test_large_pictures_become_smaller():
@@ -284,7 +286,10 @@ def test_large_pictures_become_smaller():
         (["{}/run", "{}/run"], "run is named twice"),
         (["{}/run", "--pictures", "-1"], "--pictures -1 must be 0 or more"),
         (["{}/run", "--comparison", "{}/no.json"], "no.json does not exist"),
-        (["{}/run", "--comparison", "{}/run/summary.json"], "is not what tools/chain.py writes"),
+        (
+            ["{}/run", "--comparison", "{}/run/summary.json"],
+            "is not what tools/sweep.py table writes",
+        ),
     ],
 )
 def test_bad_words(report, tmp_path, words, says):

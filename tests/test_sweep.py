@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import yaml
 
+from finetune.results import Reader
 from sami.core.errors import UserError
+from sami.core.plots import results_figure
+from sami.sweeps import Sweep
 from tests.preloaded import Popen
 from tests.runs import LIMIT, ROOT, arguments, start, wait_for, write_shards
-from tools.sweep import Sweep, figure_of, main, make_plot, make_table
+from tools.sweep import main, make_plot, make_table
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +113,7 @@ def test_a_random_start_has_its_rivals_positions(tmp_path):
 
     def grids(*more, **changes):
         content = yaml.safe_load((ROOT / "configs/sweeps/init.yaml").read_text()) | changes
+        content.pop("compare")  # it names one of the settings
         path = tmp_path / "sweep.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False))
         runs = Sweep(path, tmp_path / "out", list(more))
@@ -213,7 +217,7 @@ def test_the_papers_numbers_stand_on_its_own_data(
 def test_the_plot(shards, tmp_path, monkeypatch, capsys):
     """Titles, percent, error bars, what to compare with, a legend, and no magnified noise."""
     one, settings = evaluated(tmp_path, shards, monkeypatch, "COCO val2017", 1, "COCO val2017")
-    figure = figure_of(one, one.results())
+    figure = results_figure(Reader(one).results())
     figure.draw_without_rendering()
     box, click, top, r2 = figure.axes
     assert [axes.get_title() for axes in figure.axes] == [
@@ -243,10 +247,10 @@ def test_the_plot(shards, tmp_path, monkeypatch, capsys):
 def test_a_plot_along_whole_numbers(shards, tmp_path):
     path = sweep(tmp_path, shards, vary={"pretrain.decoder.depth": [1, 2, 4]}, paper={})
     one = Sweep(Path(path), None, [])
-    rows = one.results()
-    for number, row in enumerate(rows):
+    found = Reader(one).results()
+    for number, row in enumerate(found.rows):
         row["measures"]["r2"] |= {"by_seed": {0: number, 1: number}, "mean": number, "std": 0.0}
-    axes = figure_of(one, rows).axes[0]
+    axes = results_figure(found, "decoder.depth", [1, 2, 4]).axes[0]
     assert axes.get_xlabel() == "decoder.depth"
     assert all(tick % 1 == 0 for tick in axes.xaxis.get_major_locator()())
 
@@ -451,3 +455,106 @@ def test_overrides_are_remembered(shards, tmp_path, capsys):
 )
 def test_shipped_sweeps(path, tmp_path):
     assert main(["list", str(path), "--out", str(tmp_path)]) == 0
+
+
+def shared(folder, shards, **changes):
+    """A sweep of two seeds whose first stage is trained once, and goes on in a second one."""
+    path = sweep(folder, shards, vary={}, measures={"loss": "again.loss"}, paper={}, **changes)
+    content = yaml.safe_load(Path(path).read_text())
+    first = content["stages"].pop("pretrain")
+    again = {"set": first["set"] | {"encoder.checkpoint": "{first}"}}
+    content["stages"] = {"first": first | {"seed": 5}, "again": first | again}
+    Path(path).write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def test_what_runs_share_is_run_once(shards, tmp_path, capsys):
+    """By one of two processes that begin together; the other waits, and both go on from it."""
+    path = shared(tmp_path, shards)
+    words = [sys.executable, str(ROOT / "tools/sweep.py"), "run", path]
+    both = [start([*words, number]) for number in "01"]
+    assert [process.wait(LIMIT) for process in both] == [0, 0]
+    out = tmp_path / "out"
+    assert not list(out.glob("run_seed-*/first"))
+    told = json.loads((out / "first" / "summary.json").read_text())
+    assert told["status"] == "finished"
+    seeds = [out / "first", out / "run_seed-0" / "again", out / "run_seed-1" / "again"]
+    configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in seeds]
+    assert [config["run"]["seed"] for config in configs] == [5, 0, 1]
+    starts = [config["encoder"]["checkpoint"] for config in configs]
+    assert starts == [None, str(out / "first"), str(out / "first")]
+    assert main(["status", path]) == 0 and "2 finished" in capsys.readouterr().out
+    # Results bind what is shared, too.
+    content = yaml.safe_load(Path(path).read_text())
+    content["stages"]["first"]["seed"] = 6
+    Path(path).write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="first.seed 5 there, first.seed 6 here"):
+        main(["table", path])
+
+
+def test_all_at_once_asked_to_stop(shards, tmp_path, capsys):
+    path = sweep(tmp_path, shards, seeds=[0])
+    words = [sys.executable, str(ROOT / "tools/sweep.py"), "run", path, "all", "--jobs", "2"]
+    process = start([*words, "--set", "pretrain.train.steps=100000"])
+    wait_for(lambda: len(list((tmp_path / "out").glob("*/*/checkpoints/step-*"))) > 1, process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(LIMIT) == 75
+    assert main(["status", path]) == 0
+    said = capsys.readouterr().out
+    assert said.count("asked to stop at step") == 2 and "2 interrupted" in said
+    assert len(list((tmp_path / "out" / "logs").iterdir())) == 2
+    with pytest.raises(UserError, match="--jobs 0 must be positive"):
+        main(["run", path, "all", "--jobs", "0"])
+
+
+def test_a_setting_with_a_config_of_its_own(shards, tmp_path, in_process):
+    """It counts by what it sets, with what it begins from."""
+    settings = {"a": {}, "b": {"pretrain.config": str(tmp_path / "own.yaml")}}
+    (tmp_path / "own.yaml").write_text("base: base.yaml\nencoder: {depth: 2}\n")
+    (tmp_path / "base.yaml").write_text("encoder: {name: custom, heads: 1}\n")
+    path = sweep(tmp_path, shards, vary={}, settings=settings, seeds=[0])
+    assert in_process(main, ["run", path, "1"])[0] == 0
+    config = yaml.safe_load((tmp_path / "out/b_seed-0/pretrain/config.yaml").read_text())
+    assert (config["encoder"]["heads"], config["encoder"]["depth"]) == (1, 2)
+    assert in_process(main, ["table", path])[0] == 0
+    (tmp_path / "base.yaml").write_text("encoder: {name: custom, heads: 2}\n")
+    code, said = in_process(main, ["table", path])
+    assert code == 2 and "a run with other settings: pretrain which sets" in said
+    settings["b"] = {"pretrain.config": "no.yaml"}
+    path = sweep(tmp_path, shards, vary={}, settings=settings)
+    code, said = in_process(main, ["list", path])
+    assert code == 2 and "settings.b: pretrain.config: there is no no.yaml" in said
+
+
+def test_some_of_a_sweep(shards, tmp_path, capsys):
+    path = sweep(tmp_path, shards, settings={"a": {}, "b": {"seeds": [7, 8]}}, vary={})
+    assert main(["list", path, "--settings", "b"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == [
+        "b_seed-7",
+        "b_seed-8",
+    ]
+    assert main(["list", path, "--seeds", "1", "--settings", "a"]) == 0
+    assert capsys.readouterr().out.split()[1] == "a_seed-0"
+    with pytest.raises(UserError, match="--settings: c is none of a, b"):
+        main(["list", path, "--settings", "c"])
+    with pytest.raises(UserError, match="compare: c is none of a, b"):
+        main(["list", sweep(tmp_path, shards, settings={"a": {}, "b": {}}, vary={}, compare="c")])
+
+
+def test_the_file_in_the_docs(tmp_path, capsys):
+    page = (ROOT / "docs/sweeps_and_slurm.md").read_text()
+    (tmp_path / "mine.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    assert main(["list", str(tmp_path / "mine.yaml"), "--out", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 * (4 * 3 + 1)
+    one = Sweep(tmp_path / "mine.yaml", tmp_path)
+    longer = next(run for run in one.runs if run.setting == "longer, loss.mask bce")
+    assert one.takes_time_of(longer, "finetune") == "SAMI, loss.mask bce"
+    told = next(run for run in one.runs if run.setting == "MAE, loss.mask focal")
+    assert str(ROOT / "configs/pretrain/mae_ti.yaml") in one.command(told, "pretrain")
+    assert one.folder(told, "teacher") == tmp_path / "teacher"
+    assert not one.is_shared(told, "pretrain")
+    assert one.against == {
+        f"{name}, loss.mask {loss}": f"SAMI, loss.mask {loss}"
+        for name in ("MAE", "random", "longer")
+        for loss in ("focal", "bce")
+    }

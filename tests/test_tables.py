@@ -6,10 +6,11 @@ import os
 import re
 from unittest import mock
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sami.core.tables import show_table
+from sami.core.tables import paired, show_table, verdict
 
 NAMES = st.text("abc/-_ [.]", min_size=1, max_size=90).map(lambda text: f"<{text}>")
 NUMBERS = ("-", "75.76 ± 0.45", "75.8 (74.2-77.0)", "1,281,167 ± 3 (2 of 3)")
@@ -47,3 +48,19 @@ def test_words_are_folded_and_columns_go_below():
     assert text.count("75.76 ± 0.45") == 1 and text.count(" run") == 1
     text = shown(50, "t", ["run", *("a measure with a long name",) * 4], rows)
     assert text.count(" run ") == 2 and max(map(len, text.splitlines())) <= 50
+
+
+def test_what_a_difference_allows_to_say():
+    """The interval is Student's; nothing is concluded from one seed, or where it holds 0."""
+    told = paired([0.02, 0.03, 0.04])
+    assert told["mean"] == pytest.approx(0.03) and told["ahead"] == 3
+    assert told["low"] == pytest.approx(0.03 - 4.302653 * 0.01 / 3**0.5, abs=1e-6)
+    assert told["high"] == pytest.approx(0.03 + 4.302653 * 0.01 / 3**0.5, abs=1e-6)
+    assert verdict(told, "SAMI", 0.5, 0.47, 0.4) == "SAMI is ahead"
+    assert verdict(paired([-0.02, -0.03, -0.04]), "SAMI", 0.47, 0.5, 0.4) == "SAMI is behind"
+    assert "the interval holds 0" in verdict(paired([0.02, -0.01, 0.04]), "SAMI", 0.5, 0.49, 0.4)
+    assert "the interval holds 0" in verdict(paired([0.01, 0.05]), "SAMI", 0.5, 0.49, None)
+    alone = paired([0.3])
+    assert alone["low"] is alone["high"] is None
+    assert verdict(alone, "SAMI", 0.8, 0.5, 0.4) == "no conclusion from one seed"
+    assert "below the answer that needs no model" in verdict(told, "SAMI", 0.3, 0.27, 0.4)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh machine to the paper's claim on drawn scenes, on the CPU, in under 8 minutes after the
-# installation: a teacher, SAMI, finetuning, numbers, a page. Arguments go to tools/chain.py; RUN and
-# DATA are the folders, PICTURES how many are drawn.
+# installation: a teacher, SAMI, finetuning, numbers, a page. Arguments go to tools/sweep.py, such as
+# --seeds 1; RUN and DATA are the folders, PICTURES how many are drawn.
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 out=${RUN:-runs/demo} data=${DATA:-data/toy} pictures=${PICTURES:-2048}
 
@@ -9,5 +9,13 @@ echo "Drawing scenes with exact masks, in SA-1B's file layout"
 python tools/make_toy_shards.py "$data/train" --pictures "$pictures" --shards 4 --size 128 --seed 0
 python tools/make_toy_shards.py "$data/val" --pictures $((pictures / 32)) --shards 1 --size 128 --seed 1
 
-exec python tools/chain.py "$out" --train "$data/train/sa_*.tar" --val "$data/val/sa_*.tar" \
-  --val-masks 4 "$@"
+sweep=(configs/sweeps/init_toy.yaml) own=(--out "$out" --set "evaluate.shards=$data/val/sa_*.tar")
+for stage in teacher pretrain finetune; do
+  own+=("$stage.data.shards=$data/train/sa_*.tar" "$stage.data.val_shards=$data/val/sa_*.tar")
+done
+own+=(--settings teacher SAMI random "random, SAMI's time" --jobs 2 "$@")
+python tools/sweep.py run "${sweep[@]}" all "${own[@]}"
+python tools/sweep.py table "${sweep[@]}" "${own[@]}"
+echo "the report: $(python tools/report.py "$out"/{teacher,pretrain*} "$out"/*/finetune \
+  "$out"/*_seed-0/evaluate "$out"/evaluate_* --comparison "$out/comparison.json" \
+  --out "$out/report.html")"

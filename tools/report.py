@@ -4,8 +4,8 @@ python tools/report.py RUN [RUN ...] [--comparison FILE] [--pictures N] [--out r
 
 RUN is a run folder of either stage or of classification; what tools/evaluate.py found below it
 (evaluation/) comes along, or RUN is itself a folder of tools/evaluate.py's. Of a sweep's runs:
-runs/sweeps/NAME/*/pretrain, for example. --comparison takes what tools/chain.py wrote. The page
-needs no network. Runs that differ in their seed alone are drawn as one, mean and deviation.
+runs/sweeps/NAME/*/pretrain, for example. --comparison takes its table (OUT/comparison.json). The
+page needs no network. Runs that differ in their seed alone are drawn as one, mean and deviation.
 """
 
 import base64
@@ -24,7 +24,7 @@ import yaml
 from matplotlib.axes import Axes
 from PIL import Image
 
-from finetune.measures import TRIVIAL, conclusion
+from finetune.measures import TRIVIAL
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError, raise_if_machine
@@ -33,6 +33,7 @@ from sami.core.metrics import MetricsFile
 from sami.core.options import Options
 from sami.core.paths import exists, is_file, local_path
 from sami.core.plots import integer_steps, legend_below, line_style, logarithmic, new_figure, widen
+from sami.core.tables import Results
 
 # The group of fields that only one entry has.
 GROUPS = {"pretrain": "mask", "finetune": "prompt", "classify": "augment"}
@@ -381,56 +382,28 @@ def whole_configs(runs: list[RunFolder]) -> str:
     return "".join(parts)
 
 
-def comparison(found: dict[str, Any]) -> str:
-    """What tools/chain.py found: starts, seeds, paired differences, and what they allow to say."""
-    measures = list(found["teacher"])
-
-    def cell(values: list[float]) -> str:
-        if len(values) == 1:
-            return f"{percent(values[0])} (one seed)"
-        return f"{percent(statistics.mean(values))} ({percent(min(values))}-{percent(max(values))})"
-
-    rows = [["teacher", "-", "-", *(percent(found["teacher"][m]) for m in measures)]]
-    for row in found["rows"]:
-        rows.append(
-            [
-                row["start"],
-                f"{row['pretraining_seconds']:.0f} s",
-                f"{row['steps']} steps, {row['finetuning_seconds']:.0f} s",
-                *(cell(row[m]) for m in measures),
-            ]
-        )
-    needs_none = (percent(found["trivial"][measure]) for measure in measures)
-    rows.append(["without a model", "-", "-", *needs_none])
-    head = ["start of the student", "pretraining", "finetuning", *measures]
-    seeds = len(found["rows"][0][measures[0]])
-    caption = (
-        f"mIoU in %: mean over {seeds} seed(s) of the finetuning, each start pretrained once "
-        "(lowest-highest)"
-    )
-    text = table(head, rows, caption)
-    if not found["differences"]:
+def comparison(found: Results) -> str:
+    """A sweep's table, paired differences, and what they allow to say."""
+    text = table(*found.table(), found.title)
+    if not found.differences():
         return text
     rows = []
-    for one in found["differences"]:
-        sign = "{:+.1f}".format
-        low, high = ("-" if one[e] is None else sign(100 * one[e]) for e in ("low", "high"))
-        told = [f"sami - {one['other']}", one["measure"], sign(100 * one["mean"])]
+    for one in found.differences():
+        low, high = ("-" if one[end] is None else f"{one[end]:+.1f}" for end in ("low", "high"))
+        told = [f"{one['first']} - {one['other']}", one["measure"], f"{one['mean']:+.1f}"]
         rows.append([*told, f"{low} to {high}", f"{one['ahead']} of {len(one['by_seed'])}"])
-    head = ["paired by seed", "prompt", "mean", "95 % interval", "ahead in seeds"]
-    caption = "Differences of mIoU, in points, with the interval of their mean over seeds (t)"
+    head = ["paired by seed", "measure", "mean", "95 % interval", "ahead in seeds"]
+    caption = "Differences in points, with the interval of their mean over seeds (t)"
     return text + table(head, rows, caption) + conclusions(found)
 
 
-def conclusions(found: dict[str, Any]) -> str:
-    """A sentence for each difference that tools/chain.py found."""
-    said = "".join(
-        f"<li>{html.escape(conclusion(one, found))}</li>" for one in found["differences"]
-    )
-    return f"<p>The SAMI-pretrained student against the others:</p><ul>{said}</ul>" * bool(said)
+def conclusions(found: Results) -> str:
+    """A sentence for each difference."""
+    said = "".join(f"<li>{html.escape(line)}</li>" for line in found.conclusions())
+    return f"<p>Compared, seed by seed:</p><ul>{said}</ul>" * bool(said)
 
 
-def summary(runs: list[RunFolder], found: dict[str, Any] | None) -> str:
+def summary(runs: list[RunFolder], found: Results | None) -> str:
     """What there is and how it ended, first; of several seeds, together."""
     lines, alone, settings = [], 0, 0
     for kind, (title, _) in TITLES.items():
@@ -445,7 +418,7 @@ def summary(runs: list[RunFolder], found: dict[str, Any] | None) -> str:
     failures = [html.escape(run.failure) for run in runs if run.kind == "failed"]
     text = f"<ul>{''.join(lines)}</ul>" * bool(lines)
     text += "".join(f"<p>{sentence}</p>" for sentence in failures)
-    if found is not None and found["differences"]:
+    if found is not None and found.conclusions():
         return text + conclusions(found)
     if settings > 1:
         text += "<p>Whether one setting is better than another is not concluded here."
@@ -572,13 +545,13 @@ def of_kind(runs: list[RunFolder], kind: str, most: int) -> str:
     return text
 
 
-def page(runs: list[RunFolder], found: dict[str, Any] | None, most: int) -> str:
+def page(runs: list[RunFolder], found: Results | None, most: int) -> str:
     """The whole of it."""
     name_apart(runs)
     trained = [run for run in runs if run.kind in COLUMNS]
     sections = {"Summary": summary(runs, found)}
     if found is not None:
-        command = f"<p><code>{html.escape(found['command'])}</code></p>"
+        command = f"<p><code>{html.escape(found.command)}</code></p>"
         sections["Comparison"] = comparison(found) + command
     for kind, (title, _) in TITLES.items():
         sections[title] = of_kind([run for run in runs if run.kind == kind], kind, most)
@@ -608,7 +581,9 @@ def page(runs: list[RunFolder], found: dict[str, Any] | None, most: int) -> str:
 def main() -> int:
     parser = Options(description=__doc__)
     parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN")
-    parser.add_argument("--comparison", type=local_path, help="comparison.json of tools/chain.py")
+    parser.add_argument(
+        "--comparison", type=local_path, help="comparison.json of tools/sweep.py table"
+    )
     parser.add_argument(
         "--pictures", type=int, default=6, help="of a run's training, first to last; default: 6"
     )
@@ -618,12 +593,13 @@ def main() -> int:
     found = None
     if args.comparison is not None:
         require(is_file(args.comparison), f"--comparison {args.comparison} does not exist")
-        found = json.loads(args.comparison.read_bytes())
-        require(
-            {"teacher", "trivial", "rows", "differences", "command"} <= set(found),
-            f"--comparison {args.comparison} is not what tools/chain.py writes, or from before "
-            "its present form; run the same chain again, which trains nothing twice",
-        )
+        try:
+            found = Results(**json.loads(args.comparison.read_bytes()))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"--comparison {args.comparison} is not what tools/sweep.py table writes "
+                "(OUT/comparison.json); write it anew with the same command"
+            ) from error
     runs = [RunFolder(path) for path in args.runs]
     for run in runs:
         if run.kind == "failed":

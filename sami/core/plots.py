@@ -1,7 +1,9 @@
 """How every figure looks: colours of objects, of lines, axes, and a PNG that is there or is not."""
 
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+from sami.core.tables import WITHOUT, Results
 
 # Of objects over a photograph: saturated, and neighbours differ in lightness too, which helps those
 # who do not tell hues apart.
@@ -114,3 +118,59 @@ def save_png(figure: Figure, path: Path, dpi: int = 100) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     figure.savefig(temporary, dpi=dpi, format="png")
     temporary.replace(path)
+
+
+def results_figure(found: Results, axis: str = "", values: Sequence[Any] = ()) -> Figure:
+    """A panel for each measure: each seed a dot, their mean with its deviation.
+
+    Args:
+        axis: what is varied, alone, if anything is.
+        values: of it; numbers are drawn to scale.
+    """
+    numeric = len(values) == len(found.rows) and all(
+        type(value) in (int, float) for value in values
+    )
+    places = list(values) if numeric else list(range(len(found.rows)))
+    names = [plain(textwrap.fill(row["setting"], 24)) for row in found.rows]
+    columns = min(3, len(found.units))
+    lines = -(-len(found.units) // columns)
+    width = max(4.6, 0.0 if numeric else 0.9 * len(found.rows))
+    figure = new_figure(columns * width, lines * (3.6 if numeric else 4.4) + 0.8)
+    handles: dict[str, Any] = {}
+    for number, (name, unit) in enumerate(found.units.items()):
+        axes = figure.add_subplot(lines, columns, number + 1)
+        measured = list(zip(places, found.measures(name), strict=True))
+        for place, info in measured:
+            seeds = [value for value in info["by_seed"].values() if value is not None]
+            (dots,) = axes.plot([place] * len(seeds), seeds, "o", color=LINES[0], alpha=0.4)
+            handles["each seed"] = dots
+        there = [(p, o["mean"], o["std"] or 0) for p, o in measured if o["mean"] is not None]
+        if there:
+            style = {"color": LINES[0], "capsize": 5, "linewidth": 1.5, "markersize": 14}
+            style |= {"fmt": "_-" if numeric else "_"}  # no line between names
+            handles["mean, bars: one standard deviation over seeds"] = axes.errorbar(
+                *zip(*there, strict=True), **style
+            )
+        paper = [(place, info["paper"]) for place, info in measured if info["paper"]]
+        if paper:
+            (handles[f"the paper's, on {found.paper_on}"],) = axes.plot(
+                *zip(*paper, strict=True), "s--" if numeric else "s", color=LINES[1]
+            )
+        for value in {info["trivial"] for _, info in measured} - {None}:
+            handles[WITHOUT] = axes.axhline(value, color="#666666", linestyle=(0, (1, 1)))
+        axes.set(title=plain(unit), ylabel=plain(unit))
+        axes.margins(x=0.1)
+        if "%" in unit:
+            widen(axes, 5, 0, 100)
+        elif there:
+            widen(axes, 0.1 * max(abs(mean) for _, mean, _ in there))
+        axes.grid(alpha=0.3)
+        if numeric:
+            axes.set_xlabel(plain(axis))
+            if all(isinstance(place, int) for place in places):
+                integer_steps(axes)
+        else:
+            axes.set_xticks(places, names, rotation=30, ha="right")
+    figure.suptitle(f"{plain(found.name)}, {found.seeds} seed{'s' * (found.seeds > 1)}")
+    legend_below(figure, handles.values(), list(handles), 2)
+    return figure
