@@ -45,7 +45,7 @@ from sami.core.run import Run, RunConfig, is_due
 from sami.core.starts import Start, find_starts
 from sami.core.state import State
 from sami.encoder import TAKES, EncoderConfig
-from sami.heldout import tell_unusable
+from sami.validation import tell_unusable
 
 STARTS = {"encoder.checkpoint": Start(TAKES)}
 BATCH = 64  # pictures per forward of the evaluation

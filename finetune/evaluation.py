@@ -36,7 +36,7 @@ from sami.core.processes import exact
 from sami.core.reading import RawSample
 from sami.core.run import Run
 from sami.core.scanning import PICTURE
-from sami.heldout import tell_unusable
+from sami.validation import tell_unusable
 
 FIELDS = (PICTURE, "json")  # what is read of a sample
 CHOICES = ("predicted", "oracle")  # which of three masks is scored

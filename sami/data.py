@@ -18,6 +18,7 @@ from sami.core.reading import RawSample
 from sami.core.scanning import PICTURE, TEACHER
 from sami.features import Cache, FeatureBatch, from_bytes, region_weights
 from sami.grids import IMAGE_SIZE
+from sami.masking import MaskConfig, draw_mask, keep_part
 
 
 @dataclass
@@ -46,23 +47,6 @@ class DataConfig(ShardsConfig):
         )
 
 
-@dataclass
-class MaskConfig:
-    """What the student does not see.
-
-    Attributes:
-        ratio: share of the patches that is masked; 0 is plain distillation, without a decoder.
-    """
-
-    ratio: float = 0.75
-
-    def check(self) -> None:
-        require(
-            0 <= self.ratio < 1,
-            f"mask.ratio {self.ratio} must be at least 0 and under 1, such as 0.75",
-        )
-
-
 @dataclass(frozen=True)
 class Draw:
     """What is random about one sample: the region in pixels, the flip, and the mask.
@@ -78,7 +62,7 @@ class Draw:
 
 
 @dataclass
-class Batch:
+class CropBatch:
     """A micro-batch as it leaves the loader.
 
     ``student`` uint8 [B, 3, H, H]; ``teacher`` uint8 [B, 3, S, S], or None where the student's
@@ -94,15 +78,15 @@ class Batch:
     features: FeatureBatch | None = None
     keys: list[str] = field(default_factory=list)
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> "CropBatch":
         """The tensors on a device, without waiting for the copy."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> "CropBatch":
         """In page-locked memory, which lets the copy to the device overlap."""
         return self._map(torch.Tensor.pin_memory)
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "CropBatch":
         return replace(
             self,
             student=change(self.student),
@@ -119,19 +103,27 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Views:
-    """How samples are made: everything of the configuration that a sample depends on."""
+class CropTransform:
+    """How samples are made: everything of the configuration that a sample depends on.
+
+    Attributes:
+        student_size, teacher_size: side in pixels of each one's view; None for no teacher's.
+        grid: the student's patches along a side.
+        predict_fraction: share of the masked patches that is predicted.
+        cache: of the features that are read with a sample, and how they are brought to the grid
+            (``pool``).
+    """
 
     seed: int
     student_size: int
     teacher_size: int | None
     grid: int
-    mask_ratio: float
+    mask: MaskConfig
     crop_scale: tuple[float, float]
     hflip: bool
     predict_fraction: float = 1.0
     cache: Cache | None = None
-    pool: str = "area"  # of cached features
+    pool: str = "area"
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -139,21 +131,65 @@ class Views:
         return (PICTURE,) if self.cache is None else (PICTURE, TEACHER)
 
     def decode(self, sample: RawSample, epoch: int, replacement: bool) -> tuple:
-        """What :func:`collate` takes, of one training sample."""
+        """What :meth:`collate` takes, of one training sample.
+
+        Raises:
+            BadSample: the picture cannot be used.
+        """
         key = f"{sample.key}/replacement" if replacement else sample.key
-        return make_sample(self, sample, lambda size: draw(self, epoch, key, size))
+        return self._make(sample, lambda size: self.draw(epoch, key, size))
 
     def decode_held_out(self, sample: RawSample) -> tuple:
         """The same of a held-out sample."""
-        return make_sample(self, sample, lambda size: draw_held_out(self, sample.key, size))
+        return self._make(sample, lambda size: self.draw_held_out(sample.key, size))
 
-    def collate(self, items: list[tuple]) -> Batch:
-        return collate(items, self)
+    def draw(self, epoch: int, key: str, size: tuple[int, int]) -> Draw:
+        """Region, flip and mask of one training sample.
 
+        Args:
+            key: with the name of the shard, so that it is unique in the data set.
+            size: width and height of the upright picture in pixels.
+        """
+        rng = sample_rng(self.seed, epoch, key)
+        # First: the mask does not depend on the picture's size.
+        visible, masked = draw_mask(self.mask, self.grid, rng)
+        flip = bool(rng.random() < 0.5) and self.hflip
+        box = random_region(*size, self.crop_scale, rng)
+        # Last: crop and flip are the same whatever part is predicted.
+        return Draw(box, flip, visible, keep_part(masked, self.predict_fraction, rng))
 
-def visible_count(tokens: int, ratio: float) -> int:
-    """Patches that stay visible: MAE's rule, rounded down (49 of 196 at 75 %)."""
-    return int(round(tokens * (1 - ratio), 6))
+    def draw_held_out(self, key: str, size: tuple[int, int]) -> Draw:
+        """What evaluation sees of a sample: its central square and one fixed mask."""
+        mask = draw_mask(self.mask, self.grid, sample_rng(self.seed, -1, key))
+        return Draw(centre_square(*size), False, *mask)
+
+    def collate(self, items: list[tuple]) -> CropBatch:
+        """A batch of what :meth:`decode` made."""
+        keys, student, teacher, drawn, cached = zip(*items, strict=True)
+        return CropBatch(
+            student=_stack(student),
+            teacher=None if teacher[0] is None else _stack(teacher),
+            visible=torch.from_numpy(np.stack([one.visible for one in drawn])),
+            masked=torch.from_numpy(np.stack([one.masked for one in drawn])),
+            features=None if self.cache is None else FeatureBatch.of(cached, self.cache.grid),
+            keys=list(keys),
+        )
+
+    def _make(self, sample: RawSample, draw: Callable[[tuple[int, int]], Draw]) -> tuple:
+        """Key, student's view uint8 [H, H, 3], teacher's view uint8 [S, S, 3] or None, the draw,
+        and the cached features with the crop's weights, or None."""
+        picture = open_image(sample.part(PICTURE))
+        size, cached = picture.upright, None
+        drawn = draw(size)
+        if self.cache is not None:
+            stored = from_bytes(sample.part(TEACHER), self.cache, size)
+            where = (drawn.box, drawn.flip, self.grid, self.pool)
+            cached = (stored, *region_weights(self.cache, size, *where))
+        sizes = [self.student_size]
+        if self.teacher_size not in (None, self.student_size):
+            sizes.append(self.teacher_size)
+        cuts = cut(picture, drawn.box, sizes, drawn.flip)
+        return sample.key, cuts[0], cuts[1] if len(cuts) > 1 else None, drawn, cached
 
 
 def random_region(
@@ -185,73 +221,6 @@ def centre_square(width: int, height: int) -> Box:
     return (left, top, left + side, top + side)
 
 
-def draw(views: Views, epoch: int, key: str, size: tuple[int, int]) -> Draw:
-    """Region, flip and mask of one training sample.
-
-    Args:
-        key: with the name of the shard, so that it is unique in the data set.
-        size: width and height of the upright picture in pixels.
-    """
-    rng = sample_rng(views.seed, epoch, key)
-    # First: the mask does not depend on the picture's size.
-    visible, masked = _mask(views, rng, views.predict_fraction)
-    flip = bool(rng.random() < 0.5) and views.hflip
-    return Draw(random_region(*size, views.crop_scale, rng), flip, visible, masked)
-
-
-def draw_held_out(views: Views, key: str, size: tuple[int, int]) -> Draw:
-    """What evaluation sees of a sample: its central square and one fixed mask."""
-    visible, masked = _mask(views, sample_rng(views.seed, -1, key))
-    return Draw(centre_square(*size), False, visible, masked)
-
-
-def make_sample(
-    views: Views, sample: RawSample, choose: Callable[[tuple[int, int]], Draw]
-) -> tuple:
-    """Key, student's view uint8 [H, H, 3], teacher's view uint8 [S, S, 3] or None, the draw, and
-    the cached features with the crop's weights, or None.
-
-    Raises:
-        BadSample: the picture cannot be used.
-    """
-    picture = open_image(sample.part(PICTURE))
-    size, cached = picture.upright, None
-    drawn = choose(size)
-    if views.cache is not None:
-        stored = from_bytes(sample.part(TEACHER), views.cache, size)
-        where = (drawn.box, drawn.flip, views.grid, views.pool)
-        cached = (stored, *region_weights(views.cache, size, *where))
-    sizes = [views.student_size]
-    if views.teacher_size not in (None, views.student_size):
-        sizes.append(views.teacher_size)
-    cuts = cut(picture, drawn.box, sizes, drawn.flip)
-    return sample.key, cuts[0], cuts[1] if len(cuts) > 1 else None, drawn, cached
-
-
-def collate(items: list[tuple], views: Views) -> Batch:
-    """A batch of what :func:`make_sample` made."""
-    keys, student, teacher, drawn, cached = zip(*items, strict=True)
-    return Batch(
-        student=_stack(student),
-        teacher=None if teacher[0] is None else _stack(teacher),
-        visible=torch.from_numpy(np.stack([one.visible for one in drawn])),
-        masked=torch.from_numpy(np.stack([one.masked for one in drawn])),
-        features=None if views.cache is None else FeatureBatch.of(cached, views.cache.grid),
-        keys=list(keys),
-    )
-
-
 def _stack(views: Sequence[np.ndarray]) -> torch.Tensor:
     """uint8 [H, W, 3] each, to uint8 [B, 3, H, W]."""
     return torch.from_numpy(np.stack([view.transpose(2, 0, 1) for view in views]))
-
-
-def _mask(
-    views: Views, rng: np.random.Generator, fraction: float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """A uniformly random subset of the patches, and a share of the others, rounded."""
-    tokens = views.grid**2
-    order = rng.permutation(tokens)
-    keep = visible_count(tokens, views.mask_ratio)
-    predicted = max(1, round((tokens - keep) * fraction))
-    return np.sort(order[:keep]), np.sort(order[keep : keep + predicted])

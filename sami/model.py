@@ -16,13 +16,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from sami.core.config import require
-from sami.core.images import patchify
 from sami.encoders.protocol import ImageEncoder
 from sami.encoders.vit import gather_tokens, initialise, sincos_positions, vit_block
 
 
 @dataclass
-class DecoderConfig:
+class CrossDecoderConfig:
     """What turns visible features into masked ones; thrown away after stage 1.
 
     Attributes:
@@ -70,18 +69,7 @@ class DecoderConfig:
 
 
 @dataclass
-class TargetConfig:
-    """What is reconstructed.
-
-    Attributes:
-        kind: teacher, the features of ``teacher``; pixels, MAE's per-patch normalised pixels.
-    """
-
-    kind: Literal["teacher", "pixels"] = "teacher"
-
-
-@dataclass
-class LossConfig:
+class TokenLossConfig:
     """How the reconstruction is scored.
 
     Attributes:
@@ -153,7 +141,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: CrossDecoderConfig,
         encoder_width: int,
         grid: int,
         class_tokens: int,
@@ -175,7 +163,11 @@ class CrossDecoder(Decoder):
     """SAMI's decoder: the visible features are anchors and pass by it unchanged."""
 
     def __init__(
-        self, config: DecoderConfig, encoder_width: int, grid: int, class_tokens: int = 1
+        self,
+        config: CrossDecoderConfig,
+        encoder_width: int,
+        grid: int,
+        class_tokens: int = 1,
     ) -> None:
         masked_memory = config.memory == "visible_and_masked"
         blocks = [
@@ -204,7 +196,11 @@ class JointDecoder(Decoder):
     """MAE's decoder: all tokens, the class token too, attend to each other."""
 
     def __init__(
-        self, config: DecoderConfig, encoder_width: int, grid: int, class_tokens: int = 1
+        self,
+        config: CrossDecoderConfig,
+        encoder_width: int,
+        grid: int,
+        class_tokens: int = 1,
     ) -> None:
         blocks = [vit_block(config.width, config.heads) for _ in range(config.depth)]
         super().__init__(config, encoder_width, grid, class_tokens, blocks)
@@ -228,8 +224,8 @@ class MaskedReconstruction(nn.Module):
     def __init__(
         self,
         encoder: ImageEncoder,
-        decoder: DecoderConfig,
-        loss: LossConfig,
+        decoder: CrossDecoderConfig,
+        loss: TokenLossConfig,
         channels: int,
         mask_ratio: float,
     ) -> None:
@@ -322,17 +318,3 @@ def token_errors(prediction: torch.Tensor, target: torch.Tensor, kind: str) -> t
         if kind == "cosine":
             return 1 - F.cosine_similarity(prediction, target, dim=-1)
         return (prediction - target).square().mean(dim=-1)
-
-
-def pixel_target(images: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """MAE's target: each patch's pixels at zero mean and unit variance.
-
-    Args:
-        images: normalised [B, 3, H, H].
-
-    Returns:
-        [B, N, 3 * p * p].
-    """
-    patches = patchify(images, patch_size)
-    mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()

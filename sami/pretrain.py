@@ -14,45 +14,31 @@ from typing import Any
 
 import torch
 
-from sami.caching import open_cache
 from sami.core.checkpoint import Export
 from sami.core.checks import start_entry, tell_checked
 from sami.core.config import require, to_dict
 from sami.core.dataset import load_training, open_data
 from sami.core.errors import BadSample
 from sami.core.exits import FINISHED, run_entry
-from sami.core.index import Shard, Source, fingerprint
+from sami.core.index import Shard, fingerprint
 from sami.core.labels import check_names, require_labels, tell_neighbours
 from sami.core.optim import OptimConfig, TrainConfig, poison, unfinished_warmup
 from sami.core.order import Order
 from sami.core.reading import read_range
 from sami.core.run import Run, RunConfig, is_due
-from sami.core.starts import RANDOM, Start, find_starts
+from sami.core.starts import Start, find_starts
 from sami.core.state import State
-from sami.data import Batch, DataConfig, MaskConfig, Views, visible_count
+from sami.data import CropBatch, CropTransform, DataConfig
 from sami.encoder import TAKES, EncoderConfig, build_encoder, export_header
 from sami.encoders.protocol import ImageEncoder
 from sami.encoders.registry import names_of_encoders
-from sami.features import Cache
-from sami.heldout import EvalConfig, measure
-from sami.model import (
-    DecoderConfig,
-    LossConfig,
-    MaskedReconstruction,
-    TargetConfig,
-    pixel_target,
-)
+from sami.masking import MaskConfig
+from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
 from sami.pictures import draw_reconstruction
 from sami.probe import probe
-from sami.teacher import (
-    Teacher,
-    TeacherConfig,
-    checkpoint_sha256,
-    describe_teacher,
-    load_teacher,
-    takes_of,
-    to_grid,
-)
+from sami.targets import TargetConfig, Targets, open_targets
+from sami.teacher import TeacherConfig, takes_of
+from sami.validation import EvalConfig, measure
 
 SHOWN = 4  # pictures in a picture
 # What may change between two starts of one run. Shards and the teacher's file may have moved; that
@@ -85,9 +71,9 @@ class PretrainConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    decoder: CrossDecoderConfig = field(default_factory=CrossDecoderConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: TokenLossConfig = field(default_factory=TokenLossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=400))
 
@@ -99,13 +85,7 @@ class PretrainConfig:
             f"encoder.name {self.encoder.name} can only be finetuned; for stage 1 choose "
             f"{', '.join(students[:-1])} or {students[-1]}",
         )
-        tokens = (self.data.image_size // self.encoder.patch_size) ** 2
-        visible = visible_count(tokens, self.mask.ratio)
-        require(
-            visible >= 1 and (self.mask.ratio == 0 or visible < tokens),
-            f"mask.ratio {self.mask.ratio} leaves {visible} of {tokens} patches visible; at least "
-            "one has to be visible and, unless the ratio is 0, one masked",
-        )
+        self.mask.check_grid(self.data.image_size // self.encoder.patch_size)
         require(
             self.mask.ratio > 0 or self.loss.tokens == "all",
             "loss.tokens masked needs masked tokens; set --loss.tokens all, or --mask.ratio over 0",
@@ -134,11 +114,20 @@ def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
 
     # ---- What it is trained on
     sources, held_out = open_data(cfg.data, run)
-    sha256 = (started_from.get("teacher.checkpoint") or {}).get("sha256")
-    cache = None
-    if cfg.teacher.cached:
-        cache = find_cache(cfg, run, sources, held_out, sha256, not only_check)
-    views = make_views(cfg, cache)
+    encoder = build_encoder(
+        replace(cfg.encoder, checkpoint=files["encoder.checkpoint"]), cfg.data.image_size
+    )
+    targets = open_targets(
+        cfg.target,
+        cfg.teacher,
+        encoder,
+        run,
+        shards=[shard for source in sources for shard in source.shards] + held_out,
+        file=files.get("teacher.checkpoint"),
+        sha256=(started_from.get("teacher.checkpoint") or {}).get("sha256"),
+        checksums=not only_check,
+    )
+    transform = make_transform(cfg, targets)
     order = Order(
         sources,
         batch_size=cfg.train.batch_size,
@@ -163,21 +152,10 @@ def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
         check_names(order.shards, held_out, ("data.shards", "data.val_shards"))
 
     # ---- What is trained
-    start = replace(cfg.encoder, checkpoint=files["encoder.checkpoint"])
-    encoder = build_encoder(start, cfg.data.image_size)
-    teacher, told = None, None
-    if cache is not None:
-        channels, told = cache.channels, cached_teacher(cache)
-    elif cfg.target.kind == "teacher":
-        teacher = load_teacher(replace(cfg.teacher, checkpoint=files["teacher.checkpoint"] or ""))
-        channels = teacher.channels
-        told = describe_teacher(cfg.teacher, teacher, sha256) if run.is_main else None
-    else:
-        channels = 3 * cfg.encoder.patch_size**2
-    model = MaskedReconstruction(encoder, cfg.decoder, cfg.loss, channels, cfg.mask.ratio)
+    model = MaskedReconstruction(encoder, cfg.decoder, cfg.loss, targets.channels, cfg.mask.ratio)
     state = State(model.to(run.device), cfg.optim, cfg.train, run)
     facts = {
-        "teacher": told,
+        "teacher": targets.info,
         "started_from": started_from,
         "data": {
             "pictures": order.samples,
@@ -187,13 +165,12 @@ def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
         },
     }
     export = partial(make_export, cfg, encoder, facts)
-    targets = make_targets(cfg, run, model, teacher and teacher.to(run.device))
 
     if only_check:
         made = {"student": f"{cfg.encoder.name}, from {cfg.encoder.checkpoint or 'random weights'}"}
-        if told is not None:
-            made["teacher"] = f"{told['name']}, sha256 {told['sha256'][:12]}"
-        return tell_checked(order, held_out, views, cfg.train.batch_size, made)
+        if targets.info is not None:
+            made["teacher"] = f"{targets.info['name']}, sha256 {targets.info['sha256'][:12]}"
+        return tell_checked(order, held_out, transform, cfg.train.batch_size, made)
 
     # ---- Where training stands
     identity = {"config": to_dict(cfg), "facts": facts}
@@ -205,12 +182,12 @@ def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
     if run.is_main:
         tell_neighbours(order, run.say)
     announce(cfg, run, order, micro_batch, steps, step, model, facts)
-    shown = load_shown(run, held_out or order.shards, views)
+    shown = load_shown(run, held_out or order.shards, transform)
     if cfg.train.compiles(run.device):
         model.predict = torch.compile(model.predict)
     wrapped = run.accelerator.prepare(model)
     batches = load_training(
-        order, views, run, micro_batch_size=micro_batch, step=step, workers=cfg.data.workers
+        order, transform, run, micro_batch_size=micro_batch, step=step, workers=cfg.data.workers
     )
 
     log_every = cfg.run.log_interval(steps)
@@ -241,7 +218,7 @@ def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
             if evaluate:
                 with state.averaged():
                     measures = measure(
-                        run, model, targets, held_out, views, cfg.eval.samples, cfg.data.workers
+                        run, model, targets, held_out, transform, cfg.eval.samples, cfg.data.workers
                     )
                     if cfg.eval.probe:
                         measures |= probe(
@@ -277,79 +254,33 @@ def starts_of(cfg: PretrainConfig) -> dict[str, Start]:
     return starts
 
 
-def find_cache(
-    cfg: PretrainConfig,
-    run: Run,
-    sources: list[Source],
-    held_out: list[Shard],
-    sha256: str | None,
-    sums: bool,
-) -> Cache:
-    """The features that the shards hold.
-
-    Args:
-        sha256: of the teacher's weights, as far as they are here.
-        sums: read the shards for their checksums, if they have not been; the ranks share it.
-    """
-    shards = [shard for source in sources for shard in source.shards] + held_out
-    if run.is_main and cfg.teacher.checkpoint == RANDOM:
-        sha256 = checkpoint_sha256(cfg.teacher)
-    part = (run.rank, run.processes) if sums else None
-    cache = open_cache(shards, cfg.teacher, sha256, run.dir / "index", run.say, part)
-    run.gather(None)  # all have looked at their part
-    return cache
-
-
-def cached_teacher(cache: Cache) -> dict[str, object]:
-    """What the summary of a run tells of a teacher that only its features are left of."""
-    return {**vars(cache), "cached": True}
-
-
-def make_views(cfg: PretrainConfig, cache: Cache | None) -> Views:
+def make_transform(cfg: PretrainConfig, targets: Targets) -> CropTransform:
     """How samples are made under a configuration."""
-    computed = cfg.target.kind == "teacher" and cache is None
-    return Views(
+    return CropTransform(
         seed=cfg.run.seed,
         student_size=cfg.data.image_size,
-        teacher_size=cfg.teacher.image_size if computed else None,
+        teacher_size=targets.teacher_size,
         grid=cfg.data.image_size // cfg.encoder.patch_size,
-        mask_ratio=cfg.mask.ratio,
+        mask=cfg.mask,
         crop_scale=cfg.data.crop_scale,
         hflip=cfg.data.hflip,
         predict_fraction=cfg.decoder.predict_fraction,
-        cache=cache,
+        cache=targets.cache,
         pool=cfg.teacher.pool,
     )
 
 
-def make_targets(
-    cfg: PretrainConfig, run: Run, model: MaskedReconstruction, teacher: Teacher | None
-) -> Callable[[Batch], torch.Tensor]:
-    """From a batch on the device to what its tokens are to become, [B, N, C]."""
-    if cfg.teacher.cached:
-        return lambda batch: batch.features.tokens()
-    if teacher is None:
-        return lambda batch: pixel_target(model.normalise(batch.student), cfg.encoder.patch_size)
-
-    def features(batch: Batch) -> torch.Tensor:
-        with run.accelerator.autocast():
-            maps = teacher(batch.teacher_view)
-        return to_grid(maps, model.grid, cfg.teacher.pool)
-
-    return features
-
-
-def load_shown(run: Run, shards: list[Shard], views: Views) -> Batch | None:
+def load_shown(run: Run, shards: list[Shard], transform: CropTransform) -> CropBatch | None:
     """The few pictures that are drawn: the first usable ones; rank 0 only."""
     if not run.is_main:
         return None
     items, total = [], sum(shard.count for shard in shards)
-    for sample in read_range(shards, range(min(10 * SHOWN, total)), views.fields):
+    for sample in read_range(shards, range(min(10 * SHOWN, total)), transform.fields):
         with contextlib.suppress(BadSample):
-            items.append(views.decode_held_out(sample))
+            items.append(transform.decode_held_out(sample))
         if len(items) == SHOWN:
             break
-    return views.collate(items) if items else None
+    return transform.collate(items) if items else None
 
 
 @torch.no_grad()
@@ -357,8 +288,8 @@ def draw(
     cfg: PretrainConfig,
     run: Run,
     model: MaskedReconstruction,
-    targets: Callable[[Batch], torch.Tensor],
-    shown: Batch | None,
+    targets: Targets,
+    shown: CropBatch | None,
     step: int,
 ) -> None:
     """Masked input, target and reconstruction as ``pictures/reconstruction-<step>.png``."""

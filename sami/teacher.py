@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
@@ -138,14 +137,6 @@ class Teacher(nn.Module):
         return (
             self.encoder.maps(images) if self.layer == "neck" else token_map(self.encoder, images)
         )
-
-
-def to_grid(features: torch.Tensor, grid: int, pool: str) -> torch.Tensor:
-    """Features [B, C, h, w] brought to the student's grid, as tokens [B, grid * grid, C]."""
-    if features.shape[2:] != (grid, grid):
-        options = {"mode": "area"} if pool == "area" else {"mode": "bilinear", "antialias": True}
-        features = F.interpolate(features.float(), (grid, grid), **options)
-    return rearrange(features, "b c h w -> b (h w) c")
 
 
 def takes_of(config: TeacherConfig, option: str = "teacher.checkpoint") -> Takes:

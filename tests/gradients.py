@@ -15,10 +15,12 @@ from sami.core.index import open_sources
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
 from sami.core.patterns import expand
 from sami.core.reading import read_range
-from sami.data import Views
+from sami.data import CropTransform
 from sami.encoder import EncoderConfig, build_encoder
-from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
-from sami.teacher import TeacherConfig, load_teacher, to_grid
+from sami.masking import MaskConfig
+from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
+from sami.targets import to_grid
+from sami.teacher import TeacherConfig, load_teacher
 
 
 def main() -> None:
@@ -27,14 +29,18 @@ def main() -> None:
     torch.manual_seed(accelerator.process_index)  # the wrapper has to make the weights equal
     encoder = build_encoder(EncoderConfig("custom"), 64)
     model = MaskedReconstruction(
-        encoder, DecoderConfig(width=32, depth=2, heads=2), LossConfig(), 256, 0.75
+        encoder,
+        CrossDecoderConfig(width=32, depth=2, heads=2),
+        TokenLossConfig(),
+        256,
+        0.75,
     )
     if accelerator.process_index == 0:
         torch.manual_seed(0)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
     teacher = load_teacher(TeacherConfig("custom", "random", 64))
-    views = Views(0, 64, 64, 4, 0.75, (0.2, 1.0), True)
+    views = CropTransform(0, 64, 64, 4, MaskConfig(ratio=0.75), (0.2, 1.0), True)
 
     share = 8 // accelerator.num_processes
     mine = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)

@@ -18,10 +18,11 @@ from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, frame_of, open_image
 from sami.core.reading import RawSample
 from sami.core.scanning import PICTURE, TEACHER
-from sami.data import Views
+from sami.data import CropTransform
 from sami.encoders.protocol import EncoderShape
 from sami.extraction import extract_whole, prepare
 from sami.features import Cache, FeatureBatch, pack, quantise, to_bytes
+from sami.masking import MaskConfig
 from sami.probe import labelled_squares
 from sami.teacher import TeacherConfig, load_teacher
 from tests.test_data_stage2 import maker
@@ -82,7 +83,7 @@ def between(pixels):
 @every_size
 def test_stage_one(size):
     sample, _ = sample_of(*size)
-    views = Views(0, 32, 48, 4, 0.75, (0.2, 1.0), True)
+    views = CropTransform(0, 32, 48, 4, MaskConfig(ratio=0.75), (0.2, 1.0), True)
     for epoch in range(3):
         _, student, teacher, drawn, _ = views.decode(sample, epoch, False)
         left, top, right, bottom = drawn.box
@@ -112,7 +113,9 @@ def test_cached_features(teacher, grid):
         stored = pack(quantise(extract_whole(teacher, [pixels])[0], cache, size))
         sample.parts[TEACHER] = to_bytes(stored)
         for pool in ("area", "bilinear"):
-            views = Views(0, 32, None, 4, 0.75, (0.2, 1.0), True, cache=cache, pool=pool)
+            views = CropTransform(
+                0, 32, None, 4, MaskConfig(ratio=0.75), (0.2, 1.0), True, cache=cache, pool=pool
+            )
             for decode in (views.decode_held_out, lambda s, v=views: v.decode(s, 0, False)):
                 read, rows, columns = decode(sample)[-1]
                 assert np.allclose(rows.sum(1), 1) and np.allclose(columns.sum(1), 1)
@@ -213,7 +216,7 @@ def test_classifications_central_part_is_the_same_in_long_pictures():
 def test_long_jpegs(size):
     """They can be read at a reduced size, but not below one pixel."""
     data, _ = halves(*size, kind="JPEG")
-    views = Views(0, 32, 48, 4, 0.75, (0.2, 1.0), True)
+    views = CropTransform(0, 32, 48, 4, MaskConfig(ratio=0.75), (0.2, 1.0), True)
     sample = RawSample("a", {PICTURE: data})
     assert between(views.decode_held_out(sample)[1])
     views.decode(sample, 0, False)

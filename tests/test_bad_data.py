@@ -25,10 +25,11 @@ from sami.core.index import index_beside, open_sources
 from sami.core.order import Order
 from sami.core.reading import RawSample, read_range
 from sami.core.scanning import PICTURE
-from sami.data import Views, centre_square
+from sami.data import CropTransform, centre_square
+from sami.masking import MaskConfig
 from tests.runs import LIMIT, arguments, command, kill, run, start, summary, wait_for, write_shards
 
-VIEWS = Views(0, 32, 48, 4, 0.75, (0.2, 1.0), True)
+VIEWS = CropTransform(0, 32, 48, 4, MaskConfig(ratio=0.75), (0.2, 1.0), True)
 RNG = np.random.default_rng(0)
 COLOUR = Image.fromarray(RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize((90, 75))
 GREY16 = Image.fromarray(RNG.integers(0, 65536, (75, 90), dtype=np.uint16))
@@ -326,7 +327,9 @@ def test_a_shard_that_vanishes_with_its_index(four, tmp_path):
     beside.unlink()
     order = Order([source], batch_size=2, seed=0, window=1)
     for use in (
-        lambda: Training(order, Views(0, 32, 48, 4, 0.75, (0.2, 1.0), True)).__getitems__(range(2)),
+        lambda: Training(
+            order, CropTransform(0, 32, 48, 4, MaskConfig(ratio=0.75), (0.2, 1.0), True)
+        ).__getitems__(range(2)),
         lambda: list(read_range(source.shards, range(4), (PICTURE,))),
     ):
         with pytest.raises(UserError, match="a.tar.index.npz, the index of .*a.tar, is gone"):

@@ -1,5 +1,6 @@
 """The feature cache: made by a tool that survives, refused where it does not fit, and read."""
 
+import contextlib
 import errno
 import io
 import json
@@ -9,6 +10,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +23,12 @@ from sami.caching import read_manifest, sha256_of
 from sami.core.errors import UserError
 from sami.core.reading import read_range
 from sami.core.scanning import PICTURE, TEACHER
+from sami.encoder import build_encoder
 from sami.extraction import extract_whole
 from sami.features import Cache, from_bytes
-from sami.pretrain import PretrainConfig, main, make_targets, make_views
-from sami.teacher import Teacher, TeacherConfig, load_teacher, to_grid
+from sami.pretrain import PretrainConfig, main, make_transform
+from sami.targets import open_targets, pixel_target, to_grid
+from sami.teacher import Teacher, TeacherConfig, load_teacher
 from tests.runs import (
     LIMIT,
     ROOT,
@@ -343,19 +347,33 @@ def test_the_target_of_a_whole_picture_is_what_the_teacher_gives(tmp_path):
     config.data.image_size = 64
     config.teacher = TeacherConfig("custom", "random", SIZE, width=32, depth=1)
     teacher = load_teacher(config.teacher)
-    fresh = make_views(config, None)
-    cache = Cache(**read_manifest(tmp_path / "out")["cache"])
+    run = SimpleNamespace(device=torch.device("cpu"), is_main=True, rank=0, processes=1)
+    run.dir, run.say, run.gather = tmp_path, print, lambda value: [value]
+    run.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+    student = build_encoder(config.encoder, 64)
+
+    def targets_and_batch():
+        shards = (cached.shards, "random", None, True)
+        targets = open_targets(config.target, config.teacher, student, run, *shards)
+        transform = make_transform(config, targets)
+        samples = read_range(cached.shards, range(3), transform.fields)
+        batch = transform.collate([transform.decode_held_out(sample) for sample in samples])
+        return targets, transform, batch
+
+    live, fresh, batch = targets_and_batch()
+    assert fresh.fields == (PICTURE,) and fresh.teacher_size == SIZE and not live.info.get("cached")
+    expected = live(batch)
+    torch.testing.assert_close(expected, to_grid(teacher(batch.teacher_view), 4, "area"))
     config.teacher.cached = True
-    stored = make_views(config, cache)
+    targets, stored, batch = targets_and_batch()
     assert stored.fields == (PICTURE, TEACHER) and stored.teacher_size is None
-
-    def batch(views):
-        samples = read_range(cached.shards, range(3), views.fields)
-        return views.collate([views.decode_held_out(sample) for sample in samples])
-
-    expected = to_grid(teacher(batch(fresh).teacher_view), 4, "area")
-    found = make_targets(config, None, None, None)(batch(stored))
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    assert targets.channels == live.channels == 256 and targets.info["cached"]
+    torch.testing.assert_close(targets(batch), expected, atol=1e-3, rtol=1e-3)
+    config.target.kind, config.teacher.cached = "pixels", False
+    targets, pixels, batch = targets_and_batch()
+    assert (pixels.fields, pixels.teacher_size, targets.info) == ((PICTURE,), None, None)
+    assert targets.channels == 768
+    assert torch.equal(targets(batch), pixel_target(student.normalise(batch.student), 16))
 
 
 ONCE = "cached shards for their checksums, once"

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sami.encoder import EncoderConfig, build_encoder
-from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
+from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
 from sami.teacher import TeacherConfig, load_teacher
 from tests.runs import ROOT
 from tools.cost import BATCH, find_parts, main, resolve
@@ -43,7 +43,11 @@ def test_the_counts_are_the_flop_counters(decoder):
     wanted = config(decoder=decoder)
     encoder = build_encoder(EncoderConfig(**wanted["encoder"]), 64)
     model = MaskedReconstruction(
-        encoder, DecoderConfig(**wanted["decoder"]), LossConfig(), 256, 0.75
+        encoder,
+        CrossDecoderConfig(**wanted["decoder"]),
+        TokenLossConfig(),
+        256,
+        0.75,
     )
     order, images = torch.rand(BATCH, 16).argsort(1), torch.rand(BATCH, 3, 64, 64)
     masked = order[:, 4 : 4 + (6 if "predict_fraction" in decoder else 12)]

@@ -10,10 +10,11 @@ from torchvision.transforms import RandomResizedCrop
 from sami.core.dataset import ShardSource, Validation, load_validation
 from sami.core.order import sample_rng
 from sami.core.reading import read_range
-from sami.data import Views, draw, draw_held_out, random_region, visible_count
+from sami.data import CropTransform, random_region
+from sami.masking import STRATEGIES, MaskConfig, count_patches, draw_mask
 from tests.runs import opened, write_shards
 
-VIEWS = Views(0, 32, 48, 4, 0.75, (0.2, 1.0), True)
+VIEWS = CropTransform(0, 32, 48, 4, MaskConfig(ratio=0.75), (0.2, 1.0), True)
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -30,19 +31,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
     ],
 )
 def test_how_many_stay_visible(tokens, ratio, visible):
-    assert visible_count(tokens, ratio) == visible
-    views = Views(0, 224, None, round(tokens**0.5), ratio, (0.2, 1.0), True)
-    drawn = draw(views, 0, "key", (300, 200))
+    assert count_patches(MaskConfig(ratio=ratio), round(tokens**0.5)) == (visible, tokens - visible)
+    views = CropTransform(
+        0, 224, None, round(tokens**0.5), MaskConfig(ratio=ratio), (0.2, 1.0), True
+    )
+    drawn = views.draw(0, "key", (300, 200))
     assert len(drawn.visible) == visible and len(drawn.masked) == tokens - visible
     assert sorted([*drawn.visible, *drawn.masked]) == list(range(tokens))
 
 
 def test_masks_are_uniform_and_fresh():
-    views = Views(0, 224, None, 14, 0.75, (0.2, 1.0), True)
+    views = CropTransform(0, 224, None, 14, MaskConfig(ratio=0.75), (0.2, 1.0), True)
     seen = np.zeros(196)
     masks, flips = set(), 0
     for epoch in range(2000):
-        drawn = draw(views, epoch, "key", (300, 200))
+        drawn = views.draw(epoch, "key", (300, 200))
         seen[drawn.visible] += 1
         masks.add(tuple(drawn.visible))
         flips += drawn.flip
@@ -52,14 +55,49 @@ def test_masks_are_uniform_and_fresh():
     assert abs(flips - 1000) < 5 * 22.4
 
 
+def test_another_strategy_is_a_function(monkeypatch):
+    """Half of the patches at the left stay, whatever the picture; the order does not matter."""
+
+    def left(config, grid, rng):
+        numbers = np.arange(grid * grid)
+        inside = numbers % grid < grid // 2
+        return rng.permutation(numbers[inside]), rng.permutation(numbers[~inside])
+
+    monkeypatch.setitem(STRATEGIES, "left", left)
+    config = MaskConfig("left")
+    assert count_patches(config, 4) == (8, 8)
+    visible, masked = draw_mask(config, 4, np.random.default_rng(0))
+    assert visible.tolist() == [0, 1, 4, 5, 8, 9, 12, 13] == (masked - 2).tolist()
+    drawn = CropTransform(0, 64, None, 4, config, (0.2, 1.0), True).draw(0, "a", (30, 20))
+    assert drawn.visible.tolist() == visible.tolist()
+
+
+def test_a_part_of_the_masked_patches_leaves_the_rest_of_the_draw_alone():
+    whole = CropTransform(0, 224, None, 14, MaskConfig(ratio=0.75), (0.2, 1.0), True)
+    part = replace(whole, predict_fraction=0.25)
+    seen = np.zeros(196)
+    for epoch in range(2000):
+        every, some = (one.draw(epoch, "key", (300, 200)) for one in (whole, part))
+        assert (every.box, every.flip) == (some.box, some.flip)
+        assert every.visible.tolist() == some.visible.tolist()
+        assert len(some.masked) == 37 and set(some.masked) < set(every.masked)
+        assert (np.diff(some.masked) > 0).all()
+        seen[some.masked] += 1
+    # binomial(2000, 37/196): mean 377.6, standard deviation 17.5
+    assert np.abs(seen - 377.6).max() < 5 * 17.5
+    assert len(whole.draw_held_out("a", (30, 20)).masked) == 147
+    assert len(part.draw_held_out("a", (30, 20)).masked) == 147
+
+
 def test_a_draw_depends_on_seed_epoch_and_key_alone():
     def drawn(seed=0, epoch=0, key="a"):
-        one = draw(Views(seed, 224, None, 14, 0.75, (0.2, 1.0), True), epoch, key, (300, 200))
+        transform = CropTransform(seed, 224, None, 14, MaskConfig(ratio=0.75), (0.2, 1.0), True)
+        one = transform.draw(epoch, key, (300, 200))
         return one.box, one.flip, tuple(one.visible)
 
     assert drawn() == drawn()
     assert len({drawn(), drawn(seed=1), drawn(epoch=1), drawn(key="b")}) == 4
-    fixed = draw_held_out(VIEWS, "a", (300, 200))
+    fixed = VIEWS.draw_held_out("a", (300, 200))
     assert fixed.box == (50, 0, 250, 200) and not fixed.flip
 
 
@@ -132,7 +170,7 @@ def test_held_out_samples_that_are_bad(tmp_path):
 def test_real_photographs(photos, tmp_path):
     shards = shards_of(photos, tmp_path)
     assert [shard.count for shard in shards] == [125] * 8
-    views = Views(0, 224, 448, 14, 0.75, (0.2, 1.0), True)
+    views = CropTransform(0, 224, 448, 14, MaskConfig(ratio=0.75), (0.2, 1.0), True)
     source = ShardSource(shards, views.fields, range(120, 150))
     dataset = Validation(source, views.decode_held_out, views.collate)
     found = [batch for batch, _ in load_validation(dataset, 10, 0, CPU)]
@@ -144,16 +182,16 @@ def test_real_photographs(photos, tmp_path):
 
 def test_a_share_of_the_masked_patches():
     """The visible ones stay what they are, a quarter of the others is left, each as often."""
-    whole = Views(0, 224, None, 14, 0.75, (0.2, 1.0), True)
+    whole = CropTransform(0, 224, None, 14, MaskConfig(ratio=0.75), (0.2, 1.0), True)
     part = replace(whole, predict_fraction=0.25)
     counts = np.zeros(196)
     for number in range(400):
-        a, b = (draw(views, 0, f"key-{number}", (300, 200)) for views in (whole, part))
+        a, b = (views.draw(0, f"key-{number}", (300, 200)) for views in (whole, part))
         assert a.box == b.box and a.flip == b.flip and np.array_equal(a.visible, b.visible)
         assert len(b.masked) == 37 and set(b.masked) < set(a.masked)
         assert (np.diff(b.masked) > 0).all()
         counts[b.masked] += 1
     expected = 400 * 37 / 196
     assert abs(counts - expected).max() < 5 * expected**0.5
-    held_out = draw_held_out(part, "key", (300, 200))
+    held_out = part.draw_held_out("key", (300, 200))
     assert len(held_out.masked) == 147

@@ -14,10 +14,11 @@ from sami.core.errors import BadSample, UserError
 from sami.core.index import Source
 from sami.core.order import Order
 from sami.core.scanning import PICTURE
-from sami.data import Views
+from sami.data import CropTransform
+from sami.masking import MaskConfig
 from tests.runs import opened, write_shards
 
-VIEWS = Views(0, 32, 48, 4, 0.75, (0.2, 1.0), True)
+VIEWS = CropTransform(0, 32, 48, 4, MaskConfig(ratio=0.75), (0.2, 1.0), True)
 CPU = torch.device("cpu")
 # processes, workers, micro-batch: with a batch of 12
 LAYOUTS = [(1, 0, 12), (1, 1, 6), (2, 1, 3), (1, 3, 2), (2, 2, 1), (3, 0, 4)]

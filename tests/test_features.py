@@ -20,7 +20,7 @@ from sami.features import (
     region_weights,
     to_bytes,
 )
-from sami.teacher import to_grid
+from sami.targets import to_grid
 
 CACHE = Cache("custom", "0" * 64, True, "neck", 256, 16, 8, 16, "fp16")
 

@@ -11,8 +11,9 @@ from finetune.objective import Objective
 from finetune.prompts import PromptConfig
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
 from sami.encoder import EncoderConfig, build_encoder
-from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
-from sami.teacher import TeacherConfig, load_teacher, to_grid
+from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
+from sami.targets import to_grid
+from sami.teacher import TeacherConfig, load_teacher
 from tests.runs import arguments, command, numbers, run, summary, write_shards
 from tests.test_toy_shards import draw
 from tests.test_train import arguments as stage2_arguments
@@ -26,7 +27,11 @@ def test_a_step_does_not_wait_for_the_device():
     """Forward, teacher, backward and update under the driver's own check for synchronisation."""
     device = torch.device("cuda")
     model = MaskedReconstruction(
-        build_encoder(EncoderConfig(), 224), DecoderConfig(), LossConfig(), 256, 0.75
+        build_encoder(EncoderConfig(), 224),
+        CrossDecoderConfig(),
+        TokenLossConfig(),
+        256,
+        0.75,
     ).to(device)
     teacher = load_teacher(TeacherConfig("custom", "random", 224)).to(device)
     optimizer = build_optimizer(model, OptimConfig())

@@ -8,14 +8,14 @@ from sami.encoder import EncoderConfig, build_encoder
 from sami.model import (
     CrossBlock,
     CrossDecoder,
-    DecoderConfig,
+    CrossDecoderConfig,
     JointDecoder,
-    LossConfig,
     MaskedReconstruction,
-    pixel_target,
+    TokenLossConfig,
     restore_order,
     token_errors,
 )
+from sami.targets import pixel_target
 from tests import reference
 
 N, V, D, W = 16, 4, 12, 16
@@ -34,7 +34,7 @@ def masks(batch=2, seed=0):
 
 
 def config(**more):
-    return DecoderConfig(width=W, depth=2, heads=2, **more)
+    return CrossDecoderConfig(width=W, depth=2, heads=2, **more)
 
 
 def as_arrays(tokens):
@@ -140,13 +140,15 @@ def test_joint_decoder_is_maes():
 
 def model(loss=None, channels=6, ratio=0.75, **decoder):
     encoder = build_encoder(EncoderConfig("custom", width=D, depth=1), 64)
-    return MaskedReconstruction(encoder, config(**decoder), loss or LossConfig(), channels, ratio)
+    return MaskedReconstruction(
+        encoder, config(**decoder), loss or TokenLossConfig(), channels, ratio
+    )
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
 @pytest.mark.parametrize("tokens", ["all", "masked"])
 def test_loss_against_a_hand_computation(kind, tokens):
-    net = randomise(model(LossConfig(kind, tokens)))
+    net = randomise(model(TokenLossConfig(kind, tokens)))
     visible, masked = masks()
     images, target = torch.rand(2, 3, 64, 64), torch.randn(2, N, 6)
     result = net(images, visible, masked, target)
@@ -167,7 +169,7 @@ def test_loss_against_a_hand_computation(kind, tokens):
 @pytest.mark.parametrize("tokens", ["all", "masked"])
 def test_a_part_of_the_masked_tokens_by_hand(tokens):
     """What is left out is not scored; what is scored stands for it."""
-    net = randomise(model(LossConfig(tokens=tokens)))
+    net = randomise(model(TokenLossConfig(tokens=tokens)))
     visible, masked = masks()
     part = masked[:, torch.tensor([7, 2, 5])].sort(1).values
     images, target = torch.rand(2, 3, 64, 64), torch.randn(2, N, 6)
@@ -239,8 +241,8 @@ def test_without_a_mask_no_decoder_is_built():
         {},
         {"memory": "visible"},
         {"kind": "self"},
-        {"kind": "self", "loss": LossConfig(tokens="masked")},
-        {"loss": LossConfig(tokens="masked")},
+        {"kind": "self", "loss": TokenLossConfig(tokens="masked")},
+        {"loss": TokenLossConfig(tokens="masked")},
         {"ratio": 0.0},
     ],
 )
@@ -262,11 +264,11 @@ def test_every_trainable_parameter_gets_a_gradient(kind):
 def test_the_papers_decoder():
     """8 blocks of width 512: per block 12 D^2 weights, as in MAE's."""
     encoder = build_encoder(EncoderConfig(), 224)
-    decoder = CrossDecoder(DecoderConfig(), 192, 14)
+    decoder = CrossDecoder(CrossDecoderConfig(), 192, 14)
     assert len(decoder.blocks) == 8 and decoder.blocks[0].attn.heads == 16
     matrices = sum(p.numel() for b in decoder.blocks for p in b.parameters() if p.ndim == 2)
     assert matrices == 8 * 12 * 512**2
-    net = MaskedReconstruction(encoder, DecoderConfig(), LossConfig(), 256, 0.75)
+    net = MaskedReconstruction(encoder, CrossDecoderConfig(), TokenLossConfig(), 256, 0.75)
     assert net.head.weight.shape == (256, 512)
 
 

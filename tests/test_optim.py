@@ -21,7 +21,7 @@ from sami.core.optim import (
     unfinished_warmup,
 )
 from sami.encoder import EncoderConfig, build_encoder
-from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
+from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
 from tests import reference
 
 
@@ -44,8 +44,8 @@ def test_short_and_warmless_schedules():
 def test_what_decays():
     encoder = build_encoder(EncoderConfig("custom"), 64)
     for kind in ("cross", "self"):
-        decoder = DecoderConfig(kind=kind, width=32, depth=1, heads=2)
-        model = MaskedReconstruction(encoder, decoder, LossConfig(), 256, 0.75)
+        decoder = CrossDecoderConfig(kind=kind, width=32, depth=1, heads=2)
+        model = MaskedReconstruction(encoder, decoder, TokenLossConfig(), 256, 0.75)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         decay, rest = (
             {names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.05)

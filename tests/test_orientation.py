@@ -18,8 +18,9 @@ from sami.core.errors import BadSample
 from sami.core.images import DRAWN, STD, drawn_on, open_image
 from sami.core.reading import RawSample, read_range
 from sami.core.scanning import PICTURE
-from sami.data import Views
+from sami.data import CropTransform
 from sami.extraction import prepare
+from sami.masking import MaskConfig
 from sami.probe import labelled_squares
 from tests.runs import opened, run, summary
 from tests.test_bad_data import write_tar
@@ -243,7 +244,9 @@ def test_without_masks_everything_is_upright(orientation, kind):
         sample = RawSample("s/a", {PICTURE: data, "cls": b"0"})
         size, whole = prepare(data, CACHE)
         assert size == SIZES["wide"][::-1]
-        yield from Views(0, 32, 48, 4, 0.75, (0.2, 1.0), True).decode(sample, 0, False)[1:3]
+        yield from CropTransform(0, 32, 48, 4, MaskConfig(ratio=0.75), (0.2, 1.0), True).decode(
+            sample, 0, False
+        )[1:3]
         yield labelled_squares([], np.zeros(0, int), 32).decode(sample)[0]
         classify = LabelTransform(ClassifyData(image_size=32), AugmentConfig(auto=""), seed=0)
         for decode in (classify.decode_held_out, lambda s: classify.decode(s, 0, False)):

@@ -9,14 +9,9 @@ from torch.nn import functional as F
 from sami.core.errors import UserError
 from sami.encoder import EncoderConfig, build_encoder
 from sami.encoders.sam import OFFICIAL, SAM_SHAPES, SamEncoder, sam_shape
-from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
-from sami.teacher import (
-    Teacher,
-    TeacherConfig,
-    describe_teacher,
-    load_teacher,
-    to_grid,
-)
+from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
+from sami.targets import to_grid
+from sami.teacher import Teacher, TeacherConfig, describe_teacher, load_teacher
 
 
 def random_encoder(width, heads, depth=2, global_blocks=(1,)):
@@ -153,7 +148,7 @@ def test_frozen_and_outside_of_what_is_trained():
     again = load_teacher(config)
     assert describe_teacher(config, teacher) == describe_teacher(config, again)
     encoder = build_encoder(EncoderConfig("custom"), 64)
-    trained = MaskedReconstruction(encoder, DecoderConfig(), LossConfig(), 256, 0.75)
+    trained = MaskedReconstruction(encoder, CrossDecoderConfig(), TokenLossConfig(), 256, 0.75)
     assert not any("teacher" in name for name in trained.state_dict())
 
 

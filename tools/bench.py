@@ -48,11 +48,13 @@ from sami.core.processes import DEVICES, choose_device
 from sami.core.reading import RawSample, read_samples
 from sami.core.scanning import PICTURE, TEACHER
 from sami.core.tables import show_table
-from sami.data import Views
+from sami.data import CropTransform
 from sami.encoder import EncoderConfig, build_encoder
 from sami.encoders.sam import SAM_SHAPES
 from sami.features import Cache, QuantizedFeatures, to_bytes
-from sami.model import DecoderConfig, LossConfig, MaskedReconstruction, pixel_target
+from sami.masking import MaskConfig
+from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
+from sami.targets import pixel_target
 from sami.teacher import TeacherConfig, load_teacher
 
 Step = Callable[[], None]
@@ -71,7 +73,7 @@ def stage1_steps(
     target = torch.randn(args.batch, 196, 256, generator=generator)
     images, visible, masked, target = (x.to(device) for x in (images, visible, masked, target))
 
-    def make(decoder: DecoderConfig, loss: LossConfig, channels: int) -> Step:
+    def make(decoder: CrossDecoderConfig, loss: TokenLossConfig, channels: int) -> Step:
         train = trainer(args.encoder, decoder, loss, channels, device, bf16, compiled)
         predicted = masked[:, : round(147 * decoder.predict_fraction)].contiguous()
 
@@ -83,12 +85,12 @@ def stage1_steps(
 
     normalise = Normalise().to(device)
     return {
-        "mae": make(DecoderConfig(kind="self"), LossConfig(tokens="masked"), 768),
-        "sami": make(DecoderConfig(), LossConfig(), 256),
-        "sami, memory visible": make(DecoderConfig(memory="visible"), LossConfig(), 256),
+        "mae": make(CrossDecoderConfig(kind="self"), TokenLossConfig(tokens="masked"), 768),
+        "sami": make(CrossDecoderConfig(), TokenLossConfig(), 256),
+        "sami, memory visible": make(CrossDecoderConfig(memory="visible"), TokenLossConfig(), 256),
         **{
             f"sami, predict_fraction {share}": make(
-                DecoderConfig(predict_fraction=share), LossConfig(), 256
+                CrossDecoderConfig(predict_fraction=share), TokenLossConfig(), 256
             )
             for share in (0.5, 0.25)
         },
@@ -97,8 +99,8 @@ def stage1_steps(
 
 def trainer(
     encoder: str,
-    decoder: DecoderConfig,
-    loss: LossConfig,
+    decoder: CrossDecoderConfig,
+    loss: TokenLossConfig,
     channels: int,
     device: torch.device,
     bf16: bool,
@@ -277,7 +279,7 @@ def data_rates(args: argparse.Namespace) -> None:
         batch = min(32, source.count)
         print("data path, one core")
         for size in (None, 224, 448, 1024):
-            views = Views(0, 224, size, 14, 0.75, (0.2, 1.0), True)
+            views = CropTransform(0, 224, size, 14, MaskConfig(ratio=0.75), (0.2, 1.0), True)
             rates = rate(start_stream(source, views, batch), batch, args.rounds)
             name = "student alone" if size is None else f"student and teacher at {size} px"
             print(f"{name:36} {spread(rates)} images/s")
@@ -285,7 +287,10 @@ def data_rates(args: argparse.Namespace) -> None:
 
 def stream(args: argparse.Namespace) -> None:
     """The raw stream against webdataset's own, with decoding, and the time to a first batch."""
-    views, batch = Views(0, 224, 224, 14, 0.75, (0.2, 1.0), True), args.batch or 16
+    views, batch = (
+        CropTransform(0, 224, 224, 14, MaskConfig(ratio=0.75), (0.2, 1.0), True),
+        args.batch or 16,
+    )
     with tempfile.TemporaryDirectory() as folder:
         source = open_or_draw(args, folder, 40, 500)
         urls = [shard.url for shard in source.shards]
@@ -402,20 +407,28 @@ def cache(args: argparse.Namespace) -> None:
     introduce(args, device)
     kind = Cache("sam_vit_h", "", True, "neck", 1024, 16, 256, args.grid, "int8")
 
-    def start_on(source: Source, views: Views) -> Iterator:
+    def start_on(source: Source, views: CropTransform) -> Iterator:
         return start_stream(source, views, batch, workers=args.workers, device=args.device)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = write_features(open_or_draw(args, name, 2, 256), folder / "made", kind)
-        ready = Views(0, 224, None, 14, 0.75, (0.2, 1.0), True)
+        ready = CropTransform(0, 224, None, 14, MaskConfig(ratio=0.75), (0.2, 1.0), True)
         views = {"ready targets": ready, "cached features": replace(ready, cache=kind)}
         print("data path, one core")
         for what, one in views.items():
             rates = rate(start_stream(source, one, batch), batch, 10 * args.rounds)
             print(f"{what:36} {spread(rates)} images/s")
         for bf16, compiled in kinds_of(device):
-            model = (args.encoder, DecoderConfig(), LossConfig(), 256, device, bf16, compiled)
+            model = (
+                args.encoder,
+                CrossDecoderConfig(),
+                TokenLossConfig(),
+                256,
+                device,
+                bf16,
+                compiled,
+            )
             steps = {
                 what: reading(start_on(source, one), trainer(*model), device)
                 for what, one in views.items()

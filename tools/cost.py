@@ -44,12 +44,12 @@ from sami.core.paths import local_path
 from sami.core.patterns import expand
 from sami.core.shipped import find
 from sami.core.tables import show_table
-from sami.data import visible_count
 from sami.encoder import EncoderConfig, build_encoder
 from sami.encoders.files import read_model
 from sami.encoders.registry import TEACHERS, build
 from sami.features import DTYPES, Cache
-from sami.model import DecoderConfig, LossConfig, MaskedReconstruction
+from sami.masking import MaskConfig, count_patches
+from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
 from sami.teacher import Teacher, TeacherConfig, build_teacher, takes_of
 
 # Dense bf16 (V100: fp16) TFLOP/s with fp32 accumulation, from the makers' data sheets.
@@ -150,17 +150,20 @@ def teacher_part(config: TeacherConfig, teacher: Teacher, times: int | None) -> 
 def pretrain_parts(config: dict[str, Any], taught: Teacher | None) -> list[Part]:
     """Stage 1: student, decoder, head, and the teacher."""
     encoder = EncoderConfig(**config["encoder"] | {"checkpoint": None})
-    teacher, decoder = TeacherConfig(**config["teacher"]), DecoderConfig(**config["decoder"])
+    teacher, decoder = (
+        TeacherConfig(**config["teacher"]),
+        CrossDecoderConfig(**config["decoder"]),
+    )
     size, channels = config["data"]["image_size"], 3 * encoder.patch_size**2
     parts = []
     if taught is not None:
         parts.append(teacher_part(teacher, taught, 1 if teacher.cached else None))
         channels = taught.channels
     student = build_encoder(encoder, size)
-    tokens, ratio = (size // student.stride) ** 2, config["mask"]["ratio"]
-    model = MaskedReconstruction(student, decoder, LossConfig(), channels, ratio)
-    seen = visible_count(tokens, ratio)
-    predicted = max(1, round((tokens - seen) * decoder.predict_fraction)) if ratio else 0
+    ratio = config["mask"]["ratio"]
+    model = MaskedReconstruction(student, decoder, TokenLossConfig(), channels, ratio)
+    seen, masked = count_patches(MaskConfig(**config["mask"]), size // student.stride)
+    predicted = max(1, round(masked * decoder.predict_fraction)) if masked else 0
     order = torch.arange(seen + predicted).expand(BATCH, -1)
     images = torch.zeros(BATCH, 3, size, size)
     visible = order[:, :seen] if ratio else None

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,9 @@ from sami.core.dataset import Bad, ShardSource, Validation, load_validation
 from sami.core.index import Shard
 from sami.core.processes import exact
 from sami.core.run import Run
-from sami.data import Batch, Views
+from sami.data import CropTransform
 from sami.model import MaskedReconstruction, token_errors
+from sami.targets import Targets
 
 BATCH = 32  # pictures per forward
 
@@ -119,9 +119,9 @@ class Sums:
 def measure(
     run: Run,
     model: MaskedReconstruction,
-    targets: Callable[[Batch], torch.Tensor],
+    targets: Targets,
     shards: list[Shard],
-    views: Views,
+    transform: CropTransform,
     samples: int,
     workers: int,
 ) -> dict[str, float | None]:
@@ -131,10 +131,9 @@ def measure(
 
     Args:
         model: unwrapped.
-        targets: a batch on the device to its targets [B, N, C].
     """
-    source = ShardSource.first(shards, views.fields, samples)
-    dataset = Validation(source, views.decode_held_out, views.collate)
+    source = ShardSource.first(shards, transform.fields, samples)
+    dataset = Validation(source, transform.decode_held_out, transform.collate)
     sums = Sums(model.grid**2, model.head.out_features, run.device)
     unusable: Bad = []
     model.eval()

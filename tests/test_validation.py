@@ -6,8 +6,6 @@ import torch
 from PIL import Image
 
 from sami.core.images import MEAN, STD
-from sami.heldout import Sums, tell_unusable
-from sami.model import pixel_target
 from sami.pictures import (
     draw_reconstruction,
     explained,
@@ -18,6 +16,8 @@ from sami.pictures import (
     pixels_back,
 )
 from sami.pretrain import main
+from sami.targets import pixel_target
+from sami.validation import Sums, tell_unusable
 from tests import reference
 from tests.runs import arguments, summary, write_shards
 
