@@ -68,16 +68,29 @@ class CrossDecoderConfig:
         )
 
 
+def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over channels: equation 1 divided by C, which AdamW's step does not notice."""
+    return (prediction - target).square().mean(dim=-1)
+
+
+def cosine_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """1 - cos (EfficientSAM, Table 6)."""
+    return 1 - F.cosine_similarity(prediction, target, dim=-1)
+
+
+ERRORS = {"mse": squared_error, "cosine": cosine_error}  # of a token, [B, N, C] twice to [B, N]
+
+
 @dataclass
 class TokenLossConfig:
     """How the reconstruction is scored.
 
     Attributes:
-        kind: mse, the paper's; cosine, 1 - cos per token (its Table 6).
+        kind: of ERRORS: mse, the paper's; cosine, 1 - cos per token (its Table 6).
         tokens: all, equation 1; masked, MAE's.
     """
 
-    kind: Literal["mse", "cosine"] = "mse"
+    kind: Literal[tuple(ERRORS)] = "mse"
     tokens: Literal["all", "masked"] = "all"
 
 
@@ -308,13 +321,6 @@ def restore_order(
 
 
 def token_errors(prediction: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:
-    """Error per token in fp32: [B, N, C] twice to [B, N].
-
-    mse is the mean over channels of the squared difference: equation 1 divided by C, which
-    AdamW's step does not notice. cosine is 1 - cos.
-    """
+    """Error per token in fp32, by a name of ERRORS: [B, N, C] twice to [B, N]."""
     with torch.autocast(prediction.device.type, enabled=False):
-        prediction, target = prediction.float(), target.float()
-        if kind == "cosine":
-            return 1 - F.cosine_similarity(prediction, target, dim=-1)
-        return (prediction - target).square().mean(dim=-1)
+        return ERRORS[kind](prediction.float(), target.float())
