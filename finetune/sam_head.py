@@ -11,9 +11,10 @@ import torch
 from segment_anything.modeling import MaskDecoder as PackageMasks
 from segment_anything.modeling import PromptEncoder as PackagePrompts
 from segment_anything.modeling import TwoWayTransformer
+from torch.nn import functional as F
 
 from finetune.predictor import Points, PredictorMasks, PredictorPrompts
-from finetune.prompt_encoder import BACKGROUND, FOREGROUND, TOP_LEFT, Positions
+from finetune.prompt_encoder import BACKGROUND, FOREGROUND, PADDING, TOP_LEFT, Positions
 
 HEADS, DEPTH, MLP_RATIO = 8, 2, 8
 MASK_CHANNELS = 16  # of the mask prompt's first layers
@@ -53,6 +54,18 @@ class SamPromptEncoder(PredictorPrompts, PackagePrompts):
             masks = masks.to(dtype)
         sparse, dense = PackagePrompts.forward(self, points, boxes, masks)
         return sparse.to(dtype), dense
+
+    def _embed_points(self, points: torch.Tensor, labels: torch.Tensor, pad: bool) -> torch.Tensor:
+        """The package's own, which indexes by masks: each time a wait for the device."""
+        if pad:
+            points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=PADDING)
+        found = self.pe_layer.forward_with_coords(points + 0.5, self.input_image_size)
+        labels = labels.unsqueeze(2)
+        found = torch.where(labels == PADDING, self.not_a_point_embed.weight, found)
+        for label in (BACKGROUND, FOREGROUND):
+            own = self.point_embeddings[label].weight
+            found = torch.where(labels == label, found + own, found)
+        return found
 
 
 class SamMaskDecoder(PredictorMasks, PackageMasks):

@@ -1,0 +1,176 @@
+"""The hot path on a device that is not there: nothing stays on the CPU, nothing is read back.
+
+torch's fake tensors know a shape, a type and a device, and no values: whatever needs one raises.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from finetune.data import PromptBatch
+from finetune.losses import MaskLossConfig
+from finetune.model import MaskDecoderConfig, build_model
+from finetune.objective import Objective
+from finetune.prompts import PromptConfig, correction_clicks
+from sami.core.optim import poison
+from sami.encoder import EncoderConfig, build_encoder
+from sami.features import FeatureBatch
+from sami.model import DecoderConfig, LossConfig, MaskedReconstruction, pixel_target
+from sami.teacher import TeacherConfig, load_teacher, to_grid
+
+CUDA = torch.device("cuda", 0)
+
+
+class NothingOnTheHost(TorchDispatchMode):
+    """Fails where an operation leaves a tensor on the CPU: made there, left there or read back."""
+
+    def __torch_dispatch__(self, function, types, given=(), named=None):
+        found = function(*given, **(named or {}))
+        if function is torch.ops.aten.lift_fresh.default and found.ndim == 0:
+            return found  # a number of Python's, which goes to the device with its kernel
+        for one in pytree.tree_leaves(found):
+            if isinstance(one, torch.Tensor):
+                assert one.device == CUDA, f"{function} gives a tensor on {one.device}"
+        return found
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch) -> Iterator[None]:
+    """The mode, with a GPU's autocast to bf16 and the attention that asks no driver."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def moved(module: torch.nn.Module) -> torch.nn.Module:
+    """On the device; the module's own ``to`` cannot replace fake parameters."""
+    for part in module.modules():
+        for kept in (part._parameters, part._buffers):
+            for name, tensor in kept.items():
+                if tensor is not None:
+                    kept[name] = tensor.detach().to(CUDA).requires_grad_(tensor.requires_grad)
+    return module
+
+
+def on_the_device(function, *given):
+    """What a step does of it, in bf16."""
+    with NothingOnTheHost(), torch.autocast("cuda", torch.bfloat16):
+        return function(*given)
+
+
+def stage_one(kind="cross", tokens="all"):
+    decoder = DecoderConfig(kind=kind, width=32, depth=1, heads=2)
+    encoder = build_encoder(EncoderConfig("custom"), 64)
+    model = MaskedReconstruction(encoder, decoder, LossConfig(tokens=tokens), 256, 0.75)
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    order = torch.rand(2, 16).argsort(1)
+    return moved(model), *(x.to(CUDA) for x in (images, order[:, :4], order[:, 4:]))
+
+
+def test_stage_one_with_a_live_teacher():
+    model, *batch = stage_one()
+    teacher = moved(load_teacher(TeacherConfig("custom", "random", 64)))
+
+    def step():
+        target = to_grid(teacher(batch[0]), 4, "area")
+        return target, poison(model(*batch, target)["loss"])
+
+    with torch.autocast("cuda", torch.bfloat16):
+        teacher(batch[0])  # SAM's tables are made once, by way of the CPU
+    target, loss = on_the_device(step)
+    assert target.shape == (2, 16, 256) and loss.shape == () and loss.dtype == torch.float32
+    assert loss.requires_grad
+
+
+@pytest.mark.parametrize("tokens", ["all", "masked"])
+def test_stage_one_with_cached_targets(tokens):
+    model, images, visible, masked = stage_one(tokens=tokens)
+    stored = FeatureBatch(
+        torch.zeros(2, 256, 8, 8, dtype=torch.int8),
+        torch.ones(2, 256),
+        torch.rand(2, 4, 8),
+        torch.rand(2, 4, 8),
+    )
+    stored = stored.map(lambda tensor: tensor.to(CUDA))
+    for shown in (masked, masked[:, :3]):  # CrossMAE's share of them too
+        step = lambda: model(images, visible, shown, stored.tokens())  # noqa: B023, E731
+        losses = on_the_device(step)
+        assert all(value.dtype == torch.float32 for value in losses.values())
+
+
+def test_mae():
+    model, images, visible, masked = stage_one("self", "masked")
+    model.head = torch.nn.Linear(32, 768, device=CUDA)
+
+    def step():
+        return model(images, visible, masked, pixel_target(model.normalise(images), 16))
+
+    assert on_the_device(step)["loss"].shape == ()
+
+
+def prompts(size, points=6):
+    """Of two pictures with three objects each."""
+    return PromptBatch(
+        torch.zeros(2, 3, size, size, dtype=torch.uint8),
+        torch.rand(2, 3, 32, 32) > 0.5,
+        torch.ones(2, 3, dtype=torch.bool),
+        torch.ones(2, 32, 32, dtype=torch.bool),
+        torch.rand(2, 3, points, 2) * size,
+        torch.tensor([[1, 2, 3, -1, -1, -1]]).expand(2, 3, -1).contiguous(),
+        torch.arange(0, size, size / 32).repeat(2, 2, 1),
+    )
+
+
+def one_group(points, labels):
+    """All prompts have a click and a box."""
+    rows = torch.arange(len(points), device=points.device)
+    yield rows, (points[:, :1], labels[:, :1]), points[:, 1:3].flatten(1)
+
+
+@pytest.mark.parametrize("kind", ["efficientsam", "sam"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        MaskLossConfig(),
+        MaskLossConfig("bce", iou="l1", iou_masks="chosen", single_mask=True),
+    ],
+)
+def test_stage_two_with_correction_clicks(kind, loss, monkeypatch):
+    # SAM's head waits once for each picture, to see which prompts are alike; for nothing else.
+    monkeypatch.setattr("finetune.sam_head._groups", one_group)
+    decoder = MaskDecoderConfig(kind=kind, dropout=0.1 if kind == "efficientsam" else 0.0)
+    model = build_model(EncoderConfig("custom"), decoder, 128, "square", loss.single_mask)
+    objective = moved(Objective(model, loss, PromptConfig(corrections=2)))
+    losses = on_the_device(objective, prompts(128).to(CUDA))
+    assert losses["loss"].shape == () and losses["loss"].requires_grad
+    assert all(value.dtype == torch.float32 for value in losses.values())
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_correction_clicks(background):
+    batch = prompts(64).to(CUDA)
+    found = on_the_device(
+        correction_clicks, ~batch.masks, batch.masks, batch.places, background, batch.inside
+    )
+    assert [one.shape for one in found] == [(2, 3, 1, 2), (2, 3, 1)]
+
+
+def test_what_waits_or_stays_behind_is_found():
+    there = torch.rand(3, device=CUDA)
+    for read in (lambda: there.sum().item(), lambda: bool(there.any()), lambda: there.tolist()):
+        with pytest.raises(DataDependentOutputException):
+            on_the_device(read)
+    with pytest.raises(AssertionError, match="a tensor on cpu"):
+        on_the_device(there.cpu)
+    with pytest.raises(AssertionError, match="a tensor on cpu"):
+        on_the_device(lambda: there + torch.ones(3))
+    with pytest.raises(Exception, match="device|cpu"):
+        there + torch.ones(3)
+    with pytest.raises(Exception, match="nonzero"):  # its length would be read
+        on_the_device(lambda: there[there > 0.5])
