@@ -1,5 +1,6 @@
 """A run that is killed or asked to stop goes on as if nothing had happened, bit for bit."""
 
+import json
 import os
 import random
 import signal
@@ -7,6 +8,7 @@ import time
 
 import pytest
 
+from sami.pretrain import main as pretrain
 from tests.runs import (
     LIMIT,
     arguments,
@@ -146,3 +148,26 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     done = run(words)
     assert done.returncode == 2
     assert "none of the 2 checkpoints" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_of_before_is_told_apart(tmp_path, in_process):
+    """Its samples came in another order: one sentence, and nothing of it is changed."""
+    words = arguments(tmp_path / "run", write_shards(tmp_path / "shards"))
+    assert in_process(pretrain, words)[0] == 0
+    meta = tmp_path / "run" / "checkpoints" / "step-12" / "meta.json"
+    told = json.loads(meta.read_text())
+    told["data"] = {"legs": [{"first_step": 0, "layout": {}}], "readers": []}
+    told["config"]["data"]["shuffle_mb"] = 128
+    meta.write_text(json.dumps(told))
+    before = numbers(tmp_path / "run")
+    code, said = in_process(pretrain, words)
+    assert code == 2 and said.count("\n") == 1
+    assert "begun by an earlier version, whose samples came in another order" in said
+    assert numbers(tmp_path / "run") == before
+    code, said = in_process(pretrain, [*words, "--data.shuffle_mb=128"])
+    assert code == 2 and "data.shuffle_mb is not a known option any more" in said
+    assert "data.window" in said and said.count("\n") == 1
+    old = tmp_path / "old.yaml"
+    old.write_text("data: {shuffle_mb: 128}\n")
+    code, said = in_process(pretrain, [*words, f"--config={old}"])
+    assert code == 2 and "data.shuffle_mb is not a known key any more" in said

@@ -21,6 +21,7 @@ OPEN = 64
 # Samples asked for at once where shards are on the network: an answer takes 10 to 100 ms, whatever
 # its size.
 AT_ONCE = 16
+AHEAD = 16  # samples of local shards that the system is asked for in advance
 GAP = 8192  # bytes between members that are read along, rather than asked for twice: their headers
 
 
@@ -78,8 +79,10 @@ class Reader:
         """
         order = np.lexsort((rows, shards))
         if not any(is_url(self.shards[number].url) for number in np.unique(shards)):
-            for place in order.tolist():
-                yield place, self._sample(int(shards[place]), int(rows[place]))
+            wanted = list(zip(shards[order].tolist(), rows[order].tolist(), strict=True))
+            for at, (place, one) in enumerate(zip(order.tolist(), wanted, strict=True)):
+                self._ask(wanted[at + AHEAD - 1 : at + AHEAD] if at else wanted[:AHEAD])
+                yield place, self._sample(*one)
             return
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for first in range(0, len(order), AT_ONCE):
@@ -101,6 +104,20 @@ class Reader:
             return RawSample(key, reason="shard cannot be read")
         except BadSample as error:
             return RawSample(key, reason=str(error))
+
+    def _ask(self, wanted: list[tuple[int, int]]) -> None:
+        """Let the system fetch local samples (shard, row) that are about to be read.
+
+        One after the other, a disk gives 0.55 of what it gives where they are asked for together.
+        """
+        for number, row in wanted if hasattr(os, "posix_fadvise") else ():
+            members = self._index(number)
+            for column in self._columns:
+                start, size = int(members.starts[row, column]), int(members.sizes[row, column])
+                if start >= 0:
+                    with contextlib.suppress(OSError):  # reading it will tell
+                        file = self._file(number).fileno()
+                        os.posix_fadvise(file, start - BLOCK, BLOCK + size, os.POSIX_FADV_WILLNEED)
 
     def _index(self, number: int) -> Members:
         if number not in self._members:
@@ -182,39 +199,49 @@ def _as_far_as_it_goes(url: str) -> Iterator[None]:
 
 
 def _read_parts(file: BinaryIO, members: Members, row: int, columns: list[int]) -> dict[str, bytes]:
-    """The members of one sample by field; those that lie side by side are read at once.
+    """The members of one sample by field.
 
     Raises:
         BadSample: they are not what the index says.
     """
     size = file.size if isinstance(file, RangeFile) else os.fstat(file.fileno()).st_size
-    spans: list[tuple[int, int, list[int]]] = []  # from, to, columns
+    places = {}  # of the data, by field: from, to
     for column in sorted(columns, key=lambda column: members.starts[row, column]):
-        start = int(members.starts[row, column]) - BLOCK
-        end = start + BLOCK + int(members.sizes[row, column])
-        if end > size:
+        start, count = int(members.starts[row, column]), int(members.sizes[row, column])
+        if start + count > size:
             raise BadSample("cut off in shard")  # not after making room for it
-        if start < 0:
-            continue
-        if spans and start <= spans[-1][1] + GAP:
-            start, _, others = spans.pop()
-            spans.append((start, end, [*others, column]))
-        else:
-            spans.append((start, end, [column]))
+        if start >= 0:
+            places[FIELDS[column]] = start, start + count
+    if isinstance(file, RangeFile):
+        return _read_together(file, places)
+    # Header and data apart: a copy of a megabyte into fresh memory costs more than reading it.
     parts = {}
-    for start, end, together in spans:
-        data = memoryview(_read_at(file, start, end - start))
-        for column in together:
-            first = int(members.starts[row, column]) - start
-            last = first + int(members.sizes[row, column])
-            parts[FIELDS[column]] = _checked(data[first - BLOCK : last], last - first)
+    for name, (start, end) in places.items():
+        head, data = _read_at(file, start - BLOCK, BLOCK), _read_at(file, start, end - start)
+        parts[name] = _checked(head, data, end - start)
+    return parts
+
+
+def _read_together(file: RangeFile, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+    """Members on the network; those that lie side by side are asked for at once."""
+    spans: list[list[str]] = []
+    for name, (start, _) in places.items():
+        if spans and start - BLOCK <= places[spans[-1][-1]][1] + GAP:
+            spans[-1].append(name)
+        else:
+            spans.append([name])
+    parts = {}
+    for together in spans:
+        first = places[together[0]][0] - BLOCK
+        data = file.read_at(first, max(places[name][1] for name in together) - first)
+        for name in together:
+            start, end = (place - first for place in places[name])
+            parts[name] = _checked(data[start - BLOCK : start], data[start:end], end - start)
     return parts
 
 
 def _read_at(file: BinaryIO, start: int, count: int) -> bytes:
-    """So many bytes from a place on, fewer where the file ends."""
-    if isinstance(file, RangeFile):
-        return file.read_at(start, count)
+    """So many bytes of a local file from a place on, fewer where it ends."""
     data = os.pread(file.fileno(), count, start)
     while len(data) < count:  # the kernel gives at most 2 GB at once
         more = os.pread(file.fileno(), count - len(data), start + len(data))
@@ -224,17 +251,17 @@ def _read_at(file: BinaryIO, start: int, count: int) -> bytes:
     return data
 
 
-def _checked(data: memoryview, size: int) -> bytes:
-    """The data behind its header, if the two are what the index says."""
-    if len(data) < BLOCK + size:
+def _checked(head: bytes, data: bytes, size: int) -> bytes:
+    """A member's data, if it and its header are what the index says."""
+    if len(data) < size or len(head) < BLOCK:
         raise BadSample("cut off in shard")
     try:
-        header = tarfile.TarInfo.frombuf(bytes(data[:BLOCK]), "utf-8", "surrogateescape")
+        header = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         header = None
     if header is None or header.size != size:
         raise BadSample("shard changed since it was indexed")
-    return bytes(data[BLOCK:])
+    return data
 
 
 def key_of(shard: Shard, members: Members, row: int) -> str:
