@@ -53,6 +53,8 @@ BATCH = 64  # pictures per forward of the evaluation
 FREE = {f"run.{item.name}" for item in fields(RunConfig) if item.name != "seed"} | {
     "eval",
     "data.workers",
+    "data.cache_dir",
+    "data.cache_gb",
     "data.shards",
     "data.val_shards",
     "data.allow_val_in_train",

@@ -46,6 +46,8 @@ SHOWN = 4  # pictures in a picture
 FREE = {f"run.{item.name}" for item in fields(RunConfig) if item.name != "seed"} | {
     "eval",
     "data.workers",
+    "data.cache_dir",
+    "data.cache_gb",
     "data.shards",
     "data.val_shards",
     "data.allow_val_in_train",

@@ -69,6 +69,27 @@ def test_any_part_of_an_epoch_is_the_same_part(order, data):
         assert pairs(one, 1, some[:1]) == [whole[some[0]]]
 
 
+@given(orders(), st.data())
+def test_what_is_wanted_next_is_known(order, data):
+    """At each index the windows that it lies in come first, then those that follow them."""
+    index = data.draw(st.integers(0, 3 * order.epoch_positions - 1))
+    ahead = order.shards_ahead(index)
+    assert len(ahead) == len(set(ahead)) <= 2 * order.window * len(order.sources)
+    epoch, position = divmod(index, order.epoch_positions)
+    shard, _ = order.rows(epoch, np.array([position]))
+    assert shard[0] in ahead
+    if len(order.sources) == 1:
+        windows = [
+            made.shards[first:last].tolist()
+            for made in (order._windows(epoch, 0) for epoch in range(4))
+            for first, last in zip(made.cuts, made.cuts[1:], strict=False)
+        ]
+        per_epoch = len(windows) // 4
+        now = per_epoch * epoch + int(order._windows(epoch, 0).of(np.array([position]))[0])
+        assert shard[0] in windows[now]
+        assert ahead == list(dict.fromkeys(windows[now] + windows[now + 1]))
+
+
 @given(orders(), st.integers(0, 2))
 def test_windows_against_a_literal_rule(order, epoch):
     """The shards permuted and divided evenly; what a source gives comes window after window."""

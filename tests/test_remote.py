@@ -3,12 +3,14 @@
 import errno
 import gzip
 import io
+import itertools
 import multiprocessing
 import os
 import sys
 import tarfile
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,11 +22,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sami.core import network, remote
+from sami.core.dataset import MicroBatches, Training, fetching_ahead, load
 from sami.core.errors import MachineError, UserError
+from sami.core.index import fingerprint, open_sources
 from sami.core.network import Patience, RangeFile, describe
+from sami.core.order import Order
 from sami.core.remote import ShardCache, open_shard
+from sami.core.scanning import PICTURE, scan
 from tests.server import serving
 
+CPU = torch.device("cpu")
 QUICK = Patience(stall=0.3, pauses=(0.01, 0.02))
 
 
@@ -373,3 +380,108 @@ def test_local_tars_are_files(tmp_path, cache):
         open_shard(str(tmp_path / "none.tar"), cache)
     assert not cache.folder.exists() and Path(ShardCache().folder).is_absolute()
     assert os.fspath(ShardCache("x").folder) == "x"
+
+
+def samples_of(order: Order, rank: int, processes: int, workers: int, steps: int) -> list:
+    """What one rank's readers read in some steps, and nothing beyond them."""
+    parts = MicroBatches(order.batch_size, order.batch_size // processes, rank, processes, 0)
+    parts = itertools.islice(fetching_ahead(order, parts), steps)
+    batches = load(Training(order, Raw()), parts, workers, CPU)
+    return [item for items, _ in batches for item in items]
+
+
+class Raw:
+    fields = (PICTURE, "json")
+
+    def decode(self, sample, epoch, replacement):
+        assert not replacement
+        return sample.key, sample.part(PICTURE), sample.part("json")
+
+    def collate(self, items):
+        return items
+
+
+def shards_of(count: int) -> list[bytes]:
+    """Each of 12 pictures of 30 kB with annotations, and what no training reads."""
+    made = []
+    for number in range(count):
+        file, rng = io.BytesIO(), np.random.default_rng(number)
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for name in (f"p{n}.{kind}" for n in range(12) for kind in ("jpg", "json", "txt")):
+                info = tarfile.TarInfo(name)
+                info.size = 30_000 if name.endswith(("jpg", "txt")) else 1000
+                tar.addfile(info, io.BytesIO(rng.bytes(info.size)))
+        made.append(file.getvalue())
+    return made
+
+
+def test_a_job_fetches_each_byte_once(server, tmp_path, cache):
+    """Two ranks with two readers each, over an epoch; and what nobody reads is not fetched."""
+    made = shards_of(4)
+    for number, data in enumerate(made):
+        (tmp_path / f"s{number}.tar").write_bytes(data)
+    urls = [server.url(f"s{number}.tar", data) for number, data in enumerate(made)]
+    (source,) = open_sources([(urls, None)], tmp_path / "index", cache=cache)
+    assert all(counts.sum() < 0.2 * len(counts) for counts in server.served.values())
+    server.forget()
+    order = Order([source], batch_size=8, seed=0, window=2)
+    read = [samples_of(order, rank, 2, 2, 6) for rank in range(2)]
+    counts = np.concatenate(list(server.served.values()))
+    assert counts.max() == 1 and 48 * 31_000 < counts.sum() < 48 * 33_500
+    assert server.requests["GET"] == 48 and not cache.folder.exists()
+    local = [(sorted(str(path) for path in tmp_path.glob("s?.tar")), None)]
+    (same,) = open_sources(local, tmp_path / "local")
+    expected = samples_of(Order([same], batch_size=8, seed=0, window=2), 0, 1, 0, 6)
+    assert sorted(read[0] + read[1]) == sorted(expected)
+    # A second start asks again how long they are, and reads no header.
+    server.forget()
+    network._DESCRIBED.clear()
+    assert fingerprint(
+        open_sources([(urls, None)], tmp_path / "index", cache=cache)
+    ) == fingerprint([same])
+    assert server.requests == {"HEAD": 4, "GET": 4}
+    del server.files["/s2.tar"]
+    network._DESCRIBED.clear()
+    with pytest.raises(UserError, match="s2.tar is not there"):
+        open_sources([(urls, None)], tmp_path / "index", cache=cache)
+
+
+def test_an_index_beside_a_remote_shard_is_used(server, tmp_path, cache):
+    (data,) = shards_of(1)
+    (tmp_path / "s.tar").write_bytes(data)
+    scan(str(tmp_path / "s.tar")).save(tmp_path / "s.tar.index.npz")
+    url = server.url("s.tar", data)
+    server.url("s.tar.index.npz", (tmp_path / "s.tar.index.npz").read_bytes())
+    (source,) = open_sources([([url + "?key=1"], None)], tmp_path / "index", cache=cache)
+    assert source.count == 12 and server.served["/s.tar"].sum() < 100
+    server.url("s.tar", data + bytes(512))  # of another length: no longer its index
+    network._DESCRIBED.clear()
+    open_sources([([url + "?key=1"], None)], tmp_path / "again", cache=cache)
+    assert server.served["/s.tar"].sum() > 12 * 512
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_programs_are_run_once_for_each_window(tmp_path, workers):
+    """The next window is fetched ahead; a folder that holds all is filled once."""
+    made, urls = shards_of(6), []
+    for number, data in enumerate(made):
+        (tmp_path / f"s{number}.tar").write_bytes(data)
+        urls.append(f"pipe:echo {number} >> {tmp_path}/count; cat {tmp_path}/s{number}.tar")
+    size = len(made[0])
+    local = [([str(tmp_path / f"s{n}.tar") for n in range(6)], None)]
+    plain = Order(open_sources(local, tmp_path / "local"), batch_size=6, seed=0, window=2)
+    expected = [item[1:] for item in samples_of(plain, 0, 1, 0, 36)]
+    # In the smaller one, once for the index and once for each epoch; and a little more where readers
+    # that lag behind find their window gone, but not for each of 36 samples.
+    for shards, most in ((6.2, 1), (4.2, 2 * (1 + 3))):
+        cache = ShardCache(tmp_path / f"cache{shards}", shards * size / 1e9, QUICK)
+        (tmp_path / "count").unlink(missing_ok=True)
+        sources = open_sources([(urls, None)], tmp_path / f"index{shards}", cache=cache)
+        cache.require([shard.size for shard in sources[0].shards], 2)
+        order = Order(sources, batch_size=6, seed=0, window=2)
+        found = samples_of(order, 0, 1, workers, 36)  # three epochs
+        assert [item[1:] for item in found] == expected
+        runs = Counter((tmp_path / "count").read_text().split())
+        assert max(runs.values()) <= most, runs
+        held = sum(path.stat().st_size for path in cache.folder.iterdir())
+        assert held <= shards * size

@@ -141,7 +141,8 @@ def test_every_path_of_a_configuration(monkeypatch, tmp_path):
         for item in fields(group.default_factory()):
             named = item.name in ("dir", "shards", "val_shards", "checkpoint", "cache_dir")
             assert named == bool(item.metadata.get("path")), f"{group.name}.{item.name}"
-    assert {f.name for f in fields(Labelled) if f.metadata} == {"shards", "val_shards"}
+    paths = {"shards", "val_shards", "cache_dir"}
+    assert {f.name for f in fields(Labelled) if f.metadata} == paths
 
 
 def test_print_config_tells_the_expanded_paths(monkeypatch, capsys):

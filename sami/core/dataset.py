@@ -41,6 +41,7 @@ from sami.core.overlap import refuse_overlap
 from sami.core.patterns import expand
 from sami.core.progress import follow
 from sami.core.reading import RawSample, Reader, locate
+from sami.core.remote import ShardCache
 from sami.core.run import Run
 
 MAX_BAD_IN_A_ROW = 1000  # samples tried for one position: nothing that is left will be usable
@@ -65,6 +66,9 @@ class ShardsConfig:
         window: shards whose samples are shuffled together. 64 is what a process holds open, and
             local shards are read by seeking, so that it costs nothing; of shards that are fetched
             two windows have to fit into cache_gb.
+        cache_dir: where shards are kept that cannot be sought in (pipe:, compressed tars); empty
+            for a folder of this user among the temporary files (TMPDIR).
+        cache_gb: GB that they may take there; what was opened longest ago goes first.
     """
 
     shards: str | list[str] | dict[str, float] = field(default="", metadata=PATH)
@@ -74,10 +78,13 @@ class ShardsConfig:
     epoch_samples: int | None = None
     max_bad_fraction: float = 0.1
     window: int = 64
+    cache_dir: str = field(default="", metadata=PATH)
+    cache_gb: float = 50.0
 
     def check(self) -> None:
         require(self.workers >= 0, f"data.workers {self.workers} must be 0 or more")
         require(self.window > 0, f"data.window {self.window} must be positive, such as 64")
+        require(self.cache_gb > 0, f"data.cache_gb {self.cache_gb} must be positive, such as 50")
         require(
             self.epoch_samples is None or self.epoch_samples > 0,
             f"data.epoch_samples {self.epoch_samples} must be positive, or null for all",
@@ -239,7 +246,21 @@ def load_training(
         UserError: the data cannot be used, or a worker was killed.
     """
     parts = MicroBatches(order.batch_size, micro_batch_size, run.rank, run.processes, step)
+    parts = fetching_ahead(order, parts)
     return load(Training(order, transform), parts, workers, run.device)
+
+
+def fetching_ahead(order: Order, parts: Iterable[range]) -> Iterator[range]:
+    """The parts as they are; what their windows and the next ones stream is fetched meanwhile."""
+    wanted: list[int] = []
+    streamed = {number for number, shard in enumerate(order.shards) if shard.streamed}
+    for part in parts:
+        before, wanted = wanted, order.shards_ahead(part.start) if streamed else []
+        if wanted != before:
+            ahead = [order.shards[number] for number in wanted if number in streamed]
+            for shard in ahead[:1]:
+                shard.cache.prefetch([shard.url for shard in ahead])
+        yield part
 
 
 def load_validation(
@@ -322,14 +343,15 @@ class HandsOver(Dataset):
             return refused
 
 
-def open_data(data: Any, run: Run) -> tuple[list[Source], list[Shard]]:
+def open_data(data: ShardsConfig, run: Run) -> tuple[list[Source], list[Shard]]:
     """What is trained on and what is held out; the ranks share the indexing.
 
     Args:
-        data: a configuration with ``shards``, ``val_shards`` and ``allow_val_in_train``.
+        data: a :class:`ShardsConfig`.
 
     Raises:
-        UserError: see :func:`expand` and :func:`open_sources`; or what is held out is trained on.
+        UserError: see :func:`expand` and :func:`open_sources`; or what is held out is trained on;
+            or the cache cannot hold two windows of what has to be fetched.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if data.workers > cores:
@@ -338,6 +360,7 @@ def open_data(data: Any, run: Run) -> tuple[list[Source], list[Shard]]:
             f"wait for each other; --data.workers {cores} is as fast"
         )
     folder, part = run.dir / "index", (run.rank, run.processes)
+    cache = ShardCache(data.cache_dir, data.cache_gb)
     opened: list[list[Source]] = []
     for key in ("shards", "val_shards"):
         patterns = getattr(data, key)
@@ -346,10 +369,12 @@ def open_data(data: Any, run: Run) -> tuple[list[Source], list[Shard]]:
             continue
         groups = expand(patterns, f"data.{key}")
         if run.processes > 1:
-            open_sources(groups, folder, run.say, part)
+            open_sources(groups, folder, run.say, part, cache=cache)
             run.wait_for_all()
-        opened.append(open_sources(groups, folder, run.say))
+        opened.append(open_sources(groups, folder, run.say, cache=cache))
     train, held_out = ([one for source in found for one in source.shards] for found in opened)
+    streamed = [shard.size for shard in train if shard.streamed]
+    cache.require(streamed, data.window * len(opened[0]))
     if run.is_main and held_out and not data.allow_val_in_train:
         keys = ("data.shards", "data.val_shards")
         refuse_overlap(train, held_out, keys, "--data.allow_val_in_train true")

@@ -112,6 +112,22 @@ class Order:
             shard, row = self.rows(epoch, rng.integers(0, self.epoch_positions, 1))
             yield int(shard[0]), int(row[0])
 
+    def shards_ahead(self, index: int) -> list[int]:
+        """The shards of the windows that a sample index lies in, and then of those that follow."""
+        epoch, position = divmod(index, self.epoch_positions)
+        parts = apportion([source.weight or 1.0 for source in self.sources], self.epoch_positions)
+        found: list[list[int]] = [[], []]
+        for number, part in enumerate(parts):
+            ordinal = min(_before(position, part, self.epoch_positions), max(part - 1, 0))
+            windows = self._windows(epoch, number)
+            window = int(windows.of(np.array([ordinal]))[0])
+            following = window + 1, windows
+            if window + 2 == len(windows.cuts):
+                following = 0, self._windows(epoch + 1, number)
+            for shards, (k, of) in zip(found, ((window, windows), following), strict=True):
+                shards += of.shards[of.cuts[k] : of.cuts[k + 1]].tolist()
+        return list(dict.fromkeys(found[0] + found[1]))
+
     # -- of one source ------------------------------------------------------------------------
 
     def _interleaved(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

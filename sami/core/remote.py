@@ -212,7 +212,7 @@ class ShardCache:
         mark that ends a tar is taken for what the shard is if it comes twice in the same length.
         """
         unmarked: set[int] = set()
-        step = min(STEP, self._limit // 32)
+        step = min(STEP, self._limit // 256)  # several are fetched at once
 
         def attempt() -> None:
             written, tail, damaged = 0, b"", False
@@ -256,13 +256,13 @@ class ShardCache:
                 f"data.cache_gb {self.gigabytes:g} cannot hold {url}, of which {size / GB:.3g} GB "
                 f"are known so far; give more, such as --data.cache_gb {_gigabytes(2 * size)}"
             )
-        wanted = min(size + more, self._limit)
         while True:
             with _lock(self.folder / ".lock"):
                 others = _sizes_of_others(part)
                 kept = sorted(self.folder.glob("*.tar"), key=lambda one: one.stat().st_mtime_ns)
                 sizes = [one.stat().st_size for one in kept]
                 spare = self._limit - sum(others.values()) - sum(sizes)
+                wanted = max(size, min(size + more, spare))
                 while spare < wanted and kept:
                     kept.pop(0).unlink()
                     spare += sizes.pop(0)
