@@ -471,7 +471,7 @@ def test_programs_are_run_once_for_each_window(tmp_path, workers):
     local = [([str(tmp_path / f"s{n}.tar") for n in range(6)], None)]
     plain = Order(open_sources(local, tmp_path / "local"), batch_size=6, seed=0, window=2)
     expected = [item[1:] for item in samples_of(plain, 0, 1, 0, 36)]
-    # In the smaller one, once for the index and once for each epoch; and a little more where readers
+    # In the smaller one, once for the index and for each epoch; and a little more where readers
     # that lag behind find their window gone, but not for each of 36 samples.
     for shards, most in ((6.2, 1), (4.2, 2 * (1 + 3))):
         cache = ShardCache(tmp_path / f"cache{shards}", shards * size / 1e9, QUICK)
