@@ -20,8 +20,9 @@ from finetune.prompts import PromptConfig, correction_clicks
 from sami.core.optim import poison
 from sami.encoder import EncoderConfig, build_encoder
 from sami.features import FeatureBatch
-from sami.model import DecoderConfig, LossConfig, MaskedReconstruction, pixel_target
-from sami.teacher import TeacherConfig, load_teacher, to_grid
+from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
+from sami.targets import pixel_target, to_grid
+from sami.teacher import TeacherConfig, load_teacher
 
 CUDA = torch.device("cuda", 0)
 
@@ -65,9 +66,9 @@ def on_the_device(function, *given):
 
 
 def stage_one(kind="cross", tokens="all"):
-    decoder = DecoderConfig(kind=kind, width=32, depth=1, heads=2)
+    decoder = CrossDecoderConfig(kind=kind, width=32, depth=1, heads=2)
     encoder = build_encoder(EncoderConfig("custom"), 64)
-    model = MaskedReconstruction(encoder, decoder, LossConfig(tokens=tokens), 256, 0.75)
+    model = MaskedReconstruction(encoder, decoder, TokenLossConfig(tokens=tokens), 256, 0.75)
     images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     order = torch.rand(2, 16).argsort(1)
     return moved(model), *(x.to(CUDA) for x in (images, order[:, :4], order[:, 4:]))
