@@ -3,7 +3,6 @@
 import contextlib
 import re
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +21,7 @@ class Server:
         self.faults: deque[str] = deque()
         self.ranges, self.length, self.port = True, True, 0
         self.always = ""  # the fault of each GET
+        self.over = threading.Event()
 
     def url(self, name: str, data: bytes) -> str:
         """Serve a file."""
@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):
             self.wfile.write(data[start:stop] if body else b"")
         if fault == "stall":
-            time.sleep(0.6)
+            state.over.wait()
         if fault:
             self.close_connection = True
 
@@ -104,6 +104,7 @@ def serving() -> Iterator[Server]:
     try:
         yield state
     finally:
+        state.over.set()
         server.shutdown()
         server.server_close()
         thread.join()

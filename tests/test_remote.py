@@ -29,10 +29,13 @@ from sami.core.network import Patience, RangeFile, describe
 from sami.core.order import Order
 from sami.core.remote import ShardCache, open_shard
 from sami.core.scanning import PICTURE, scan
+from sami.pretrain import main as pretrain
+from tests.runs import arguments, numbers, write_shards
 from tests.server import serving
 
 CPU = torch.device("cpu")
-QUICK = Patience(stall=0.3, pauses=(0.01, 0.02))
+QUICK = Patience(stall=20, pauses=(0.01, 0.02))  # 20 s: a machine may be busy
+IMPATIENT = Patience(stall=0.6, pauses=(0.01,))  # where the stall is what is waited for
 
 
 def tar_of(count: int, size: int = 20_000, seed: int = 0) -> bytes:
@@ -84,22 +87,25 @@ def test_headers_are_hopped_over(server, cache):
 
 @pytest.mark.parametrize("fault", ["503", "429", "reset", "truncate", "stall"])
 def test_a_network_that_fails_for_a_while(server, cache, fault):
+    cache.patience = IMPATIENT if fault == "stall" else QUICK
+    faults = [fault] * len(cache.patience.pauses)
     data = tar_of(3)
     url = server.url("a.tar", data)
     with open_shard(url, cache) as file:
-        server.faults.extend([fault, fault])
+        server.faults.extend(faults)
         assert file.read(30_000) == data[:30_000]
         assert not server.faults
         server.always = fault
-        words = {"503": "answers 503", "429": "answers 429", "stall": "no byte came for 0.3 s"}
+        words = {"503": "answers 503", "429": "answers 429", "stall": "no byte came for 0.6 s"}
         with pytest.raises(
-            MachineError, match=f"{url} cannot be read .*{words.get(fault, '')}.*3 times"
+            MachineError,
+            match=f"{url} cannot be read .*{words.get(fault, '')}.*{len(faults) + 1} times",
         ):
             file.read(100)
     server.always, server.ranges = "", False
     url = server.url("b.tar", data)
     describe(url, QUICK)
-    server.faults.extend([fault, fault])
+    server.faults.extend(faults)
     with open_shard(url, cache) as file:
         assert file.read() == data and not server.faults
 
@@ -243,16 +249,19 @@ def test_programs_that_fail(tmp_path, cache):
     path, count = tmp_path / "s.tar", tmp_path / "count"
     path.write_bytes(data)
     begin = f"pipe:echo >> {count}; "
-    for program, words in (
-        ("exit 3", "ended with 3"),
-        (f"head -c 30000 {path}; exit 4", "ended with 4"),
-        (f"cat {path}; sleep 100", "no byte came for 0.3 s"),
-        (f"(cat {path}; sleep 100) | cat", "no byte came"),
+    for program, patience, words in (
+        ("exit 3", QUICK, "ended with 3"),
+        (f"head -c 30000 {path}; exit 4", QUICK, "ended with 4"),
+        (f"cat {path}; sleep 100", IMPATIENT, "no byte came for 0.6 s"),
+        (f"(cat {path}; sleep 100) | cat", IMPATIENT, "no byte came"),
     ):
+        cache.patience = patience
         with pytest.raises(MachineError, match=words):
             open_shard(begin + program, cache)
-        assert len(count.read_text()) == 3 and not list(cache.folder.glob("*.[tp]ar*"))
+        assert len(count.read_text()) == len(patience.pauses) + 1
+        assert not list(cache.folder.glob("*.[tp]ar*"))
         count.unlink()
+    cache.patience = QUICK
     flaky = f"{begin}[ $(wc -l < {count}) -lt 2 ] && head -c 9999 {path} || cat {path}"
     with open_shard(flaky, cache) as file:
         assert file.read() == data
@@ -299,7 +308,6 @@ def fetch_in_process(cache: ShardCache, url: str) -> BaseProcess:
 def test_processes_fetch_a_shard_once_and_a_killed_one_leaves_nothing(tmp_path, cache):
     count, path = tmp_path / "count", tmp_path / "s.tar"
     path.write_bytes(tar_of(3))
-    cache.patience = Patience(stall=20)
     url = f"pipe:echo >> {count}; head -c 9999 {path}; sleep 0.5; tail -c +10000 {path}"
     killed = fetch_in_process(cache, url)
     while (
@@ -324,7 +332,7 @@ def test_processes_fetch_a_shard_once_and_a_killed_one_leaves_nothing(tmp_path, 
 
 def test_many_at_once_in_little_room(tmp_path):
     """Of parts that wait for each other's room one goes on."""
-    cache = ShardCache(tmp_path / "cache", 1e-3, Patience(stall=20))
+    cache = ShardCache(tmp_path / "cache", 1e-3, QUICK)
     path = tmp_path / "s.tar"
     path.write_bytes(tar_of(6, size=100_000))
     urls = [f"pipe:cat {path}; : {number}" for number in range(4)]
@@ -485,3 +493,39 @@ def test_programs_are_run_once_for_each_window(tmp_path, workers):
         assert max(runs.values()) <= most, runs
         held = sum(path.stat().st_size for path in cache.folder.iterdir())
         assert held <= shards * size
+
+
+def test_a_run_on_remote_shards_is_the_run_on_local_ones(server, tmp_path, in_process):
+    pattern = write_shards(tmp_path / "data", (9, 7, 8))
+    for path in (tmp_path / "data").glob("*.tar"):
+        url = server.url(path.name, path.read_bytes())
+        path.with_suffix(".tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+    remote_pattern = f"{url.rpartition('/')[0]}/{Path(pattern).name}"
+    compressed = pattern.replace(".tar", ".tar.gz")
+    cached = {"data.cache_dir": tmp_path / "cache", "data.cache_gb": 0.01}
+    more = {"train.steps": 8, "data.window": 2}
+    for name, shards, options in (
+        ("local", pattern, {}),
+        ("remote", remote_pattern, {"data.workers": 2}),
+        ("compressed", compressed, {"data.workers": 1} | cached),
+    ):
+        code, said = in_process(
+            pretrain, arguments(tmp_path / name, shards, **more, **{"data.workers": 0} | options)
+        )
+        assert code == 0, said
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 3
+    losses = {
+        name: [line["loss"] for line in numbers(tmp_path / name)]
+        for name in ("local", "remote", "compressed")
+    }
+    assert losses["local"] == losses["remote"] == losses["compressed"]
+    cached["data.cache_gb"] = 2e-5
+    code, said = in_process(pretrain, arguments(tmp_path / "small", compressed, **more, **cached))
+    assert code == 2 and "data.cache_gb 2e-05 cannot hold" in said
+    sizes = [path.stat().st_size for path in (tmp_path / "data").glob("*.tar")]
+    cached["data.cache_gb"] = (sum(sizes) + max(sizes)) / 2e9
+    code, said = in_process(pretrain, arguments(tmp_path / "few", compressed, **more, **cached))
+    assert code == 2 and "two windows of 2 shards" in said and "--data.cache_gb 0.1 would" in said
+    server.always = "503"
+    code, said = in_process(pretrain, arguments(tmp_path / "down", remote_pattern, **more))
+    assert code == 2 and "s-000.tar cannot be read (the server answers 503)" in said

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from sami.core.errors import MachineError, UserError, raise_if_machine
+from sami.core.errors import UserError, raise_if_machine
 from sami.core.images import IMAGE_EXTENSIONS
 from sami.core.network import by_fsspec, describe, is_url, read_small
 from sami.core.patterns import name_shards, path_of
@@ -189,8 +189,6 @@ def _make_index(url: str, cache: ShardCache) -> Members:
             members = Members.read(io.BytesIO(found))
             if members.stamp.partition("-")[0] == str(remote.size):
                 return replace(members, stamp=remote.version)
-        except MachineError:
-            raise
         except (UserError, *DAMAGED_INDEX):
             pass  # there is none, or none that helps
     return scan(url, cache)

@@ -15,7 +15,7 @@ import string
 import time
 import urllib.parse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import fsspec
@@ -112,9 +112,9 @@ def describe(url: str, patience: Patience) -> Remote:
 
 
 def read_small(url: str, patience: Patience) -> bytes:
-    """All of a small file. Raises as :func:`describe` does."""
+    """All of a small file that need not be there: tried once. Raises as :func:`describe` does."""
     system, path = system_of(url, patience)
-    return persist(url, lambda: system.cat_file(path), patience)
+    return persist(url, lambda: system.cat_file(path), replace(patience, pauses=()))
 
 
 class RangeFile(io.RawIOBase):
@@ -265,7 +265,7 @@ def _raise_if_refused(url: str, error: BaseException, told: str) -> None:
         raise UserError(f"{url} is not there ({told}); correct the address or leave it out")
 
 
-_SYSTEMS: dict[tuple[int, str, Patience], fsspec.AbstractFileSystem] = {}
+_SYSTEMS: dict[tuple[int, str, float], fsspec.AbstractFileSystem] = {}
 
 
 def system_of(url: str, patience: Patience) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -278,7 +278,7 @@ def system_of(url: str, patience: Patience) -> tuple[fsspec.AbstractFileSystem, 
         UserError: it needs a package.
     """
     protocol, options = _protocol(url), {}
-    key = (os.getpid(), protocol, patience)
+    key = (os.getpid(), protocol, patience.stall)
     try:
         if key not in _SYSTEMS and is_http(url):
             import aiohttp  # not needed otherwise
