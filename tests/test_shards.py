@@ -10,7 +10,7 @@ import pytest
 import webdataset as wds
 
 from sami.core import index as module
-from sami.core import remote
+from sami.core import streams
 from sami.core.errors import BadSample, UserError
 from sami.core.index import fingerprint, index_beside, open_sources
 from sami.core.patterns import expand
@@ -290,7 +290,7 @@ def test_a_url_is_opened_by_webdataset(tmp_path, monkeypatch):
         opened_urls.append(url)
         return real(path)
 
-    monkeypatch.setattr(remote.wds, "gopen", gopen)
+    monkeypatch.setattr(streams.wds, "gopen", gopen)
     samples = samples_of("s3x://bucket/s.tar?key=1", tmp_path)
     assert [sample.key for sample in samples] == [f"s/p{n}" for n in range(4)]
     assert opened_urls == ["s3x://bucket/s.tar?key=1"]  # once: then it lies in the cache

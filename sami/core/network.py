@@ -4,7 +4,6 @@ http, s3, gs and what else fsspec knows: a byte crosses the network when a sampl
 only then.
 """
 
-import contextlib
 import errno
 import io
 import os
@@ -40,7 +39,10 @@ LOCAL = (
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.EROFS, errno.EACCES, errno.EPERM),
 )
-NETWORK_PACKAGES = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "fsspec", "azure", "requests")
+NETWORK_PACKAGES = {
+    *("aiohttp", "aiobotocore", "botocore", "gcsfs", "fsspec", "azure"),
+    *("huggingface_hub", "httpx", "requests", "urllib3"),
+}
 ASKS_FOR_PATIENCE = (408, 425, 429)  # of the answers 4xx
 TRIES_OF_A_PROGRAM = 3  # where not one byte came: rather a wrong command than the network
 
@@ -95,17 +97,20 @@ def describe(url: str, patience: Patience) -> Remote:
         size, seekable = info.get("size"), False
 
         def second_bytes() -> bytes:
+            start, stop = SECOND_BYTES.start, SECOND_BYTES.stop
+            if not is_http(url):
+                return system.cat_file(path, start=start, end=stop)
             # Not by cat_file, which takes in the whole file if the server ignores ranges.
             with system.open(path, "rb", cache_type="none", size=size) as file:
-                file.seek(SECOND_BYTES.start)
+                file.seek(start)
                 try:
-                    return file.read(SECOND_BYTES.stop - SECOND_BYTES.start)
-                except ValueError as error:
-                    raise _RangesIgnored from error
+                    return file.read(stop - start)
+                except ValueError:
+                    return b""
 
         if size and size >= SECOND_BYTES.stop and info.get("partial", True):
-            with contextlib.suppress(_RangesIgnored):
-                seekable = compression_of(persist(url, second_bytes, patience)) is None
+            second = persist(url, second_bytes, patience)
+            seekable = bool(second) and compression_of(second) is None
         version = next((info[key] for key in ("ETag", "etag", "Last-Modified") if key in info), "")
         _DESCRIBED[url] = Remote(size, f"{size}-{version}", seekable)
     return _DESCRIBED[url]
@@ -177,10 +182,6 @@ class RangeFile(io.RawIOBase):
         return persist(self.url, ask, self.patience)
 
 
-class _RangesIgnored(Exception):
-    """A server sends the whole file whatever range is asked for."""
-
-
 class NothingCame(OSError):
     """A program ended with an error before its first byte."""
 
@@ -245,8 +246,8 @@ def _status(error: BaseException) -> int:
         return 403
     # aiohttp's errors of a body that breaks off have a "code" of 400, which no server sent
     name = "code" if type(error).__module__.startswith("gcsfs") else "status"
-    status = getattr(error, name, None)
-    return status if isinstance(status, int) else 0
+    found = (getattr(error, name, None), getattr(getattr(error, "response", 0), "status_code", 0))
+    return next((one for one in found if isinstance(one, int)), 0)
 
 
 def _raise_if_refused(url: str, error: BaseException, told: str) -> None:

@@ -8,48 +8,37 @@ and read from there.
 import contextlib
 import errno
 import hashlib
-import importlib
 import io
-import lzma
 import math
 import os
-import select
 import tempfile
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import psutil
-import webdataset as wds
-
 from sami.core.errors import MachineError, UserError
 from sami.core.network import (
     DEFAULT_PATIENCE,
     SECOND_BYTES,
-    NothingCame,
     Patience,
     RangeFile,
     by_fsspec,
     compression_of,
     describe,
-    is_http,
     is_url,
     persist,
-    system_of,
 )
+from sami.core.streams import CHUNK, DAMAGED, Stream, decompressed
 
 # Of this user, where temporary files go (TMPDIR): mostly a disk of this machine, as it should be.
 DEFAULT_FOLDER = Path(tempfile.gettempdir(), f"sami-shards-{getattr(os, 'getuid', int)()}")
 GB = 1e9
-CHUNK = 1 << 20  # bytes copied at once
 STEP = 64 << 20  # bytes by which room grows for a shard whose length nobody tells
 END_MARK = 1024  # zero bytes at the end of a tar
 PAUSE = 0.1  # s between two looks whether others have made room
-DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # of decompressing
 
 
 def open_shard(
@@ -218,11 +207,11 @@ class ShardCache:
             written, tail, damaged = 0, b"", False
             file.seek(0)
             file.truncate()
-            with _Stream(url, self.patience) as stream:
+            with Stream(url, self.patience) as stream:
                 self._reserve(url, file, part, max(room, stream.size or 0))
                 raw = io.BufferedReader(stream, CHUNK)
                 try:
-                    for block in _decompressed(url, raw):
+                    for block in decompressed(url, raw):
                         if written + len(block) > os.fstat(file.fileno()).st_size:
                             self._reserve(url, file, part, written + len(block), step)
                         file.write(block)
@@ -235,6 +224,7 @@ class ShardCache:
                         pass
                 raw.close()
             file.truncate(written)
+            os.fsync(file.fileno())  # or the name could outlive the bytes in a loss of power
             if stream.size is None and (damaged or tail != bytes(END_MARK)):
                 if written not in unmarked:
                     unmarked.add(written)
@@ -282,92 +272,6 @@ class _Crowded(Exception):
         self.room = room
 
 
-class _Stream(io.RawIOBase):
-    """What can only be read through, as it is stored. ``size``: bytes, if they are known."""
-
-    def __init__(self, url: str, patience: Patience) -> None:
-        super().__init__()
-        self.url, self.patience = url, patience
-        self.count, self.size = 0, None
-        self.failed = self.ended = False
-        if by_fsspec(url):
-            self.size = describe(url, patience).size
-            system, path = system_of(url, patience)
-            # Of http a block of 0 is a stream; its length would be asked for once more.
-            options = {"block_size": 0, "size": 1} if is_http(url) else {"block_size": 8 * CHUNK}
-            self.source = system.open(path, "rb", **options)
-        elif is_url(url):
-            try:
-                self.source = wds.gopen(url)
-            except ValueError as error:
-                raise UserError(f"{url}: neither fsspec nor webdataset opens it") from error
-        else:
-            self.source = open(url, "rb")
-            self.size = os.stat(url).st_size
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        data = b""
-        try:
-            while more := self._read(len(buffer) - len(data)):
-                data += more
-                if self.count or len(data) >= SECOND_BYTES.stop:  # enough to tell a compression by
-                    break
-        except Exception:
-            self.failed = True
-            raise
-        self.ended = not data
-        self.count += len(data)
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        """
-        Raises:
-            OSError: the program behind it ended with an error.
-        """
-        if self.closed:
-            return
-        super().close()
-        program = getattr(self.source, "proc", None)
-        if program is None:
-            self.source.close()
-        elif not self.ended:
-            _kill(program.pid)
-            with contextlib.suppress(OSError):
-                self.source.close()
-        else:
-            try:
-                self.source.close()
-            except OSError:  # whose words are webdataset's whole call
-                words = f"the program that opens it ended with {program.returncode}"
-                raise (OSError if self.count else NothingCame)(words) from None
-
-    def _read(self, size: int) -> bytes:
-        if not hasattr(self.source, "proc"):
-            return self.source.read(size)
-        pipe = self.source.stream.fileno()  # not through its buffer, which would wait to be full
-        poll = select.poll()
-        poll.register(pipe, select.POLLIN)
-        if not poll.poll(1000 * self.patience.stall):
-            raise TimeoutError
-        return os.read(pipe, size)
-
-
-def _decompressed(url: str, raw: io.BufferedReader) -> Iterator[bytes]:
-    module = compression_of(raw.peek(SECOND_BYTES.stop)[SECOND_BYTES])
-    try:
-        source = importlib.import_module(module).open(raw) if module else raw
-    except ImportError as error:
-        raise UserError(
-            f"{url} is compressed with zstd, which Python knows from 3.14 on; read it through a "
-            f"program: 'pipe:zstd -dc {url}'"
-        ) from error
-    return iter(lambda: source.read1(CHUNK), b"")
-
-
 @contextlib.contextmanager
 def _lock(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
     """A file, made where it is not, that this caller alone holds; the lock goes with the process.
@@ -404,15 +308,6 @@ def _sizes_of_others(part: Path) -> dict[Path, int]:
                     other.unlink()
                     del sizes[other]
     return sizes
-
-
-def _kill(process: int) -> None:
-    """End a program and all that it has started, as a shell does not take its pipeline along."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        program = psutil.Process(process)
-        for one in (*program.children(recursive=True), program):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
 
 
 def _gigabytes(size: int) -> str:
