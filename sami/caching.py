@@ -75,8 +75,8 @@ class Manifest:
         self._compare(read_manifest(self.folder, whole=False)["cache"])
 
     def _compare(self, theirs: dict[str, Any]) -> None:
-        own, theirs = asdict(self.cache), asdict(Cache(**theirs))
-        differing = next((name for name in own if own[name] != theirs[name]), None)
+        own, theirs = asdict(self.cache), {"resize": "longest"} | theirs
+        differing = next((name for name in own if own[name] != theirs.get(name)), None)
         require(
             differing is None,
             f"{self.folder} holds features with {differing} {theirs.get(differing)}, and "

@@ -108,6 +108,7 @@ def describe_preprocessing(teacher: Teacher) -> dict[str, Any]:
         for tensor in (teacher.normalise.mean, teacher.normalise.std)
     )
     padding = "zeros on the right and below after normalisation"
+    padding = padding if teacher.resize == "longest" else "none"
     return {"resize": RESIZED[teacher.resize], "mean": mean, "std": std, "padding": padding}
 
 

@@ -63,9 +63,14 @@ def draw_mask(config: MaskConfig, grid: int, rng: np.random.Generator) -> Mask:
 
 
 def count_patches(config: MaskConfig, grid: int) -> tuple[int, int]:
-    """How many patches every draw leaves visible and masks."""
-    visible, masked = draw_mask(config, grid, np.random.default_rng(0))
-    return len(visible), len(masked)
+    """How many patches every draw leaves visible, and how many it masks."""
+    draws = [draw_mask(config, grid, np.random.default_rng(seed)) for seed in range(2)]
+    sizes = {(len(visible), len(masked)) for visible, masked in draws}
+    whole = all(sorted([*visible, *masked]) == list(range(grid**2)) for visible, masked in draws)
+    assert whole and len(sizes) == 1, (
+        f"mask.kind {config.kind} has to give each patch once, and as many visible in every draw"
+    )
+    return sizes.pop()
 
 
 def keep_part(masked: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:

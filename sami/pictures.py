@@ -77,9 +77,9 @@ def explained(target: torch.Tensor, prediction: torch.Tensor, masked: torch.Tens
     return (1 - error / spread.clamp(min=1e-12)).tolist()
 
 
-def draw_reconstruction(path: Path, *told: torch.Tensor | int | str) -> None:
+def draw_reconstruction(path: Path, *content: torch.Tensor | int | str) -> None:
     """Write a PNG of :func:`figure_of`; the arguments are its own."""
-    save_png(figure_of(*told), path)
+    save_png(figure_of(*content), path)
 
 
 def figure_of(
@@ -131,10 +131,10 @@ def figure_of(
     shares = explained(target, prediction, masked) if hidden else [None] * len(images)
     for column, (name, pictures) in enumerate(columns):
         for row, picture in enumerate(pictures):
-            told = name
+            heading = name
             if column == len(columns) - 1 and shares[row] is not None:
-                told = f"{name}: {100 * shares[row]:.0f} %"
-            axes[row][column].set_title(told, fontsize=13)
+                heading = f"{name}: {100 * shares[row]:.0f} %"
+            axes[row][column].set_title(heading, fontsize=13)
             axes[row][column].imshow(picture.numpy(), interpolation="nearest")
             axes[row][column].set_axis_off()
     below = "%: of the variance of this picture's masked tokens, how much is predicted; 0 is their "

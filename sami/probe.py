@@ -101,8 +101,8 @@ def embed(
     training = encoder.training
     encoder.eval()
     dataset = labelled_squares(shards, numbers, encoder.image_size)
-    told = {"say": say, "what": "probing"}
-    for batch, _ in load_validation(dataset, BATCH, workers, device, share=share, **told):
+    loading = {"say": say, "what": "probing"}
+    for batch, _ in load_validation(dataset, BATCH, workers, device, share=share, **loading):
         if batch is None:
             continue
         images = encoder.normalise(batch.images.to(device, non_blocking=True))

@@ -137,8 +137,8 @@ def measure(
     sums = Sums(model.grid**2, model.head.out_features, run.device)
     unusable: Bad = []
     model.eval()
-    told = {"share": (run.rank, run.processes), "say": run.say}
-    for batch, bad in load_validation(dataset, BATCH, workers, run.device, **told):
+    loading = {"share": (run.rank, run.processes), "say": run.say}
+    for batch, bad in load_validation(dataset, BATCH, workers, run.device, **loading):
         unusable += bad
         if batch is None:
             continue
@@ -161,10 +161,10 @@ def tell_unusable(run: Run, unusable: Bad, pictures: int) -> None:
         unusable: of this rank.
         pictures: that were asked for, of all ranks.
     """
-    told = [one for part in run.gather(unusable) for one in part]
-    if told:
-        counts = dict(Counter(reason for reason, _ in told))
+    gathered = [one for part in run.gather(unusable) for one in part]
+    if gathered:
+        counts = dict(Counter(reason for reason, _ in gathered))
         run.say_once(
-            f"{len(told)} of {pictures} held-out pictures unusable: {counts}, the first is "
-            f"{told[0][1]}"
+            f"{len(gathered)} of {pictures} held-out pictures unusable: {counts}, the first is "
+            f"{gathered[0][1]}"
         )

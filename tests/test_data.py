@@ -72,6 +72,20 @@ def test_another_strategy_is_a_function(monkeypatch):
     assert drawn.visible.tolist() == visible.tolist()
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        lambda config, grid, rng: (np.arange(3), np.arange(4, 16)),  # not all
+        lambda config, grid, rng: (np.arange(4), np.arange(3, 16)),  # one twice
+        lambda config, grid, rng: np.split(np.arange(16), [rng.integers(1, 15)]),  # not as many
+    ],
+)
+def test_a_strategy_that_cannot_be_stacked_is_found_at_the_start(strategy, monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "wrong", strategy)
+    with pytest.raises(AssertionError, match="mask.kind wrong has to give each patch once"):
+        MaskConfig("wrong").check_grid(4)
+
+
 def test_a_part_of_the_masked_patches_leaves_the_rest_of_the_draw_alone():
     whole = CropTransform(0, 224, None, 14, MaskConfig(ratio=0.75), (0.2, 1.0), True)
     part = replace(whole, predict_fraction=0.25)

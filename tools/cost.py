@@ -135,9 +135,9 @@ def open_teacher(config: TeacherConfig, mode: FakeTensorMode) -> Teacher:
         with mode:
             return build_teacher(config)
     weights, file = read_model(config.checkpoint, takes, option)
-    told = build_teacher(config, weights, f"{option} {file}", takes.remedy(option))
+    read = build_teacher(config, weights, f"{option} {file}", takes.remedy(option))
     with mode:
-        return Teacher(build(told.encoder.shape), config.layer, config.image_size)
+        return Teacher(build(read.encoder.shape), config.layer, config.image_size)
 
 
 def teacher_part(config: TeacherConfig, teacher: Teacher, times: int | None) -> Part:
@@ -260,13 +260,11 @@ def hours_of(hours: float) -> str:
 
 def cache_bytes(config: TeacherConfig) -> dict[str, int]:
     """Bytes per picture of ASPECT by what is stored."""
-    teacher, told = (
-        open_teacher(config, FakeTensorMode()),
-        {"name": config.name, "sha256": "", "random": False},
-    )
+    teacher = open_teacher(config, FakeTensorMode())
+    info = {"name": config.name, "sha256": "", "random": False}
     tokens = teacher.image_size // teacher.stride
     return {
-        f"{grid} x {grid} {dtype}": Cache.of(teacher, told, grid, dtype).bytes_of(*ASPECT)
+        f"{grid} x {grid} {dtype}": Cache.of(teacher, info, grid, dtype).bytes_of(*ASPECT)
         for grid in (tokens, tokens // 2)[: 2 - tokens % 2]
         for dtype in DTYPES
     }

@@ -73,11 +73,11 @@ def read_shape(
         raise UserError(f"{what} {is_none} ({why}); {remedy}") from error
 
 
-def _from_header(told: dict, form: str) -> EncoderShape:
+def _from_header(info: dict, form: str) -> EncoderShape:
     if form == "model":
-        return EncoderShape(**{one.name: told[one.name] for one in fields(EncoderShape)})
+        return EncoderShape(**{one.name: info[one.name] for one in fields(EncoderShape)})
     names = ("width", "depth", "heads", "patch_size", "image_size")
-    return EncoderShape.stage_one(*(told[name] for name in names), told.get("kind", "vit"))
+    return EncoderShape.stage_one(*(info[name] for name in names), info.get("kind", "vit"))
 
 
 def _infer(weights: Weights, form: str, what: str, remedy: str, heads: int | None) -> EncoderShape:
@@ -88,9 +88,9 @@ def _infer(weights: Weights, form: str, what: str, remedy: str, heads: int | Non
         shapes = (kind.infer(tensors, heads) for kind in KINDS.values())
         shape = next((shape for shape in shapes if shape is not None), None)
         if shape is None:
-            for marks, told in STRANGERS:
-                if any(name.startswith(marks) for name in weights.tensors):
-                    raise UserError(f"{what} is {told}, which is not opened here; {remedy}")
+            for marks, name in STRANGERS:
+                if any(key.startswith(marks) for key in weights.tensors):
+                    raise UserError(f"{what} is {name}, which is not opened here; {remedy}")
             absent = (n for n in ("patch_embed.proj.weight", "pos_embed") if n not in tensors)
             raise KeyError(next(absent, "pos_embed"))
         if form == "model" and shape.channels is None:

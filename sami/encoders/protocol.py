@@ -7,6 +7,8 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from sami.core.images import Normalise
+
 MODEL_PREFIX = "image_encoder."  # of an encoder's tensors in the file of a model
 NECK_CHANNELS = 256  # of the embedding in all published models
 
@@ -42,12 +44,10 @@ class EncoderShape:
 
     def header(self) -> dict[str, Any]:
         """As JSON has it; of a student without what follows from the rest."""
-        told = asdict(self)
-        if self.channels is None:
-            del told["grid"], told["channels"]
-            if self.kind == "vit":
-                del told["kind"]
-        return told
+        left = {"grid", "channels"} if self.channels is None else set()
+        if self.channels is None and self.kind == "vit":
+            left.add("kind")
+        return {name: value for name, value in asdict(self).items() if name not in left}
 
     def words(self) -> str:
         """For a sentence."""
@@ -112,30 +112,17 @@ class ImageEncoder(Protocol):
 class FromShape:
     """What follows from a plain ViT's shape and its parameters' names."""
 
-    shape: EncoderShape
     class_tokens = 0
     resize: Literal["longest", "square"] = "longest"
     pretrains = False
 
-    @property
-    def width(self) -> int:
-        return self.shape.width
-
-    @property
-    def channels(self) -> int:
-        return self.shape.channels or self.shape.width
-
-    @property
-    def stride(self) -> int:
-        return self.shape.patch_size
-
-    @property
-    def image_size(self) -> int:
-        return self.shape.image_size
-
-    @property
-    def prefix(self) -> str:
-        return "" if self.shape.channels is None else MODEL_PREFIX
+    def take_shape(self, shape: EncoderShape) -> None:
+        """Set the protocol's attributes; ``img_size`` is what SamPredictor asks for."""
+        self.shape, self.checkpointing, self.normalise = shape, False, Normalise()
+        self.width, self.channels = shape.width, shape.channels or shape.width
+        self.stride, self.image_size = shape.patch_size, shape.image_size
+        self.img_size = shape.image_size
+        self.prefix = "" if shape.channels is None else MODEL_PREFIX
 
     @staticmethod
     def infer(tensors: dict[str, torch.Tensor], heads: int | None) -> EncoderShape | None:

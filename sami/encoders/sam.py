@@ -23,7 +23,6 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from sami.core.config import require
-from sami.core.images import Normalise
 from sami.core.weights import Weights
 from sami.encoders.files import read_shape
 from sami.encoders.protocol import EncoderShape, FromShape, ImageEncoder, token_map
@@ -73,8 +72,7 @@ class SamEncoder(FromShape, ImageEncoderViT):
             window_size=WINDOW,
             global_attn_indexes=global_blocks,
         )
-        self.shape, self.checkpointing, self.normalise = shape, False, Normalise()
-        self.img_size = shape.image_size  # what SamPredictor resizes to
+        self.take_shape(shape)
         self.flex = False  # FlexAttention in the global blocks; on a GPU it is compiled
         self._tables: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._positions: dict[tuple, torch.Tensor] = {}

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sami.core.images import Normalise, patchify
+from sami.core.images import patchify
 from sami.encoders.protocol import EncoderShape, FromShape, token_map
 from sami.encoders.registry import ENCODERS, KINDS, Architecture
 
@@ -36,8 +36,7 @@ class Vit(FromShape, nn.Module):
 
     def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
-        self.shape, self.checkpointing, self.normalise = shape, False, Normalise()
-        self.img_size = shape.image_size  # what SamPredictor resizes to
+        self.take_shape(shape)
         width, channels = shape.width, shape.channels
         self.patch_embed = PatchEmbed(
             shape.image_size,
@@ -48,7 +47,7 @@ class Vit(FromShape, nn.Module):
         )
         self.cls_token = self.norm = self.neck = None
         if channels is None:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+            self.cls_token, self.class_tokens = nn.Parameter(torch.zeros(1, 1, width)), 1
         # The first position is the class token's. Stage 2's files keep its place without using it;
         # stage 1 does not train any (MAE, section 3).
         positions = torch.zeros(1, 1 + shape.grid**2, width)
@@ -69,10 +68,6 @@ class Vit(FromShape, nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
-
-    @property
-    def class_tokens(self) -> int:
-        return int(self.cls_token is not None)
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """What its stage learns from: the tokens in stage 1, the neck's map in stage 2."""
