@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from finetune.coco import read_coco
+from finetune.runfolder import RunFolder
 from sami.caching import MANIFEST, read_manifest
 from sami.core import reading
 from sami.core.checkpoint import list_checkpoints, read_meta, read_state, save_checkpoint
@@ -45,7 +46,6 @@ from sami.sweeps import Sweep
 from tests.runs import ROOT, arguments, opened, summary, wait_for, write_shards
 from tools.cost import resolve
 from tools.make_shards import main as make_shards
-from tools.report import RunFolder
 
 NUMBERS = [
     *(errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOSPC),

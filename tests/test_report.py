@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from finetune.runfolder import RunFolder, mean_and_std, name_apart, settings_of
 from sami.core.tables import Results
 from tools import report as report_module
-from tools.report import RunFolder, main, mean_and_std, name_apart, settings_of
+from tools.report import main
 
 # The smallest PNG there is.
 PNG = base64.b64decode(

@@ -47,7 +47,7 @@ from sami.core.patterns import expand
 from sami.core.processes import DEVICES, choose_device
 from sami.core.progress import track
 from sami.core.reading import RawSample
-from sami.core.tables import show_table
+from sami.core.tables import interval, percent, show_table
 from sami.core.weights import find_weights
 
 RESULT = "evaluation.json"
@@ -135,11 +135,9 @@ def show(rows: list[dict[str, Any]], data: str | None) -> None:
     table = []
     for row in rows:
         whole, *sizes = row["miou"].values()
-        cells = ["-" if told["mean"] is None else f"{100 * told['mean']:.1f}" for told in sizes]
-        low, high = 100 * whole["low"], 100 * whole["high"]
-        first = f"{100 * whole['mean']:.1f} ({low:.1f}-{high:.1f})"
         name = row["prompt"] if row["choice"] == CHOICES[0] else ""
-        table.append([name, row["choice"], first, *cells])
+        cells = [interval(whole), *(percent(told["mean"]) for told in sizes)]
+        table.append([name, row["choice"], *cells])
         if row["choice"] in TRIVIAL and data is not None:
             for model, told in PAPER[data].items():
                 if row["prompt"] in told:

@@ -12,154 +12,30 @@ import base64
 import html
 import io
 import json
-import os
 import statistics
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from string import Template
 from typing import Any
 
-import yaml
+import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 
 from finetune.measures import TRIVIAL
+from finetune.runfolder import PROMPTS, RunFolder, mean_and_std, name_apart, settings_of
 from sami.core.checkpoint import write_text
 from sami.core.config import require
-from sami.core.errors import UserError, raise_if_machine
+from sami.core.errors import UserError
 from sami.core.exits import run_entry
-from sami.core.metrics import MetricsFile
 from sami.core.options import Options
-from sami.core.paths import exists, is_file, local_path
+from sami.core.paths import is_file, local_path
 from sami.core.plots import integer_steps, legend_below, line_style, logarithmic, new_figure, widen
-from sami.core.tables import Results
+from sami.core.tables import Results, interval, percent
 
-# The group of fields that only one entry has.
-GROUPS = {"pretrain": "mask", "finetune": "prompt", "classify": "augment"}
 QUALITY = 90  # of the page's JPEG: a tenth of the PNG that lies in the run's folder
-STYLE = """
-:root { color-scheme: light }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem;
-  background: #fff; color: #1a1a1a }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
-caption { text-align: left; color: #444 }
-td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
-td:first-child, th:first-child { text-align: left } td, th { white-space: nowrap }
-img { max-width: 100%; height: auto; cursor: zoom-in }
-figure { margin: 1rem 0 } figcaption { color: #444 }
-.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)) }
-.plots figure { margin: 0 }
-nav ul { columns: 16rem } code { background: #f3f3f3; padding: 0 .2rem; overflow-wrap: anywhere }
-dialog { max-width: 100vw; max-height: 100vh; border: 0; padding: 0; overflow: auto }
-dialog img { max-width: none; cursor: zoom-out } pre { overflow-x: auto }
-"""
-# A picture that is clicked is shown in its own size; another click, or Esc, closes it.
-ZOOM = """
-const large = document.querySelector("dialog");
-document.addEventListener("click", (event) => {
-  if (large.open) large.close();
-  else if (event.target.tagName == "IMG") {
-    large.replaceChildren(event.target.cloneNode());
-    large.showModal();
-  }
-});
-"""
-
-
-class RunFolder:
-    """What a run, or an evaluation, left behind.
-
-    Attributes:
-        name: what tells it from the others; set by :func:`name_apart`.
-        kind: pretrain, finetune, classify, evaluate for the folder of an evaluation, or failed for
-            a start that never became a run.
-        config: every field, as group.field.
-        evaluation: what tools/evaluate.py found, if it was asked.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """
-        Raises:
-            UserError: neither.
-        """
-        self.path, self.name = path.resolve(), path.name
-        self.summary: dict[str, Any] = {}
-        self.config: dict[str, Any] = {}
-        self.metrics: list[dict[str, Any]] = []
-        self.kind = "evaluate"
-        own = path / "evaluation.json"
-        self.drawn = path if exists(own) else path / "evaluation"
-        try:
-            if not exists(own):
-                self.summary = json.loads((path / "summary.json").read_bytes())
-            if self.summary.get("status") == "failed" and not exists(path / "config.yaml"):
-                self.kind = "failed"
-            elif not exists(own):
-                groups = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-                self.config = {f"{g}.{f}": v for g, told in groups.items() for f, v in told.items()}
-                self.metrics = MetricsFile(path / "metrics.jsonl").read()
-                named = [kind for kind, group in GROUPS.items() if group in groups]
-                self.kind = named[0]
-            self.evaluation = None
-            if exists(self.drawn / "evaluation.json"):
-                self.evaluation = json.loads(
-                    (self.drawn / "evaluation.json").read_text(encoding="utf-8")
-                )
-        except (OSError, ValueError, AttributeError, IndexError, yaml.YAMLError) as error:
-            raise_if_machine(error, path)
-            why = " ".join(str(getattr(error, "strerror", None) or error).split())
-            raise UserError(
-                f"{path} is not the folder of a run that has begun ({why}); name one with "
-                "summary.json, config.yaml and metrics.jsonl, or one of tools/evaluate.py; of a "
-                "sweep, NAME/*/STAGE"
-            ) from error
-
-    @property
-    def failure(self) -> str:
-        """What became of a start that failed, as a sentence."""
-        entry, why = self.summary.get("entry"), self.summary.get("error")
-        return f"{self.path} is a start of {entry} that failed and left no run: {why}"
-
-    @property
-    def step(self) -> int:
-        """Where the run stands: at its end, or in its last recorded line."""
-        last = self.metrics[-1]["step"] if self.metrics else 0
-        return self.summary.get("steps", last)
-
-    def column(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a number, where it was recorded."""
-        told = [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
-        return [step for step, _ in told], [value for _, value in told]
-
-    def pictures(self, most: int) -> list[tuple[str, Path]]:
-        """What was drawn while training, first to last, ``most`` of them, evenly; and after it."""
-        drawn = sorted(self.path.glob("pictures/*.png"))
-        count = min(most, len(drawn))
-        places = [round(i * (len(drawn) - 1) / max(count - 1, 1)) for i in range(count)]
-        found = [(self._when(drawn[place]), drawn[place]) for place in places or ()]
-        masks = self.drawn / "masks.png"
-        return found + [("evaluated", masks)] * exists(masks)
-
-    def _when(self, picture: Path) -> str:
-        """The step, and the epoch where the run knows its epochs, of a picture's name."""
-        step = int(picture.stem.rpartition("-")[2])
-        pictures = (self.summary.get("data") or {}).get("pictures")
-        batch = self.config.get("train.batch_size")
-        epoch = f", epoch {step * batch / pictures:.3g}" if pictures and batch else ""
-        return f"step {step}{epoch}"
-
-
-def name_apart(runs: list[RunFolder]) -> None:
-    """Name each by as much of its path as tells it from the others."""
-    for parts in range(1, max(len(run.path.parts) for run in runs) + 1):
-        names = ["/".join(run.path.parts[-parts:]) for run in runs]
-        if len(set(names)) == len(runs):
-            break
-    twice = next((name for name in names if names.count(name) > 1), None)
-    require(twice is None, f"{twice} is named twice; name each run once")
-    for run, name in zip(runs, names, strict=True):
-        run.name = name
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], caption: str = "") -> str:
@@ -169,9 +45,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], caption: str = "")
         inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
         return f"<tr>{inner}</tr>"
 
-    body = line(head, "th") + "".join(line(row, "td") for row in rows)
-    above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f"<table>{above}{body}</table>"
+    above = f"<caption>{html.escape(caption)}</caption>" * bool(caption)
+    return f"<table>{above}{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
 def picture(data: bytes, text: str, caption: str = "") -> str:
@@ -183,39 +58,9 @@ def picture(data: bytes, text: str, caption: str = "") -> str:
     if len(data) > 10**6 and smaller.tell() < len(data):
         data, kind = smaller.getvalue(), "jpeg"
     code = base64.b64encode(data).decode()
-    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" * bool(caption)
     tag = f'<img alt="{html.escape(text)}" src="data:image/{kind};base64,{code}">'
     return f"<figure>{tag}{below}</figure>"
-
-
-def settings_of(runs: list[RunFolder]) -> dict[str, list[RunFolder]]:
-    """The runs that differ in nothing but their seed, together, by what their names share."""
-    groups: dict[str, list[RunFolder]] = {}
-    for run in runs:
-        seed = run.config.get("run.seed")
-        told = {k: v for k, v in run.config.items() if k not in ("run.dir", "run.seed")}
-        # What they start from lies in folders named by the seed, as a sweep has it.
-        key = json.dumps(told).replace(f"seed-{seed}", "seed")
-        twice = seed in [other.config.get("run.seed") for other in groups.get(key, [])]
-        groups.setdefault(f"{key} {run.name}" if twice else key, []).append(run)
-    named = {}
-    for group in groups.values():
-        names = [run.name for run in group]
-        start = os.path.commonprefix(names)
-        end = os.path.commonprefix([name[len(start) :][::-1] for name in names])[::-1]
-        shared = start.rstrip("-_").removesuffix("seed").rstrip("-_/") + end
-        named[names[0] if len(names) == 1 or shared in named or not shared else shared] = group
-    return named
-
-
-def mean_and_std(group: list[RunFolder], name: str) -> tuple[list[int], list[float], list[float]]:
-    """Steps, mean over seeds and standard deviation (0 of one seed) where all recorded a number."""
-    told = [dict(zip(*run.column(name), strict=True)) for run in group]
-    told = [one for one in told if one]
-    steps = sorted(set.intersection(*map(set, told))) if told else []
-    values = [[one[step] for one in told] for step in steps]
-    spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-    return steps, [statistics.mean(v) for v in values], spread
 
 
 def curve(groups: dict[str, list[RunFolder]], name: str, titled: str, marks: bool) -> str:
@@ -228,22 +73,20 @@ def curve(groups: dict[str, list[RunFolder]], name: str, titled: str, marks: boo
         steps, values, spread = mean_and_std(group, name)
         if not steps:
             continue
-        values, spread = ([scale * value for value in told] for told in (values, spread))
+        values, spread = scale * np.array(values), scale * np.array(spread)
         style = line_style(number) | {"marker": line_style(number)["marker"] if marks else ""}
         every = max(1, len(steps) // 12)
         (line,) = axis.plot(steps, values, linewidth=1.5, markersize=5, markevery=every, **style)
         if len(group) > 1:
-            low = [value - one for value, one in zip(values, spread, strict=True)]
-            high = [value + one for value, one in zip(values, spread, strict=True)]
-            axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            band = {"color": style["color"], "alpha": 0.2, "linewidth": 0}
+            axis.fill_between(steps, values - spread, values + spread, **band)
             several, label = True, f"{label} ({len(group)} seeds)"
         handles.append(line)
         names.append(label if len(label) <= 48 else f"…{label[-47:]}")
-    needs_none = needs_no_model(groups, name)
-    if needs_none is not None:
-        text, values = needs_none
-        for value in values:
-            line = axis.axhline(scale * value, color="#666666", linestyle=(0, (1, 1)))
+    text, trivial = needs_no_model(groups, name)
+    for value in trivial:
+        line = axis.axhline(scale * value, color="#666666", linestyle=(0, (1, 1)))
+    if trivial:
         handles.append(line)
         names.append(f"without a model: {text}")
     unit = " (%)" if scale == 100 or name in PERCENT else ""
@@ -254,20 +97,20 @@ def curve(groups: dict[str, list[RunFolder]], name: str, titled: str, marks: boo
     legend_below(figure, handles, names, 1 if max(map(len, names)) > 34 else 2)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    band = "Line and band: mean over seeds, one standard deviation on either side." * several
-    return picture(buffer.getvalue(), titled, band)
+    caption = "Line and band: mean over seeds, one standard deviation on either side." * several
+    return picture(buffer.getvalue(), titled, caption)
 
 
-def needs_no_model(groups: dict[str, list[RunFolder]], name: str) -> tuple[str, list[float]] | None:
+def needs_no_model(groups: dict[str, list[RunFolder]], name: str) -> tuple[str, list[float]]:
     """What a score is to be compared with: its name, and its value for each set of pictures."""
     if name == "val_r2":
         return "the best constant map", [0.0]
     if not name.startswith("val_miou"):
-        return None
+        return "", []
     runs = [run for group in groups.values() for run in group]
     told = [run.column(name.replace("miou", "trivial"))[1][-1:] for run in runs]
     values = sorted({round(value, 6) for one in told for value in one})
-    return (TRIVIAL[not name.endswith("box")], values) if values else None
+    return TRIVIAL[not name.endswith("box")], values
 
 
 def bound(axis: Axes, name: str, unit: str) -> None:
@@ -293,11 +136,6 @@ def curves(runs: list[RunFolder], columns: dict[str, str]) -> str:
     return f'<div class="plots">{drawn}</div>'
 
 
-def percent(value: float | None) -> str:
-    """An mIoU as tables have it."""
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
 def short(value: Any) -> str:
     """A number as tables have it."""
     if isinstance(value, float):
@@ -314,15 +152,11 @@ def evaluations(runs: list[RunFolder]) -> str:
     rows = []
     for name, found in told.items():
         for choice, chosen in CHOICES.items():
-            there = {
-                r["prompt"]: r["miou"]["all"] for r in found["results"] if r["choice"] in chosen
-            }
+            results = [result for result in found["results"] if result["choice"] in chosen]
+            there = {result["prompt"]: result["miou"]["all"] for result in results}
             if not there:
                 continue
-            cells = [
-                f"{percent(m['mean'])} ({percent(m['low'])}-{percent(m['high'])})" if m else "-"
-                for m in (there.get(prompt) for prompt in prompts)
-            ]
+            cells = [interval(there[prompt]) if prompt in there else "-" for prompt in prompts]
             size = f"{found['pictures']} / {found['objects']}"
             rows.append([name, choice, size, *cells])
     caption = (
@@ -340,16 +174,12 @@ def held_out(runs: list[RunFolder]) -> str:
     if not told:
         return ""
     names = list(dict.fromkeys(name for one in told.values() for name in one))
-    rows = [
-        [
-            run,
-            *(
-                percent(one[n]) if f"val_{n}" in SHARES and n in one else short(one.get(n))
-                for n in names
-            ),
-        ]
-        for run, one in told.items()
-    ]
+
+    def cell(one: dict[str, Any], name: str) -> str:
+        known = f"val_{name}" in SHARES and name in one
+        return percent(one[name]) if known else short(one.get(name))
+
+    rows = [[run, *(cell(one, name) for name in names)] for run, one in told.items()]
     head = [f"{name}, %" if f"val_{name}" in SHARES | PERCENT else name for name in names]
     return "<h3>Held out, at the end</h3>" + table(["run", *head], rows)
 
@@ -372,14 +202,12 @@ def differences(runs: list[RunFolder]) -> str:
 
 def whole_configs(runs: list[RunFolder]) -> str:
     """Every field of every run, folded away."""
-    parts = []
+    text = ""
     for run in runs:
-        text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in run.config.items())
-        parts.append(
-            f"<details><summary>{html.escape(run.name)}</summary><pre>{html.escape(text)}</pre>"
-            "</details>"
-        )
-    return "".join(parts)
+        fields = "".join(f"{name}: {json.dumps(value)}\n" for name, value in run.config.items())
+        text += f"<details><summary>{html.escape(run.name)}</summary>"
+        text += f"<pre>{html.escape(fields)}</pre></details>"
+    return text
 
 
 def comparison(found: Results) -> str:
@@ -415,25 +243,23 @@ def summary(runs: list[RunFolder], found: Results | None) -> str:
             seeds = [f"{len(group)} seeds"] * (len(group) > 1)
             about = "; ".join([title, *seeds, *sorted(states)])
             lines.append(f"<li><b>{html.escape(name)}</b> ({about}): {results(group)}</li>")
-    failures = [html.escape(run.failure) for run in runs if run.kind == "failed"]
+    failures = [run.failure for run in runs if run.kind == "failed"]
     text = f"<ul>{''.join(lines)}</ul>" * bool(lines)
-    text += "".join(f"<p>{sentence}</p>" for sentence in failures)
+    text += "".join(f"<p>{html.escape(sentence)}</p>" for sentence in failures)
     if found is not None and found.conclusions():
         return text + conclusions(found)
     if settings > 1:
-        text += "<p>Whether one setting is better than another is not concluded here."
-        if alone:
-            text += (
-                f" {alone} of the {settings} settings have one seed: a difference between them may "
-                "be chance; run more seeds (--run.seed)."
-            )
-        text += "</p>"
+        chance = (
+            f" {alone} of the {settings} settings have one seed: a difference between them may be "
+            "chance; run more seeds (--run.seed)."
+        ) * bool(alone)
+        text += f"<p>Whether one setting is better than another is not concluded here.{chance}</p>"
     return text
 
 
 def results(group: list[RunFolder]) -> str:
     """The main numbers of a setting's runs, with what they are uncertain by and compared with."""
-    told = [numbers(run) for run in group]
+    told = [run.numbers for run in group]
     names = list(dict.fromkeys(name for one in told for name in one))
     parts = []
     for name in names:
@@ -448,35 +274,6 @@ def results(group: list[RunFolder]) -> str:
     return html.escape("; ".join(parts)) or "not measured"
 
 
-def numbers(run: RunFolder) -> dict[str, tuple[float, str, str]]:
-    """A run's main numbers: value, interval over pictures, and what needs no model."""
-    found: dict[str, tuple[float, str, str]] = {}
-    if run.evaluation:
-        told = {(r["prompt"], r["choice"]): r["miou"]["all"] for r in run.evaluation["results"]}
-        for (prompt, choice), one in told.items():
-            needs_none = next((told[prompt, c] for c in TRIVIAL if (prompt, c) in told), None)
-            if choice == "predicted" and one["mean"] is not None:
-                span = f"95 % of pictures' resamples {percent(one['low'])}-{percent(one['high'])}"
-                without = f"without a model {percent(needs_none['mean'])}" if needs_none else ""
-                found[f"mIoU in % by {prompt}"] = (100 * one["mean"], span, without)
-        return found
-    told = run.summary.get("evaluation") or {}
-    if told.get("r2") is not None:
-        found["r2"] = (told["r2"], "", "the best constant map 0")
-    for name in PROMPTS:
-        if told.get(f"miou_{name}") is not None:
-            needs_none = told.get(f"trivial_{name}")
-            without = "" if needs_none is None else f"without a model {percent(needs_none)}"
-            value = 100 * told[f"miou_{name}"]
-            found[f"mIoU in % by {name.replace('_', ' ')}"] = (value, "", without)
-    if told.get("top1") is not None:
-        share, count = told["top1"] / 100, told["pictures"]
-        half = 196 * (share * (1 - share) / count) ** 0.5
-        span = f"± {half:.1f}, the 95 % interval of {count:.0f} pictures"
-        found["top-1 in %"] = (told["top1"], span, "")
-    return found
-
-
 def about(runs: list[RunFolder]) -> str:
     """Where the runs were made, and from what."""
     rows = []
@@ -486,7 +283,7 @@ def about(runs: list[RunFolder]) -> str:
         threads = f"{machine}, {hardware.get('threads')} thread(s), {hardware.get('precision')}"
         teacher = told.get("teacher") or {}
         learnt = f"{teacher.get('name')} {str(teacher.get('sha256') or '')[:12]}".strip()
-        data = told.get("data") or {}
+        data, bad = told.get("data") or {}, told.get("bad_samples") or {}
         rows.append(
             [
                 run.name,
@@ -494,8 +291,7 @@ def about(runs: list[RunFolder]) -> str:
                 threads,
                 f"{data.get('pictures')} ({data.get('fingerprint')})",
                 learnt if teacher else "-",
-                ", ".join(f"{c} {why}" for why, c in (told.get("bad_samples") or {}).items())
-                or "0",
+                ", ".join(f"{count} {why}" for why, count in bad.items()) or "0",
                 ", ".join(f"{name} {v}" for name, v in (told.get("versions") or {}).items()),
                 str(told.get("commit"))[:60],
             ]
@@ -520,7 +316,6 @@ COLUMNS = {
     },
     "classify": {"loss": "loss", "val_top1": "top-1, held out"},
 }
-PROMPTS = ("box", "1_click", "3_clicks")
 SHARES = {"data_wait"} | {f"val_{k}_{p}" for k in ("miou", "trivial") for p in PROMPTS}  # 0 to 1
 PERCENT = {"val_knn", "val_linear", "val_top1", "val_top5"}
 CHOICES = {"predicted": ("predicted",), "oracle": ("oracle",), "without a model": TRIVIAL}
@@ -566,16 +361,8 @@ def page(runs: list[RunFolder], found: Results | None, most: int) -> str:
         for title, text in sections.items()
     )
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    body = (
-        f"<h1>sami: report</h1><p>Made {now}, of {len(runs)} run(s). A picture that is clicked is "
-        f"shown in full size.</p><nav><ul>{contents}</ul></nav>{body}<dialog></dialog>"
-    )
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>sami: report of {now}</title><style>{STYLE}</style>"
-    )
-    script = f"<script>{ZOOM}</script>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}{script}</body></html>\n'
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    return template.substitute(now=now, count=len(runs), contents=contents, body=body)
 
 
 def main() -> int:

@@ -91,6 +91,16 @@ def _least(
     return sum(widths) + GAP * (len(widths) - 1) + 2
 
 
+def percent(value: float | None) -> str:
+    """A share as tables have it, in %."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def interval(info: dict[str, Any]) -> str:
+    """A "mean" with its interval, "low" to "high", in %."""
+    return f"{percent(info['mean'])} ({percent(info['low'])}-{percent(info['high'])})"
+
+
 # -- what runs scored ---------------------------------------------------------------------------
 
 

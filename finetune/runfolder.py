@@ -1,0 +1,176 @@
+"""What a run, or an evaluation, left behind, for those that read it; runs that belong together."""
+
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.measures import TRIVIAL
+from sami.core.config import require
+from sami.core.errors import UserError, raise_if_machine
+from sami.core.metrics import MetricsFile
+from sami.core.paths import exists
+from sami.core.tables import percent
+
+# The group of fields that only one entry has.
+GROUPS = {"pretrain": "mask", "finetune": "prompt", "classify": "augment"}
+PROMPTS = ("box", "1_click", "3_clicks")
+
+
+class RunFolder:
+    """What a run, or an evaluation, left behind.
+
+    Attributes:
+        name: what tells it from the others; set by :func:`name_apart`.
+        kind: pretrain, finetune, classify, evaluate for the folder of an evaluation, or failed for
+            a start that never became a run.
+        config: every field, as group.field.
+        evaluation: what tools/evaluate.py found, if it was asked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            UserError: neither.
+        """
+        self.path, self.name = path.resolve(), path.name
+        self.summary: dict[str, Any] = {}
+        self.config: dict[str, Any] = {}
+        self.metrics: list[dict[str, Any]] = []
+        self.kind = "evaluate"
+        own = path / "evaluation.json"
+        self.drawn = path if exists(own) else path / "evaluation"
+        try:
+            if not exists(own):
+                self.summary = json.loads((path / "summary.json").read_bytes())
+            if self.summary.get("status") == "failed" and not exists(path / "config.yaml"):
+                self.kind = "failed"
+            elif not exists(own):
+                groups = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+                self.config = {f"{g}.{f}": v for g, told in groups.items() for f, v in told.items()}
+                self.metrics = MetricsFile(path / "metrics.jsonl").read()
+                named = [kind for kind, group in GROUPS.items() if group in groups]
+                self.kind = named[0]
+            self.evaluation = None
+            if exists(self.drawn / "evaluation.json"):
+                self.evaluation = json.loads(
+                    (self.drawn / "evaluation.json").read_text(encoding="utf-8")
+                )
+        except (OSError, ValueError, AttributeError, IndexError, yaml.YAMLError) as error:
+            raise_if_machine(error, path)
+            why = " ".join(str(getattr(error, "strerror", None) or error).split())
+            raise UserError(
+                f"{path} is not the folder of a run that has begun ({why}); name one with "
+                "summary.json, config.yaml and metrics.jsonl, or one of tools/evaluate.py; of a "
+                "sweep, NAME/*/STAGE"
+            ) from error
+
+    @property
+    def failure(self) -> str:
+        """What became of a start that failed, as a sentence."""
+        entry, why = self.summary.get("entry"), self.summary.get("error")
+        return f"{self.path} is a start of {entry} that failed and left no run: {why}"
+
+    @property
+    def step(self) -> int:
+        """Where the run stands: at its end, or in its last recorded line."""
+        last = self.metrics[-1]["step"] if self.metrics else 0
+        return self.summary.get("steps", last)
+
+    def column(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a number, where it was recorded."""
+        told = [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
+        return [step for step, _ in told], [value for _, value in told]
+
+    def pictures(self, most: int) -> list[tuple[str, Path]]:
+        """What was drawn while training, first to last, ``most`` of them, evenly; and after it."""
+        drawn = sorted(self.path.glob("pictures/*.png"))
+        count = min(most, len(drawn))
+        places = [round(i * (len(drawn) - 1) / max(count - 1, 1)) for i in range(count)]
+        found = [(self._when(drawn[place]), drawn[place]) for place in places or ()]
+        masks = self.drawn / "masks.png"
+        return found + [("evaluated", masks)] * exists(masks)
+
+    @property
+    def numbers(self) -> dict[str, tuple[float, str, str]]:
+        """A run's main numbers: value, interval over pictures, and what needs no model."""
+        found: dict[str, tuple[float, str, str]] = {}
+        if self.evaluation:
+            rows = self.evaluation["results"]
+            told = {(row["prompt"], row["choice"]): row["miou"]["all"] for row in rows}
+            for (prompt, choice), one in told.items():
+                needs_none = next((told[prompt, c] for c in TRIVIAL if (prompt, c) in told), None)
+                if choice == "predicted" and one["mean"] is not None:
+                    low, high = percent(one["low"]), percent(one["high"])
+                    span = f"95 % of pictures' resamples {low}-{high}"
+                    without = f"without a model {percent(needs_none['mean'])}" if needs_none else ""
+                    found[f"mIoU in % by {prompt}"] = (100 * one["mean"], span, without)
+            return found
+        told = self.summary.get("evaluation") or {}
+        if told.get("r2") is not None:
+            found["r2"] = (told["r2"], "", "the best constant map 0")
+        for name in PROMPTS:
+            if told.get(f"miou_{name}") is not None:
+                needs_none = told.get(f"trivial_{name}")
+                without = "" if needs_none is None else f"without a model {percent(needs_none)}"
+                value = 100 * told[f"miou_{name}"]
+                found[f"mIoU in % by {name.replace('_', ' ')}"] = (value, "", without)
+        if told.get("top1") is not None:
+            share, count = told["top1"] / 100, told["pictures"]
+            half = 196 * (share * (1 - share) / count) ** 0.5
+            span = f"± {half:.1f}, the 95 % interval of {count:.0f} pictures"
+            found["top-1 in %"] = (told["top1"], span, "")
+        return found
+
+    def _when(self, picture: Path) -> str:
+        """The step, and the epoch where the run knows its epochs, of a picture's name."""
+        step = int(picture.stem.rpartition("-")[2])
+        pictures = (self.summary.get("data") or {}).get("pictures")
+        batch = self.config.get("train.batch_size")
+        epoch = f", epoch {step * batch / pictures:.3g}" if pictures and batch else ""
+        return f"step {step}{epoch}"
+
+
+def name_apart(runs: list[RunFolder]) -> None:
+    """Name each by as much of its path as tells it from the others."""
+    for parts in range(1, max(len(run.path.parts) for run in runs) + 1):
+        names = ["/".join(run.path.parts[-parts:]) for run in runs]
+        if len(set(names)) == len(runs):
+            break
+    twice = next((name for name in names if names.count(name) > 1), None)
+    require(twice is None, f"{twice} is named twice; name each run once")
+    for run, name in zip(runs, names, strict=True):
+        run.name = name
+
+
+def settings_of(runs: list[RunFolder]) -> dict[str, list[RunFolder]]:
+    """The runs that differ in nothing but their seed, together, by what their names share."""
+    groups: dict[str, list[RunFolder]] = {}
+    for run in runs:
+        seed = run.config.get("run.seed")
+        told = {k: v for k, v in run.config.items() if k not in ("run.dir", "run.seed")}
+        # What they start from lies in folders named by the seed, as a sweep has it.
+        key = json.dumps(told).replace(f"seed-{seed}", "seed")
+        twice = seed in [other.config.get("run.seed") for other in groups.get(key, [])]
+        groups.setdefault(f"{key} {run.name}" if twice else key, []).append(run)
+    named = {}
+    for group in groups.values():
+        names = [run.name for run in group]
+        start = os.path.commonprefix(names)
+        end = os.path.commonprefix([name[len(start) :][::-1] for name in names])[::-1]
+        shared = start.rstrip("-_").removesuffix("seed").rstrip("-_/") + end
+        named[names[0] if len(names) == 1 or shared in named or not shared else shared] = group
+    return named
+
+
+def mean_and_std(group: list[RunFolder], name: str) -> tuple[list[int], list[float], list[float]]:
+    """Steps, mean over seeds and standard deviation (0 of one seed) where all recorded a number."""
+    told = [dict(zip(*run.column(name), strict=True)) for run in group]
+    told = [one for one in told if one]
+    steps = sorted(set.intersection(*map(set, told))) if told else []
+    values = [[one[step] for one in told] for step in steps]
+    spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+    return steps, [statistics.mean(v) for v in values], spread
