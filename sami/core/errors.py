@@ -33,20 +33,16 @@ REMEDIES = {
     errno.EDQUOT: FULL,
     errno.EFBIG: "raise the limit with ulimit -f unlimited, or write to another file system",
     errno.ENOMEM: f"lower data.workers or what else runs on this machine, and {AGAIN}",
-    errno.ESTALE: SHARE,
-    errno.ETIMEDOUT: SHARE,
-    errno.ENOTCONN: SHARE,
-    errno.ESHUTDOWN: SHARE,
-    errno.EHOSTDOWN: SHARE,
-    errno.EHOSTUNREACH: SHARE,
-    errno.ENETDOWN: SHARE,
-    errno.ENETUNREACH: SHARE,
-    errno.ENODEV: SHARE,
-    errno.ENXIO: SHARE,
     errno.ENOLCK: f"its server gives no locks; {SHARE}",
 }
-if hasattr(errno, "EREMOTEIO"):
-    REMEDIES[errno.EREMOTEIO] = SHARE
+REMEDIES |= dict.fromkeys(
+    [
+        *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN),
+        *(errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENODEV, errno.ENXIO),
+        getattr(errno, "EREMOTEIO", errno.ESTALE),  # not on every system
+    ],
+    SHARE,
+)
 SHARED_MEMORY = "/dev/shm"
 # How a reader leaves that cannot hand over what it has read: the latter plus the error's number.
 NO_SHARED_MEMORY, HANDING_OVER = 99, 100

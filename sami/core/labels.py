@@ -104,7 +104,7 @@ def classes_in_a_batch(order: Order) -> tuple[int, float, int]:
         Classes in its first samples; in as many drawn at random; and how many samples these are.
         Zeros where there are no labels.
     """
-    counts = np.bincount(labels := _good(labels_of(order.shards)))
+    counts = np.bincount(_good(labels_of(order.shards)))
     shards, rows = order.rows(0, np.arange(min(LOOKED_AT, order.epoch_positions)))
     first = np.zeros(len(rows), np.int64)
     for number in np.unique(shards):
@@ -113,8 +113,7 @@ def classes_in_a_batch(order: Order) -> tuple[int, float, int]:
     first = _good(first)
     if not len(first):
         return 0, 0.0, 0
-    missed = (1 - counts[counts > 0] / len(labels)) ** len(first)
-    return len(np.unique(first)), float((1 - missed).sum()), len(first)
+    return len(np.unique(first)), _classes_drawn(counts, len(first)), len(first)
 
 
 def tell_neighbours(order: Order, say: Callable[[str], None]) -> None:
@@ -153,15 +152,19 @@ def tell_held_out(
             "never occur in data.shards"
         )
     first = _good(labels[:samples])
-    counts = np.bincount(theirs)[np.unique(theirs)] if len(theirs) else np.zeros(0)
-    mixed = (1 - (1 - counts / max(1, len(theirs))) ** len(first)).sum()
+    mixed = _classes_drawn(np.bincount(theirs), len(first))
     found = len(np.unique(first))
     if mixed >= 1.5 and found <= MIXED * mixed:
         say(
             f"eval.samples {samples} are the first pictures of data.val_shards, and neighbours "
-            f"there share their class: {found} classes, of {len(counts)} in all; set "
+            f"there share their class: {found} classes, of {len(np.unique(theirs))} in all; set "
             "--eval.samples null, or make the shards anew with tools/make_shards.py, which shuffles"
         )
+
+
+def _classes_drawn(counts: np.ndarray, samples: int) -> float:
+    """Classes expected among samples drawn at random; ``counts`` [C] are those of all."""
+    return float((1 - (1 - counts / max(1, counts.sum())) ** samples).sum())
 
 
 def _good(labels: np.ndarray) -> np.ndarray:

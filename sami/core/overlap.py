@@ -15,7 +15,7 @@ CONFIRMED = 32  # pairs of one key and size whose bytes are compared, at most
 PROBED, ALIKE = 16, 16  # held-out pictures that are looked for under other keys; of one size each
 COLUMN = FIELDS.index(PICTURE)
 
-Place = tuple[Shard, int]  # a shard and a row in it
+SampleIndex = tuple[Shard, int]  # a shard and a row in it
 
 
 def refuse_overlap(
@@ -57,15 +57,15 @@ def find_overlap(
             f"{len(same)} of the {len(held_out)} shards of {held_out_key} are shards of "
             f"{train_key} too, such as {mine}{other}"
         )
-    pairs, probes, seekable = _candidates(train, held_out)
-    readable = [pair for pair in pairs if all(shard.url in seekable for shard, _ in pair)]
+    pairs, probes = _candidates(train, held_out)
+    readable = [pair for pair in pairs if not any(shard.streamed for shard, _ in pair)]
     total = sum(shard.count for shard in held_out)
     equal = (pair for pair in _some(readable, CONFIRMED) or pairs[:2] if _equal(*pair))
     if len(sure := list(itertools.islice(equal, 2))) == min(2, total):  # one may be a placeholder
         mine, theirs = sure[0]
         return (
-            f"{held_out_key} hold pictures of {train_key}, such as {_told(mine)} and "
-            f"{_told(theirs)} ({len(pairs)} of {total} have the same key and size)"
+            f"{held_out_key} hold pictures of {train_key}, such as {_describe(mine)} and "
+            f"{_describe(theirs)} ({len(pairs)} of {total} have the same key and size)"
         )
     again = []
     for mine, others in probes:
@@ -74,42 +74,39 @@ def find_overlap(
     if len(again) >= min(2, total) and 4 * len(again) >= len(probes) > 0:
         mine, theirs = again[0]
         return (
-            f"{held_out_key} hold pictures of {train_key} under other keys, such as {_told(mine)} "
-            f"and {_told(theirs)} ({len(again)} of {len(probes)} that were compared)"
+            f"{held_out_key} hold pictures of {train_key} under other keys, such as "
+            f"{_describe(mine)} and {_describe(theirs)} ({len(again)} of {len(probes)} that were "
+            "compared)"
         )
     return None
 
 
 def _candidates(
     train: list[Shard], held_out: list[Shard]
-) -> tuple[list[tuple[Place, Place]], list[tuple[Place, list[Place]]], set[str]]:
-    """Pairs of one key and size; some held-out pictures with training pictures of their size; and
-    the addresses of the shards that can be sought in.
+) -> tuple[list[tuple[SampleIndex, SampleIndex]], list[tuple[SampleIndex, list[SampleIndex]]]]:
+    """Pairs of one key and size; and some held-out pictures with training pictures of their size.
 
-    Nothing but the indexes is read.
+    Nothing but the indexes is read; the latter are in shards that need not be fetched for it.
     """
-    wanted: dict[tuple[bytes, int], Place] = {}
-    readable: list[tuple[Place, int]] = []
-    seekable: set[str] = set()
+    wanted: dict[tuple[bytes, int], SampleIndex] = {}
+    readable: list[tuple[SampleIndex, int]] = []
     for shard in held_out:
         members = shard.members()
-        seekable.update([shard.url] * members.seekable)
         named = zip(members.keys.tolist(), members.sizes[:, COLUMN].tolist(), strict=True)
         for row, (key, size) in enumerate(named):
             if size:
                 wanted.setdefault((key, size), (shard, row))
-                if members.seekable:
+                if not shard.streamed:
                     readable.append(((shard, row), size))
     probed = _some(readable, PROBED)
-    probes: list[tuple[Place, list[Place]]] = [(place, []) for place, _ in probed]
-    of_size: dict[int, list[list[Place]]] = {}
+    probes: list[tuple[SampleIndex, list[SampleIndex]]] = [(sample, []) for sample, _ in probed]
+    of_size: dict[int, list[list[SampleIndex]]] = {}
     for (_, size), (_, others) in zip(probed, probes, strict=True):
         of_size.setdefault(size, []).append(others)
-    pairs: list[tuple[Place, Place]] = []
+    pairs: list[tuple[SampleIndex, SampleIndex]] = []
     known = np.unique([size for _, size in wanted])
     for shard in train if len(known) else []:
         members = shard.members()
-        seekable.update([shard.url] * members.seekable)
         sizes = members.sizes[:, COLUMN]
         rows = np.flatnonzero(
             known[np.searchsorted(known, sizes).clip(max=len(known) - 1)] == sizes
@@ -118,10 +115,10 @@ def _candidates(
         for row, (key, size) in zip(rows.tolist(), named, strict=True):
             if (key, size) in wanted:
                 pairs.append((wanted[key, size], (shard, row)))
-            for others in of_size.get(size, []) if members.seekable else []:
+            for others in [] if shard.streamed else of_size.get(size, []):
                 if len(others) < ALIKE:
                     others.append((shard, row))
-    return pairs, probes, seekable
+    return pairs, probes
 
 
 def _identity(url: str) -> object:
@@ -138,7 +135,7 @@ def _some(items: list, most: int) -> list:
     return [items[number * len(items) // count] for number in range(count)]
 
 
-def _equal(mine: Place, theirs: Place) -> bool:
+def _equal(mine: SampleIndex, theirs: SampleIndex) -> bool:
     """Whether two pictures are the same bytes."""
     found = [
         next(read_samples(shard, np.array([row]), (PICTURE,))).parts.get(PICTURE)
@@ -147,6 +144,6 @@ def _equal(mine: Place, theirs: Place) -> bool:
     return bool(found[0]) and found[0] == found[1]
 
 
-def _told(place: Place) -> str:
-    shard, row = place
+def _describe(sample: SampleIndex) -> str:
+    shard, row = sample
     return f"{key_of(shard, shard.members(), row)} in {shard.url}"

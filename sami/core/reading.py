@@ -78,7 +78,8 @@ class Reader:
             that positions never shift.
         """
         order = np.lexsort((rows, shards))
-        if not any(is_url(self.shards[number].url) for number in np.unique(shards)):
+        asked = [self.shards[number] for number in np.unique(shards)]
+        if all(shard.streamed or not is_url(shard.url) for shard in asked):
             wanted = list(zip(shards[order].tolist(), rows[order].tolist(), strict=True))
             for at, (place, one) in enumerate(zip(order.tolist(), wanted, strict=True)):
                 self._ask(wanted[at + AHEAD - 1 : at + AHEAD] if at else wanted[:AHEAD])
