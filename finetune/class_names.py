@@ -28,7 +28,7 @@ LEVELS = set(
     "jpegs jpg photo photos pic pics picture pictures raw set split splits test testing train "
     "training trainval val valid validation".split()
 )
-LISTED = 10  # names in a message
+NAMED = 10  # names in a message
 HEADS = {  # of the second column of a CSV of labels
     "predictionstring", "class", "classes", "class_name", "label", "labels", "target", "category",
     "synset", "wnid", "id", "class_id", "label_id",
@@ -122,8 +122,8 @@ def _folded(name: str) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    words = ", ".join(f"'{name}'" for name in names[:LISTED])
-    return words + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    words = ", ".join(f"'{name}'" for name in names[:NAMED])
+    return words + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def class_folders(files: list[str], source: Path) -> dict[str, str]:

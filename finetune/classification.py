@@ -28,7 +28,7 @@ from sami.core.order import sample_rng
 from sami.core.reading import RawSample
 from sami.core.scanning import PICTURE
 from sami.encoder import EncoderConfig, load_encoder
-from sami.probe import read_label
+from sami.probe import LabelledBatch, read_label
 
 
 @dataclass
@@ -79,22 +79,6 @@ class AugmentConfig:
             require(value >= 0, f"augment.{name} {value} must be 0 (none) or more")
 
 
-@dataclass
-class LabelBatch:
-    """``images`` fp32 [B, 3, H, H], normalised, and ``labels`` [B]; ``keys`` of the samples."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    keys: list[str]
-
-    def to(self, device: torch.device) -> "LabelBatch":
-        images, labels = (x.to(device, non_blocking=True) for x in (self.images, self.labels))
-        return LabelBatch(images, labels, self.keys)
-
-    def pin_memory(self) -> "LabelBatch":
-        return LabelBatch(self.images.pin_memory(), self.labels.pin_memory(), self.keys)
-
-
 class LabelTransform:
     """How samples are made; what is random follows from (seed, epoch, sample key)."""
 
@@ -141,9 +125,9 @@ class LabelTransform:
             raise BadSample("class number is not under data.classes")
         return sample.key, transform(open_image(sample.part(PICTURE)).decode()), label
 
-    def collate(self, items: list[tuple]) -> LabelBatch:
+    def collate(self, items: list[tuple]) -> LabelledBatch:
         keys, images, labels = zip(*items, strict=True)
-        return LabelBatch(torch.stack(images), torch.tensor(labels), list(keys))
+        return LabelledBatch(torch.stack(images), torch.tensor(labels), list(keys))
 
 
 def _shorten(image: Image.Image) -> Image.Image:

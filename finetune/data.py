@@ -6,25 +6,19 @@ from (seed, epoch, sample key).
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
 from finetune.losses import Targets
-from finetune.prompts import BOX_NOISE_LIMIT, PromptConfig, as_box, as_clicks, noisy_box
-from finetune.rle import (
-    Annotations,
-    area,
-    box,
-    decode_counts,
-    parse_annotations,
-    random_points,
-)
+from finetune.prompting import PromptConfig, draw_prompt
+from finetune.prompts import mirror
+from finetune.rle import Annotations, area, most_frequent, parse_annotations
 from finetune.rle import sample as sample_runs
 from sami.core.config import require
-from sami.core.dataset import ShardsConfig
+from sami.core.dataset import ShardsConfig, TensorBatch
 from sami.core.errors import BadSample
 from sami.core.images import Drawn, drawn_on, frame_of, open_image, resize_whole
 from sami.core.order import sample_rng
@@ -74,7 +68,7 @@ class MaskDataConfig(ShardsConfig):
 
 
 @dataclass
-class PromptBatch:
+class PromptBatch(TensorBatch):
     """A micro-batch as it leaves the loader; K is the most objects that any picture has.
 
     ``images`` uint8 [B, 3, H, H]; ``masks`` bool [B, K, h, h]; ``there`` bool [B, K];
@@ -95,17 +89,6 @@ class PromptBatch:
     left_out: list[tuple[str, str]] = field(default_factory=list)
     unsure: list[tuple[str, str]] = field(default_factory=list)
 
-    TENSORS: ClassVar = ("images", "masks", "there", "inside", "points", "labels", "places")
-
-    def to(self, device: torch.device) -> "PromptBatch":
-        """The tensors on a device, without waiting for the copy."""
-        moved = {n: getattr(self, n).to(device, non_blocking=True) for n in self.TENSORS}
-        return replace(self, **moved)
-
-    def pin_memory(self) -> "PromptBatch":
-        """In page-locked memory, which lets the copy to the device overlap."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in self.TENSORS})
-
     @property
     def targets(self) -> Targets:
         """What the loss compares with."""
@@ -114,42 +97,18 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class PromptTransform:
-    """How samples are made: everything of the configuration that a sample depends on."""
+    """How samples are made.
 
+    Attributes:
+        loss_size: side of the mask decoder's output.
+    """
+
+    data: MaskDataConfig
+    prompt: PromptConfig
+    loss_size: int
     seed: int
-    image_size: int
-    loss_size: int  # side of the mask decoder's output
-    resize: str
-    masks_drawn_on: Drawn
-    masks_per_image: int
-    hflip: bool
-    max_area: float
-    min_predicted_iou: float
-    min_stability: float
-    boxes: float
-    clicks: int
 
     fields: ClassVar[tuple[str, ...]] = (PICTURE, "json")
-
-    @staticmethod
-    def of(
-        data: MaskDataConfig, prompt: PromptConfig, loss_size: int, seed: int
-    ) -> "PromptTransform":
-        """Of a configuration."""
-        return PromptTransform(
-            seed,
-            data.image_size,
-            loss_size,
-            data.resize,
-            data.masks_drawn_on,
-            data.masks_per_image,
-            data.hflip,
-            data.max_area,
-            data.min_predicted_iou,
-            data.min_stability,
-            prompt.boxes,
-            prompt.clicks,
-        )
 
     def decode(self, sample: RawSample, epoch: int, replacement: bool) -> tuple:
         """What :meth:`collate` takes, of one sample: key, picture, inside, its objects, and what is
@@ -158,25 +117,24 @@ class PromptTransform:
         Raises:
             BadSample: picture or annotation cannot be used, or no mask is left.
         """
-        rng = sample_rng(
-            self.seed, epoch, f"{sample.key}/replacement" if replacement else sample.key
-        )
-        flip = bool(rng.random() < 0.5) and self.hflip
-        encoded = open_image(sample.part(PICTURE))
-        told = parse_annotations(sample.part("json"))
-        asked = (told.width, told.height, told.drawn_on, self.masks_drawn_on)
+        data, key = self.data, f"{sample.key}/replacement" if replacement else sample.key
+        rng = sample_rng(self.seed, epoch, key)
+        flip = bool(rng.random() < 0.5) and data.hflip
+        encoded, info = open_image(sample.part(PICTURE)), parse_annotations(sample.part("json"))
+        asked = (info.width, info.height, info.drawn_on, data.masks_drawn_on)
         drawn, unsure = drawn_on(encoded, *asked)
-        size = (told.height, told.width)
-        frame = frame_of(self.image_size, self.resize, *size)
-        rows, columns, inside = loss_pixels(self.image_size, self.loss_size, frame, size)
+        size = (info.height, info.width)
+        frame = frame_of(data.image_size, data.resize, *size)
+        rows, columns, inside = loss_pixels(data.image_size, self.loss_size, frame, size)
         # Full size is only ever looked at where the loss has a pixel, or a click falls.
         seen = (size[1] - 1 - columns)[::-1] if flip else columns
-        chosen, reasons = self._choose(told, rows, seen, rng)
-        picture = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        chosen, reasons = self._choose(info, rows, seen, rng)
+        picture = np.zeros((data.image_size, data.image_size, 3), np.uint8)
         picture[: frame[0], : frame[1]] = resize_whole(encoded, *frame, drawn)
         masks = np.zeros((len(chosen), *inside.shape), bool)
         masks[:, : len(rows), : len(columns)] = np.stack([mask for _, mask in chosen])
-        prompts = [self._prompt(ends, size, frame, rng) for ends, _ in chosen]
+        asked = (size, frame, data.image_size, self.prompt, rng)
+        prompts = [draw_prompt(ends, *asked) for ends, _ in chosen]
         points, labels = map(np.stack, zip(*prompts, strict=True))
         scale = np.array([frame[1] / size[1], frame[0] / size[0]])
         if flip:
@@ -220,7 +178,7 @@ class PromptTransform:
         )
 
     def _choose(
-        self, told: Annotations, rows: np.ndarray, columns: np.ndarray, rng: np.random.Generator
+        self, info: Annotations, rows: np.ndarray, columns: np.ndarray, rng: np.random.Generator
     ) -> tuple[list[tuple[np.ndarray, np.ndarray]], Counter[str]]:
         """Up to ``masks_per_image`` usable masks in random order, and why others were passed over.
 
@@ -232,49 +190,27 @@ class PromptTransform:
             are broken ones, and those that have no pixel there: their loss would ask for an empty
             mask.
         """
-        limit = self.max_area * told.height * told.width
+        data, limit = self.data, self.data.max_area * info.height * info.width
         fitting = [
             mask
-            for mask in told.masks
-            if mask.predicted_iou >= self.min_predicted_iou
-            and mask.stability_score >= self.min_stability
+            for mask in info.masks
+            if mask.predicted_iou >= data.min_predicted_iou
+            and mask.stability_score >= data.min_stability
             and (mask.area is None or mask.area <= limit)
         ]
-        chosen, left_out = [], told.left_out.copy()
-        for number in rng.permutation(len(fitting)):
-            try:
-                ends = decode_counts(fitting[number].counts, told.height, told.width)
-            except BadSample as error:
-                left_out[str(error)] += 1
-                continue
+        chosen, left_out = [], info.left_out.copy()
+        for ends in info.decoded(fitting, rng, left_out):
             if 0 < area(ends) <= limit:  # what the file says of the area may be wrong
-                mask = sample_runs(ends, told.height, told.width, rows, columns)
+                mask = sample_runs(ends, info.height, info.width, rows, columns)
                 if mask.any():
                     chosen.append((ends, mask))
                 else:
                     left_out[NO_PIXEL] += 1
-            if len(chosen) == self.masks_per_image:
+            if len(chosen) == data.masks_per_image:
                 break
         if not chosen:
-            raise BadSample(left_out.most_common(1)[0][0] if left_out else "no usable mask")
+            raise BadSample(most_frequent(left_out))
         return chosen, left_out
-
-    def _prompt(
-        self,
-        ends: np.ndarray,
-        size: tuple[int, int],
-        frame: tuple[int, int],
-        rng: np.random.Generator,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Points [6, 2] in pixels of the input, and labels [6]."""
-        scale = np.array([frame[1] / size[1], frame[0] / size[0]])
-        if rng.random() < self.boxes:
-            corners = np.array(box(ends, size[0]), float).reshape(2, 2) * scale
-            limit = BOX_NOISE_LIMIT * self.image_size / 1024
-            return as_box(noisy_box(tuple(corners.ravel()), frame, limit, rng))
-        count = int(rng.integers(1, self.clicks + 1))
-        pixels = random_points(ends, size[0], count, rng)
-        return as_clicks(pixels * scale)
 
 
 def loss_pixels(
@@ -300,21 +236,3 @@ def loss_pixels(
     inside = np.zeros((loss_size, loss_size), bool)
     inside[: len(lines[0]), : len(lines[1])] = True
     return lines[0], lines[1], inside
-
-
-def mirror(
-    points: np.ndarray, labels: np.ndarray, width: float, pixel: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts [K, 6, 2] of the mirrored picture; a box's corners change sides.
-
-    Clicks are at the left edge of a pixel of the picture, box corners are edges.
-
-    Args:
-        width: of the picture, as the points count.
-        pixel: likewise of one of its pixels.
-    """
-    result = points.astype(np.float32)
-    click, first, second = labels == 1, labels == 2, labels == 3
-    result[click, 0] = width - pixel - points[click, 0]
-    result[first, 0], result[second, 0] = width - points[second, 0], width - points[first, 0]
-    return result, labels

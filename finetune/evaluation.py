@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from finetune.coco_masks import DEGENERATE
 from finetune.data import UNSURE
 from finetune.losses import mask_iou
 from finetune.prompt_encoder import BOTTOM_RIGHT, FOREGROUND, TOP_LEFT
-from finetune.prompts import centre_of, correction_clicks
-from finetune.rle import area, box, decode_counts, parse_annotations, random_points
+from finetune.prompting import PROMPTS, PromptSpec, centre_of, correction_clicks
+from finetune.rle import area, box, most_frequent, parse_annotations, random_points
 from finetune.sam import ModelShape, Sam
 from finetune.trivial import RADII, discs, filled_box
 from sami.core.config import require
@@ -64,48 +63,6 @@ class MaskEvalConfig:
         require(self.masks > 0, f"eval.masks {self.masks} must be positive, such as 64")
 
 
-@dataclass(frozen=True)
-class PromptSpec:
-    """How each object is prompted.
-
-    Attributes:
-        kind: box; random, clicks drawn uniformly in the mask; centre, a click farthest from the
-            mask's boundary, and each later one likewise in what is still wrong.
-        clicks: how many.
-        draw: which of a picture's random draws. Fewer clicks are the first of more.
-    """
-
-    kind: Literal["box", "random", "centre"]
-    clicks: int = 0
-    draw: int = 0
-
-    @property
-    def name(self) -> str:
-        """As tables say it."""
-        if self.kind == "box":
-            return "box"
-        clicks = f"{self.clicks} click" + "s" * (self.clicks > 1)
-        return clicks if self.kind == "random" else f"{clicks}, centre first"
-
-    @staticmethod
-    def parse(word: str, seeds: int) -> list["PromptSpec"]:
-        """``box``, ``3`` (random clicks, in ``seeds`` draws) or ``centre-3``.
-
-        Raises:
-            ValueError: none of them.
-        """
-        if word == "box":
-            return [PromptSpec("box")]
-        kind, number = ("centre", word[7:]) if word.startswith("centre-") else ("random", word)
-        if not number.isdecimal() or int(number) < 1:
-            raise ValueError(word)
-        draws = seeds if kind == "random" else 1
-        return [PromptSpec(kind, int(number), draw) for draw in range(draws)]
-
-
-PROMPTS = (PromptSpec("box"), PromptSpec("random", 1), PromptSpec("random", 3))  # while training
-
-
 @dataclass
 class EvalSample:
     """A picture to be evaluated on, with K objects.
@@ -113,7 +70,7 @@ class EvalSample:
     ``image`` uint8 [3, h, w], within the model's input; ``size`` the picture's own height and
     width; ``ends`` the run ends of its masks. In pixels of the picture: ``boxes`` [K, 4],
     ``clicks`` [draws, K, P, 2], and ``centres`` [K, 2], NaN if they were not asked for.
-    ``trivial``: IoU of what needs no model, for each prompting that was asked for fp64 [answers,
+    ``trivial``: IoU of what needs no model, for each spec that was asked for fp64 [answers,
     K]. ``notes`` tell of each object that was left out, and whether a default told how its
     masks lie.
     """
@@ -139,105 +96,89 @@ class EvalSample:
             trivial=[iou[:, :count] for iou in self.trivial],
         )
 
-    def prompts(self, prompting: PromptSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    def prompts(self, spec: PromptSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """Points [K, P, 2] and labels [K, P]; of ``centre`` the first click alone."""
-        if prompting.kind == "box":
+        if spec.kind == "box":
             points, label = self.boxes.view(-1, 2, 2), [TOP_LEFT, BOTTOM_RIGHT]
-        elif prompting.kind == "centre":
+        elif spec.kind == "centre":
             points, label = self.centres[:, None], [FOREGROUND]
         else:
-            points = self.clicks[prompting.draw, :, : prompting.clicks]
-            label = [FOREGROUND] * prompting.clicks
+            points = self.clicks[spec.draw, :, : spec.clicks]
+            label = [FOREGROUND] * spec.clicks
         return points, torch.tensor(label).expand(len(points), -1)
 
-    def trivial_iou(self, prompting: PromptSpec) -> np.ndarray:
+    def trivial_iou(self, spec: PromptSpec) -> np.ndarray:
         """IoU of the answers that need no model, fp64 [answers, K]: the filled box, or discs."""
-        if prompting.kind == "box":
+        if spec.kind == "box":
             return filled_box(self.ends, *self.size)
-        return discs(self.ends, *self.size, self.prompts(prompting)[0].numpy())
+        return discs(self.ends, *self.size, self.prompts(spec)[0].numpy())
 
 
+@dataclass(frozen=True)
 class EvalDataset(Dataset):
-    """Pictures with their objects and prompts; of those that cannot be used, the reason."""
+    """Pictures with their objects and prompts; of those that cannot be used, the reason.
 
-    def __init__(
-        self,
-        source: SampleSource,
-        shape: ModelShape,
-        promptings: tuple[PromptSpec, ...] = PROMPTS,
-        masks: int | None = None,
-        seed: int = 0,
-        drawn: Drawn = "upright",
-    ) -> None:
-        """
-        Args:
-            masks: at most so many of a picture, drawn with ``seed``; None for all.
-            drawn: where masks lie if nothing else tells, see :func:`sami.core.images.drawn_on`.
-        """
-        self.source, self.shape, self.masks, self.seed = source, shape, masks, seed
-        self.promptings = promptings
-        self.drawn: Drawn = drawn
-        random = [prompting for prompting in promptings if prompting.kind == "random"]
-        self.draws = max((prompting.draw + 1 for prompting in random), default=1)
-        self.clicks = max((prompting.clicks for prompting in random), default=1)
-        self.centres = any(prompting.kind == "centre" for prompting in promptings)
+    Attributes:
+        masks: at most so many of a picture, drawn with ``seed``; None for all.
+        drawn: where masks lie if nothing else tells, see :func:`sami.core.images.drawn_on`.
+    """
+
+    source: SampleSource
+    shape: ModelShape
+    specs: tuple[PromptSpec, ...] = PROMPTS
+    masks: int | None = None
+    seed: int = 0
+    drawn: Drawn = "upright"
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, number: int) -> EvalSample | RawSample:
-        (sample,) = self.source.read([number])
+        (raw,) = self.source.read([number])
         try:
-            return self._judged(sample)
+            return self._prepare(raw)
         except BadSample as error:
-            return RawSample(sample.key, reason=str(error))
+            return RawSample(raw.key, reason=str(error))
 
     def __getitems__(self, numbers: Sequence[int]) -> list[EvalSample | RawSample]:
         return [self[number] for number in numbers]
 
-    def _judged(self, sample: RawSample) -> EvalSample:
-        encoded, told = open_image(sample.part(PICTURE)), parse_annotations(sample.part("json"))
-        size = (told.height, told.width)
-        drawn, unsure = drawn_on(encoded, told.width, told.height, told.drawn_on, self.drawn)
-        rng = sample_rng(self.seed, -1, sample.key)
-        before = Counter(json.loads(sample.parts.get(LEFT_OUT, b"{}")))  # by the source itself
-        ends, left_out = [], told.left_out + before
-        for number in rng.permutation(len(told.masks)):
-            try:
-                found = decode_counts(told.masks[number].counts, *size)
-            except BadSample as error:
-                left_out[str(error)] += 1
-                continue
+    def _prepare(self, raw: RawSample) -> EvalSample:
+        encoded, info = open_image(raw.part(PICTURE)), parse_annotations(raw.part("json"))
+        size = (info.height, info.width)
+        drawn, unsure = drawn_on(encoded, info.width, info.height, info.drawn_on, self.drawn)
+        before = Counter(json.loads(raw.parts.get(LEFT_OUT, b"{}")))  # by the source itself
+        ends, left_out = [], info.left_out + before
+        for found in info.decoded(info.masks, sample_rng(self.seed, -1, raw.key), left_out):
             if area(found) > 0:
                 ends.append(found)
             if len(ends) == self.masks:
                 break
         if not ends:
-            raise BadSample(left_out.most_common(1)[0][0] if left_out else "no usable mask")
-        clicks = []
-        for draw in range(self.draws):
-            rng = sample_rng(self.seed, -2 - draw, sample.key)
-            clicks.append([random_points(e, size[0], self.clicks, rng) for e in ends])
+            raise BadSample(most_frequent(left_out))
+        random = [spec for spec in self.specs if spec.kind == "random"]
+        count, clicks = max((spec.clicks for spec in random), default=1), []
+        for draw in range(max((spec.draw + 1 for spec in random), default=1)):
+            rng = sample_rng(self.seed, -2 - draw, raw.key)
+            clicks.append([random_points(one, size[0], count, rng) for one in ends])
         centres = np.full((len(ends), 2), np.nan)
-        if self.centres:
-            centres = np.array([centre_of(paint(e, *size)) for e in ends], float)
-        picture = resize_whole(encoded, *self.shape.frame(*size), drawn).transpose(2, 0, 1)
-        judged = EvalSample(
-            sample.key,
-            torch.from_numpy(np.ascontiguousarray(picture)),
+        if any(spec.kind == "centre" for spec in self.specs):
+            centres = np.array([centre_of(paint(one, *size)) for one in ends], float)
+        image = resize_whole(encoded, *self.shape.frame(*size), drawn).transpose(2, 0, 1)
+        words = {DEGENERATE: "left out"}
+        notes = [f"{words.get(why, 'object left out')}: {why}" for why in left_out.elements()]
+        sample = EvalSample(
+            raw.key,
+            torch.from_numpy(np.ascontiguousarray(image)),
             size,
             ends,
-            torch.tensor([box(e, size[0]) for e in ends], dtype=torch.float32),
+            torch.tensor([box(one, size[0]) for one in ends], dtype=torch.float32),
             torch.from_numpy(np.array(clicks, np.float32)),
             torch.from_numpy(centres.astype(np.float32)),
-            notes=[
-                f"{'left out' if why == DEGENERATE else 'object left out'}: {why}"
-                for why in left_out.elements()
-            ]
-            + [UNSURE] * unsure,
+            notes=notes + [UNSURE] * unsure,
         )
-        judged.trivial += [judged.trivial_iou(prompting) for prompting in self.promptings]
-        return judged
+        sample.trivial += [sample.trivial_iou(spec) for spec in self.specs]
+        return sample
 
 
 @torch.no_grad()
@@ -269,15 +210,15 @@ def evaluate(
     trivial = torch.zeros(sum(answers), dtype=exact(run.device), device=run.device)
     model.eval()
     share = run.rank, run.processes
-    for (judged,) in load_validation(dataset, 1, workers, run.device, share=share, say=run.say):
-        if isinstance(judged, RawSample):
-            unusable.append((judged.reason, judged.key))
+    for (sample,) in load_validation(dataset, 1, workers, run.device, share=share, say=run.say):
+        if isinstance(sample, RawSample):
+            unusable.append((sample.reason, sample.key))
             continue
-        noted.update(judged.notes)
+        noted.update(sample.notes)
         with run.accelerator.autocast():
-            iou = score(model, judged, run.device, PROMPTS, CHOICES[:1])[:, 0]
+            iou = score(model, sample, run.device, PROMPTS, CHOICES[:1])[:, 0]
         sums += torch.cat([iou.sum(1), iou.new_tensor([1, iou.shape[1]])])
-        trivial += trivial.new_tensor(np.concatenate(judged.trivial).sum(1))
+        trivial += trivial.new_tensor(np.concatenate(sample.trivial).sum(1))
     model.train()
     *totals, pictures, objects = run.accelerator.reduce(sums, "sum").tolist()
     best = [part.max().item() for part in run.accelerator.reduce(trivial, "sum").split(answers)]
@@ -285,7 +226,7 @@ def evaluate(
     noted = sum(run.gather(noted), Counter())
     if noted:
         run.say_once(f"noted of held-out pictures: {dict(noted)}")
-    words = [prompting.name.replace(" ", "_") for prompting in PROMPTS]
+    words = [spec.name.replace(" ", "_") for spec in PROMPTS]
     names = [f"{kind}_{word}" for kind in ("miou", "trivial") for word in words]
     means = {
         name: total / objects if objects else None
@@ -297,25 +238,25 @@ def evaluate(
 @torch.no_grad()
 def score(
     model: Sam,
-    judged: EvalSample,
+    sample: EvalSample,
     device: torch.device,
-    promptings: tuple[PromptSpec, ...],
+    specs: tuple[PromptSpec, ...],
     choices: tuple[str, ...] = CHOICES,
 ) -> torch.Tensor:
-    """IoU of each object, fp64 [promptings, choices, K] on the device, at the picture's size.
+    """IoU of each object, fp64 [specs, choices, K] on the device, at the picture's size.
 
-    Of ``centre`` promptings of several lengths each is begun anew.
+    Of ``centre`` specs of several lengths each is begun anew.
     """
-    embedding = model.get_image_embeddings(judged.image.to(device)[None])
-    height, width = judged.size
+    embedding = model.get_image_embeddings(sample.image.to(device)[None])
+    height, width = sample.size
     step = max(1, PIXELS_AT_ONCE // (3 * height * width))
     table = []
-    for prompting in promptings:
+    for spec in specs:
         found = []
-        for part in _parts(len(judged.ends), DECODED_AT_ONCE):
-            logits, best, *_ = _decode(model, embedding, judged, prompting, part)
+        for part in _parts(len(sample.ends), DECODED_AT_ONCE):
+            logits, best, *_ = _decode(model, embedding, sample, spec, part)
             for inner in _parts(len(logits), step):
-                ends = judged.ends[part][inner]
+                ends = sample.ends[part][inner]
                 truth = torch.stack([torch.from_numpy(paint(e, height, width)) for e in ends])
                 truth = truth.to(device)[:, None]
                 rows = []
@@ -323,7 +264,7 @@ def score(
                     masks = logits[inner, 1:]
                     if choice == "predicted":
                         masks = logits[inner].take_along_dim(best[inner, None, None, None], 1)
-                    iou = mask_iou(_at_full_size(model, masks, judged.size), truth)
+                    iou = mask_iou(_at_full_size(model, masks, sample.size), truth)
                     rows.append(iou.to(exact(device)).max(1).values)
                 found.append(torch.stack(rows))
         table.append(torch.cat(found, 1))
@@ -332,70 +273,60 @@ def score(
 
 @torch.no_grad()
 def masks_of(
-    model: Sam, judged: EvalSample, device: torch.device, prompting: PromptSpec
+    model: Sam, sample: EvalSample, device: torch.device, spec: PromptSpec
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The masks that the model thinks best, and what it was asked, on the CPU.
 
     Returns:
         bool [K, H, W]; points [K, P, 2] in pixels of the picture, with labels [K, P].
     """
-    embedding = model.get_image_embeddings(judged.image.to(device)[None])
-    logits, best, points, labels = _decode(model, embedding, judged, prompting, slice(None))
+    embedding = model.get_image_embeddings(sample.image.to(device)[None])
+    logits, best, points, labels = _decode(model, embedding, sample, spec, slice(None))
     chosen = logits.take_along_dim(best[:, None, None, None], 1)
-    masks = torch.cat([_at_full_size(model, c[None], judged.size)[0].cpu() for c in chosen])
+    masks = torch.cat([_at_full_size(model, c[None], sample.size)[0].cpu() for c in chosen])
     return masks, points.cpu(), labels.cpu()
 
 
 def _decode(
-    model: Sam, embedding: torch.Tensor, judged: EvalSample, prompting: PromptSpec, part: slice
+    model: Sam, embedding: torch.Tensor, sample: EvalSample, spec: PromptSpec, part: slice
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """All four masks' logits [K, 4, 4h, 4w], the number [K] of the one thought best, the prompts.
 
     Of ``centre`` with several clicks: after the last one. SAM's own decoder is given the mask of
     the click before; EfficientSAM, which knows no background, only clicks where it missed.
     """
-    points, labels = (x[part].to(embedding.device) for x in judged.prompts(prompting))
-    logits, best = _ask(model, embedding, judged.size, points, labels)
-    for _ in range(prompting.clicks - 1 if prompting.kind == "centre" else 0):
-        points, labels = _correct(model, logits, best, judged, part, points, labels)
-        earlier = logits.take_along_dim(best[:, None, None, None], 1)[None, :, 0]
-        earlier = earlier if model.takes_background else None
-        logits, best = _ask(model, embedding, judged.size, points, labels, earlier)
+    points, labels = (x[part].to(embedding.device) for x in sample.prompts(spec))
+    rounds, earlier = spec.clicks if spec.kind == "centre" else 1, None
+    for turn in range(rounds):
+        asked = (points[None], labels[None], *sample.size, earlier)
+        logits, iou = model.predict_all(embedding, *asked)
+        best = iou.float().masked_fill(~model.asked(labels[None]), -torch.inf).argmax(2)[0]
+        logits = logits[0].float()
+        if turn + 1 < rounds:
+            chosen = logits.take_along_dim(best[:, None, None, None], 1)
+            clicks, kinds = _correct(model, chosen, sample, part)
+            points = torch.cat([points, clicks], 1)
+            labels = torch.cat([labels, kinds.to(labels)], 1)
+            earlier = chosen[None, :, 0] if model.takes_background else None
     return logits, best, points, labels
 
 
-def _ask(
-    model: Sam,
-    embedding: torch.Tensor,
-    size: tuple[int, int],
-    points: torch.Tensor,
-    labels: torch.Tensor,
-    earlier: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pass of the decoder for prompts [K, P, 2] and [K, P]; see :func:`_decode`."""
-    logits, iou = model.predict_all(embedding, points[None], labels[None], *size, earlier)
-    best = iou.float().masked_fill(~model.asked(labels[None]), -torch.inf).argmax(2)
-    return logits[0].float(), best[0]
-
-
 def _correct(
-    model: Sam,
-    logits: torch.Tensor,
-    best: torch.Tensor,
-    judged: EvalSample,
-    part: slice,
-    points: torch.Tensor,
-    labels: torch.Tensor,
+    model: Sam, logits: torch.Tensor, sample: EvalSample, part: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts [K, P, 2] and [K, P] with one more click, in the middle of what is wrong."""
-    places = torch.arange(float(max(judged.size)), device=points.device).expand(1, 2, -1)
+    """A click [K, 1, 2] with its label [K, 1] in the middle of what is wrong in each mask.
+
+    Args:
+        logits: of the masks, [K, 1, 4h, 4w].
+    """
+    places = torch.arange(float(max(sample.size)), device=logits.device).expand(1, 2, -1)
     more = []
-    for ends, masks, number in zip(judged.ends[part], logits, best, strict=True):
-        truth = torch.from_numpy(paint(ends, *judged.size)).to(points.device)[None, None]
-        mask = _at_full_size(model, masks[None, number, None], judged.size)
+    for ends, one in zip(sample.ends[part], logits, strict=True):
+        truth = torch.from_numpy(paint(ends, *sample.size)).to(logits.device)[None, None]
+        mask = _at_full_size(model, one[None], sample.size)
         more.append(correction_clicks(mask, truth, places, model.takes_background))
     clicks, kinds = (torch.cat(parts)[:, 0] for parts in zip(*more, strict=True))
-    return torch.cat([points, clicks], 1), torch.cat([labels, kinds.to(labels)], 1)
+    return clicks, kinds
 
 
 def _at_full_size(model: Sam, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -4,6 +4,7 @@ Names that a user chose are joined here, so here is looked for what does not fit
 in case or in their Unicode form, two files for one name, links that lead nowhere.
 """
 
+import errno
 import os
 import posixpath
 import re
@@ -55,9 +56,9 @@ def walk(folder: Path) -> Listing:
             f"{error.filename} cannot be listed ({error.strerror}); mend that, or move it away"
         ) from error
 
-    above = {str(folder): {_identity(folder)}}  # of each folder, itself and those that it lies in
+    above = {str(folder): {_inode(folder)}}  # of each folder, itself and those that it lies in
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        shown, lines = sorted(name for name in folders if not is_hidden(name)), above.pop(place)
+        shown, above_it = sorted(n for n in folders if not is_hidden(n)), above.pop(place)
         folders[:] = []
         for name in [*shown, *sorted(name for name in files if not is_hidden(name))]:
             path = os.path.join(place, name)
@@ -66,17 +67,17 @@ def walk(folder: Path) -> Listing:
                 listing.remarks.append((relative, "a link that leads nowhere"))
             elif not os.path.isdir(path):
                 listing.files += [relative] * os.path.isfile(path)
-            elif (identity := _identity(path)) in lines:
+            elif (inode := _inode(path)) in above_it:
                 reason = f"a link to a folder that it lies in, {os.path.realpath(path)}"
                 listing.remarks.append((relative, reason))
             else:
                 folders.append(name)
-                above[path] = {*lines, identity}
+                above[path] = {*above_it, inode}
     listing.files.sort(key=lambda name: name.split("/"))
     return listing
 
 
-def _identity(path: str | Path) -> tuple[int, int]:
+def _inode(path: str | Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
@@ -156,11 +157,10 @@ def read_picture(path: Path) -> bytes:
     """
     try:
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise BadSample("gone since the folder was listed") from error
     except OSError as error:
         raise_if_machine(error, path)
-        raise BadSample(f"unreadable ({error.strerror})") from error
+        gone = "gone since the folder was listed" if error.errno == errno.ENOENT else error.strerror
+        raise BadSample(f"unreadable ({gone})") from error
 
 
 # ---- Names in a file, files in a folder

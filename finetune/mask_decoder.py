@@ -95,8 +95,8 @@ class TwoWayBlock(nn.Module):
         seen = self.cross_attn_token_to_image(tokens + token_pe, placed, image)
         tokens = self.norm2(tokens + self.dropout(seen))
         tokens = self.norm3(tokens + self.dropout(self.mlp(tokens)))
-        told = self.cross_attn_image_to_token(placed, tokens + token_pe, tokens)
-        return tokens, self.norm4(image + told)
+        seen = self.cross_attn_image_to_token(placed, tokens + token_pe, tokens)
+        return tokens, self.norm4(image + seen)
 
 
 class TwoWayTransformer(nn.Module):

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.evaluation import CHOICES, PromptSpec
+from finetune.evaluation import CHOICES
+from finetune.prompting import PromptSpec
 from finetune.trivial import RADII
 
 SIZES = {"all": (0, np.inf), "S": (0, 32**2), "M": (32**2, 96**2), "L": (96**2, np.inf)}  # COCO's
@@ -32,11 +33,11 @@ DATA_SETS = {"COCO val2017": (5_000, 36_781), "LVIS v1 val": (19_809, 244_707)}
 class Measured:
     """What was found on a set of pictures.
 
-    ``iou``: of each picture fp64 [promptings, choices, K]; ``areas``: of each picture [K], in
-    pixels; ``trivial``: of each picture, for each prompting, fp64 [answers, K].
+    ``iou``: of each picture fp64 [specs, choices, K]; ``areas``: of each picture [K], in
+    pixels; ``trivial``: of each picture, for each spec, fp64 [answers, K].
     """
 
-    promptings: tuple[PromptSpec, ...]
+    specs: tuple[PromptSpec, ...]
     iou: list[np.ndarray] = field(default_factory=list)
     areas: list[np.ndarray] = field(default_factory=list)
     trivial: list[list[np.ndarray]] = field(default_factory=list)
@@ -57,29 +58,29 @@ class Measured:
         ``radius``, as a share of the side of a square with the picture's area.
         """
         groups: dict[str, list[int]] = {}
-        for number, prompting in enumerate(self.promptings):
-            groups.setdefault(prompting.name, []).append(number)
+        for number, spec in enumerate(self.specs):
+            groups.setdefault(spec.name, []).append(number)
         pictures = np.repeat(np.arange(len(self.areas)), [len(areas) for areas in self.areas])
         areas = np.concatenate(self.areas)
         iou = np.concatenate(self.iou, 2)
         weights = resample(len(self.areas), seed)
 
-        def row(name: str, choice: str, told: np.ndarray) -> dict[str, Any]:
+        def row(name: str, choice: str, iou: np.ndarray) -> dict[str, Any]:
             by_size = {}
             for size, (least, most) in SIZES.items():
                 within = (areas >= least) & (areas < most)
-                values = told.mean(0)[within]
+                values = iou.mean(0)[within]
                 by_size[size] = mean(values, pictures[within], weights)
-            draws = told.mean(1).tolist()
+            draws = iou.mean(1).tolist()
             return {"prompt": name, "choice": choice, "miou": by_size, "draws": draws}
 
         rows = []
         for name, numbers in groups.items():
             rows += [row(name, c, iou[numbers, place]) for place, c in enumerate(CHOICES)]
-            told = [np.concatenate([one[n] for one in self.trivial], 1) for n in numbers]
-            best = int(np.mean(told, 0).mean(1).argmax())  # of [draws, answers, K]
-            choice = TRIVIAL[self.promptings[numbers[0]].kind != "box"]
-            rows.append(row(name, choice, np.stack([one[best] for one in told])))
+            draws = [np.concatenate([one[n] for one in self.trivial], 1) for n in numbers]
+            best = int(np.mean(draws, 0).mean(1).argmax())  # of [draws, answers, K]
+            choice = TRIVIAL[self.specs[numbers[0]].kind != "box"]
+            rows.append(row(name, choice, np.stack([one[best] for one in draws])))
             if choice == TRIVIAL[1]:
                 rows[-1]["radius"] = float(RADII[best])
         return rows
@@ -116,4 +117,5 @@ def mean(values: np.ndarray, pictures: np.ndarray, weights: np.ndarray) -> dict[
 
 def data_set(pictures: int, annotations: int) -> str | None:
     """The data set of the paper's with so many pictures and annotations; None if it is none."""
-    return next((name for name, told in DATA_SETS.items() if told == (pictures, annotations)), None)
+    found = (name for name, sizes in DATA_SETS.items() if sizes == (pictures, annotations))
+    return next(found, None)

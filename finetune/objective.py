@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from finetune.data import PromptBatch
 from finetune.losses import MaskLossConfig, stage2_losses
 from finetune.prompt_encoder import PADDING
-from finetune.prompts import PromptConfig, append_clicks, correction_clicks
+from finetune.prompting import PromptConfig, correction_clicks
+from finetune.prompts import append_clicks
 from finetune.sam import Sam
 
 

@@ -29,15 +29,15 @@ from sami.core.images import (
     IMAGE_EXTENSIONS,
     TURNS,
     Drawn,
+    Picture,
     decoding,
     drawn_on,
     open_image,
 )
-from sami.core.images import Picture as Encoded
 from sami.core.labels import CLASSES
 
 COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # and their extensions
-UNSURE = "are turned by EXIF and their masks fit both ways: taken as drawn on the"
+GUESSED = "are turned by EXIF and their masks fit both ways: taken as drawn on the"
 LOSSLESS = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")  # Pillow's modes that PNG holds
 
 
@@ -146,12 +146,12 @@ def pack_sample(how: How, picture: SourcePicture, key: str, written: Written) ->
         sample["json"] = json.dumps(content).encode()
     elif picture.label >= 0:
         sample["cls"] = picture.label
-    guess = f"{UNSURE} {drawn} picture (--masks-drawn-on)"
+    guess = f"{GUESSED} {drawn} picture (--masks-drawn-on)"
     written.noted.update([note] * bool(note) + [guess] * unsure)
     return sample
 
 
-def as_png(encoded: Encoded, drawn: Drawn) -> bytes:
+def as_png(encoded: Picture, drawn: Drawn) -> bytes:
     """A picture as PNG, every value as it was, turned as asked; of several frames the first.
 
     Raises:

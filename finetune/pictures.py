@@ -1,6 +1,7 @@
 """Pictures for a person: what was to be found, and what each prompt found."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,9 +11,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from scipy.ndimage import binary_dilation, binary_erosion
 
-from finetune.evaluation import PROMPTS, EvalSample, PromptSpec, masks_of, paint
+from finetune.evaluation import EvalSample, masks_of, paint
 from finetune.losses import mask_iou
 from finetune.prompt_encoder import BACKGROUND, FOREGROUND, TOP_LEFT
+from finetune.prompting import PROMPTS, PromptSpec
 from finetune.sam import Sam
 from sami.core.images import resize_array
 from sami.core.plots import OBJECTS, ink_on, object_colour, plain, save_png
@@ -28,16 +30,9 @@ KEY = (
 )
 
 
-def draw_masks(
-    path: Path,
-    model: Sam,
-    pictures: list[EvalSample],
-    device: torch.device,
-    title: str,
-    promptings: tuple[PromptSpec, ...] = SHOWN,
-) -> None:
-    """Write a PNG: of each picture the true masks, and the masks by each kind of prompt."""
-    save_png(figure_of(model, pictures, device, title, promptings), path, DPI)
+def draw_masks(path: Path, *what: Any) -> None:
+    """Write a PNG of :func:`figure_of`; the arguments are its own."""
+    save_png(figure_of(*what), path, DPI)
 
 
 def figure_of(
@@ -45,12 +40,15 @@ def figure_of(
     pictures: list[EvalSample],
     device: torch.device,
     title: str,
-    promptings: tuple[PromptSpec, ...] = SHOWN,
+    specs: tuple[PromptSpec, ...] = SHOWN,
 ) -> Figure:
-    """What :func:`draw_masks` writes; a panel's pixels are pixels of the PNG."""
-    columns = min(COLUMNS, 1 + len(promptings))
-    rows = -(-(1 + len(promptings)) // columns)
-    sizes = [_panel(judged.size) for judged in pictures]
+    """Of each picture the true masks, and the masks by each kind of prompt.
+
+    A panel's pixels are pixels of the PNG.
+    """
+    columns = min(COLUMNS, 1 + len(specs))
+    rows = -(-(1 + len(specs)) // columns)
+    sizes = [_panel(sample.size) for sample in pictures]
     width = columns * (SIDE + GAP) + GAP
     height = HEAD + sum(rows * (size[0] + STRIP + GAP) for size in sizes)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
@@ -58,15 +56,15 @@ def figure_of(
     figure.text(GAP / width, 1 - 14 / height, plain(title), fontsize=13, va="center")
     figure.text(GAP / width, 1 - 40 / height, KEY, fontsize=9, va="center", wrap=True)
     top = HEAD
-    for judged, size in zip(pictures, sizes, strict=True):
+    for sample, size in zip(pictures, sizes, strict=True):
         axes = []
-        for place in range(1 + len(promptings)):
+        for place in range(1 + len(specs)):
             row, column = divmod(place, columns)
             left = GAP + column * (SIDE + GAP)
             bottom = height - top - row * (size[0] + STRIP + GAP) - STRIP - size[0]
             place = (left / width, bottom / height, size[1] / width, size[0] / height)
             axes.append(figure.add_axes(place))
-        _draw_picture(axes, model, judged, size, device, promptings)
+        _draw_picture(axes, model, sample, size, device, specs)
         top += rows * (size[0] + STRIP + GAP)
     return figure
 
@@ -80,28 +78,28 @@ def _panel(size: tuple[int, int]) -> tuple[int, int]:
 def _draw_picture(
     axes: list[Axes],
     model: Sam,
-    judged: EvalSample,
+    sample: EvalSample,
     size: tuple[int, int],
     device: torch.device,
-    promptings: tuple[PromptSpec, ...],
+    specs: tuple[PromptSpec, ...],
 ) -> None:
     """Fill a picture's panels: the truth, and then each kind of prompt."""
-    frame = model.shape.frame(*judged.size)
-    image = judged.image[:, : frame[0], : frame[1]].permute(1, 2, 0).numpy()
+    frame = model.shape.frame(*sample.size)
+    image = sample.image[:, : frame[0], : frame[1]].permute(1, 2, 0).numpy()
     image = resize_array(image, *size)
-    objects, judged = len(judged.ends), judged.head(MOST)
-    count = len(judged.ends)
-    truth = torch.from_numpy(np.stack([paint(ends, *judged.size) for ends in judged.ends]))
-    told = f"{count} of {objects} masks" if count < objects else f"{objects} masks"
-    _show(axes[0], image, shrink(truth, size), f"{judged.key}: {told}, as annotated")
+    objects, sample = len(sample.ends), sample.head(MOST)
+    count = len(sample.ends)
+    truth = torch.from_numpy(np.stack([paint(ends, *sample.size) for ends in sample.ends]))
+    shown = f"{count} of {objects} masks" if count < objects else f"{objects} masks"
+    _show(axes[0], image, shrink(truth, size), f"{sample.key}: {shown}, as annotated")
     taken: list[tuple[float, ...]] = []
-    for number, point in enumerate(judged.prompts(PromptSpec("random", 1))[0][:, 0]):
-        _label(axes[0], number, f"{number + 1}", _on_panel(point, judged.size, size), taken)
-    for axis, prompting in zip(axes[1:], promptings, strict=True):
-        masks, points, labels = masks_of(model, judged, device, prompting)
+    for number, point in enumerate(sample.prompts(PromptSpec("random", 1))[0][:, 0]):
+        _label(axes[0], number, f"{number + 1}", _on_panel(point, sample.size, size), taken)
+    for axis, spec in zip(axes[1:], specs, strict=True):
+        masks, points, labels = masks_of(model, sample, device, spec)
         iou = mask_iou(masks, truth).tolist()
-        title = f"by {prompting.name}: mean IoU {100 * sum(iou) / count:.1f} %"
-        best = judged.trivial_iou(prompting).mean(1).max()
+        title = f"by {spec.name}: mean IoU {100 * sum(iou) / count:.1f} %"
+        best = sample.trivial_iou(spec).mean(1).max()
         title += f" (without a model {100 * best:.1f} %)"
         _show(axis, image, shrink(masks, size), title)
         taken = []
@@ -109,7 +107,7 @@ def _draw_picture(
             empty = not masks[number].any()
             text = f"{number + 1}: " + ("empty" if empty else f"{100 * iou[number]:.0f} %")
             half = 0.0 if (kinds == TOP_LEFT).any() else 0.5  # a box's sides lie between pixels
-            place = _on_panel(place, judged.size, size, half)
+            place = _on_panel(place, sample.size, size, half)
             _draw_prompt(axis, number, place, kinds)
             _label(axis, number, text, place[0], taken)
 

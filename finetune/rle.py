@@ -3,7 +3,7 @@
 A mask is ``ends``: int64 [R], where its R alternating runs end, background first, in pixels
 counted down the columns (COCO's order), so that the last one is height * width. A run may be
 empty. The pixel ``column * height + row`` belongs to the object if the number of ends at or
-below it is odd.
+below it is odd. ``height`` and ``width`` are those of the mask, in pixels.
 
 There is no mirrored mask: ask :func:`sample` for ``width - 1 - columns`` and turn a point's ``x``
 into ``width - 1 - x``; a box becomes ``(width - x1, y0, width - x0, y1)``.
@@ -12,6 +12,7 @@ into ``width - 1 - x``; a box becomes ``(width - x1, y0, width - x0, y1)``.
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,20 @@ class Annotations:
     left_out: Counter[str] = field(default_factory=Counter)  # annotations that are no such mask
     drawn_on: Drawn | None = None  # the picture that the masks lie on, if the file says it
 
+    def decoded(
+        self, masks: list[Mask], rng: np.random.Generator, left_out: Counter[str]
+    ) -> Iterator[np.ndarray]:
+        """The run ends of some of its masks in random order; of broken ones the reason is counted.
+
+        Args:
+            left_out: is added to.
+        """
+        for number in rng.permutation(len(masks)):
+            try:
+                yield decode_counts(masks[number].counts, self.height, self.width)
+            except BadSample as error:
+                left_out[str(error)] += 1
+
 
 def parse_annotations(data: bytes) -> Annotations:
     """The JSON of one SA-1B picture, its types and sizes checked, its masks not decoded.
@@ -57,33 +72,36 @@ def parse_annotations(data: bytes) -> Annotations:
         BadSample: not JSON, not of this form, or none of its annotations is.
     """
     try:
-        told = read_json(data)
+        content = read_json(data)
     except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError
         raise BadSample("annotation is not JSON") from error
-    image = _get(told, "image", dict)
+    image = _get(content, "image", dict)
     height, width = _get(image, "height", int), _get(image, "width", int)
     if height < 1 or width < 1 or height * width > MAX_PIXELS:
         raise BadSample(FOREIGN)
     found = Annotations(height, width, [], drawn_on=image.get("drawn_on"))
     if found.drawn_on not in (*DRAWN, None):
         raise BadSample(FOREIGN)
-    for entry in _get(told, "annotations", list):
+    for entry in _get(content, "annotations", list):
         try:
             found.masks.append(_mask(entry, height, width))
         except BadSample as error:
             found.left_out[str(error)] += 1
     if found.left_out and not found.masks:
-        raise BadSample(found.left_out.most_common(1)[0][0])
+        raise BadSample(most_frequent(found.left_out))
     return found
+
+
+def most_frequent(left_out: Counter[str]) -> str:
+    """The reason of a picture without a usable mask: the one that most of its objects have."""
+    return left_out.most_common(1)[0][0] if left_out else "no usable mask"
 
 
 def decode_counts(counts: str | bytes | list[Any], height: int, width: int) -> np.ndarray:
     """Where the runs of a mask end: int64 [R] in pixels, the last is height * width.
 
     Args:
-        counts: COCO's compressed string, or the list of run lengths.
-        height: of the mask in pixels, at most MAX_PIXELS with the width.
-        width: of the mask in pixels.
+        counts: COCO's compressed string, or the list of run lengths; at most MAX_PIXELS in all.
 
     Raises:
         BadSample: no run lengths, or not those of height * width pixels.
@@ -113,9 +131,6 @@ def sample(
     """The mask at the crossings of pixel rows and columns.
 
     Args:
-        ends: int64 [R] from :func:`decode_counts`.
-        height: of the mask in pixels.
-        width: of the mask in pixels.
         rows: integers [h'] in 0..height-1, in any order.
         columns: integers [w'] in 0..width-1, in any order.
 
@@ -145,13 +160,10 @@ def sample(
 def sample_grid(
     ends: np.ndarray, height: int, width: int, size: int | tuple[int, int]
 ) -> np.ndarray:
-    """The mask resized to ``size`` by its nearest pixels, those under the centres of the new ones.
+    """The mask resized by its nearest pixels, those under the centres of the new ones.
 
     Args:
-        ends: int64 [R] from :func:`decode_counts`.
-        height: of the mask in pixels.
-        width: of the mask in pixels.
-        size: side of the square grid, or its height and width.
+        size: side of a square grid, or its height and width.
 
     Returns:
         bool [h', w'].
@@ -184,9 +196,6 @@ def random_points(
     """Pixels of the object, each equally likely, drawn with replacement.
 
     Args:
-        ends: int64 [R] from :func:`decode_counts`.
-        height: of the mask in pixels.
-        count: how many to draw.
         rng: advanced by one draw of ``count`` integers.
 
     Returns:
@@ -215,28 +224,28 @@ def read_json(data: bytes) -> Any:
         return json.loads(data, parse_int=lambda text: int(text) if len(text) < 400 else math.inf)
 
 
-def _mask(told: Any, height: int, width: int) -> Mask:
-    segmentation = _get(told, "segmentation", dict)
+def _mask(entry: Any, height: int, width: int) -> Mask:
+    segmentation = _get(entry, "segmentation", dict)
     size = _get(segmentation, "size", list)
     if len(size) != 2 or not all(type(side) is int for side in size):
         raise BadSample(FOREIGN)
     if size != [height, width]:
         raise BadSample("mask size differs from the picture's")
     counts = _get(segmentation, "counts", str | list)
-    bbox = None if told.get("bbox") is None else _get(told, "bbox", list)
+    bbox = None if entry.get("bbox") is None else _get(entry, "bbox", list)
     if bbox is not None and len(bbox) != 4:
         raise BadSample(FOREIGN)
     return Mask(
         counts=counts,
-        area=None if told.get("area") is None else _number(told["area"]),
+        area=None if entry.get("area") is None else _number(entry["area"]),
         bbox=None if bbox is None else [_number(value) for value in bbox],
-        predicted_iou=_number(told.get("predicted_iou", 1.0)),
-        stability_score=_number(told.get("stability_score", 1.0)),
+        predicted_iou=_number(entry.get("predicted_iou", 1.0)),
+        stability_score=_number(entry.get("stability_score", 1.0)),
     )
 
 
-def _get(told: Any, key: str, kind: Any) -> Any:
-    value = told.get(key) if isinstance(told, dict) else None
+def _get(entry: Any, key: str, kind: Any) -> Any:
+    value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         raise BadSample(FOREIGN)
     return value

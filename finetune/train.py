@@ -28,7 +28,7 @@ from finetune.model import (
 from finetune.objective import Objective
 from finetune.pictures import draw_masks
 from finetune.prompt_encoder import MAX_POINTS
-from finetune.prompts import PromptConfig
+from finetune.prompting import PromptConfig
 from finetune.sam import Sam
 from sami.core.checkpoint import Export
 from sami.core.checks import start_entry, tell_checked
@@ -151,7 +151,7 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
     )
     objective = Objective(model, cfg.loss, cfg.prompt).to(run.device)
     state = State(objective, cfg.optim, cfg.train, run, model.image_encoder.layer_id)
-    samples = PromptTransform.of(
+    samples = PromptTransform(
         cfg.data, cfg.prompt, cfg.loss.size or model.shape.mask_size, cfg.run.seed
     )
     facts = {

@@ -5,13 +5,13 @@ Region, flip and mask are drawn from (seed, epoch, sample key) and from nothing 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from sami.core.config import require
-from sami.core.dataset import ShardsConfig
+from sami.core.dataset import ShardsConfig, TensorBatch
 from sami.core.images import Box, cut, open_image
 from sami.core.order import sample_rng
 from sami.core.reading import RawSample
@@ -62,7 +62,7 @@ class Draw:
 
 
 @dataclass
-class CropBatch:
+class CropBatch(TensorBatch):
     """A micro-batch as it leaves the loader.
 
     ``student`` uint8 [B, 3, H, H]; ``teacher`` uint8 [B, 3, S, S], or None where the student's
@@ -77,24 +77,6 @@ class CropBatch:
     masked: torch.Tensor
     features: FeatureBatch | None = None
     keys: list[str] = field(default_factory=list)
-
-    def to(self, device: torch.device) -> "CropBatch":
-        """The tensors on a device, without waiting for the copy."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "CropBatch":
-        """In page-locked memory, which lets the copy to the device overlap."""
-        return self._map(torch.Tensor.pin_memory)
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "CropBatch":
-        return replace(
-            self,
-            student=change(self.student),
-            teacher=None if self.teacher is None else change(self.teacher),
-            visible=change(self.visible),
-            masked=change(self.masked),
-            features=None if self.features is None else self.features.map(change),
-        )
 
     @property
     def teacher_view(self) -> torch.Tensor:

@@ -8,7 +8,7 @@ Training reads it, and cuts each crop's target out of it (:func:`axis_weights`),
 import io
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
+from sami.core.dataset import TensorBatch
 from sami.core.errors import BadSample
 from sami.core.images import Box, frame_of
 from sami.teacher import Teacher
@@ -244,7 +245,7 @@ def region_weights(
 
 
 @dataclass
-class FeatureBatch:
+class FeatureBatch(TensorBatch):
     """QuantizedFeatures features of a batch and the crops that are wanted of them.
 
     ``values`` int8 or fp16 [B, C, s, s]; ``scale`` fp32 [B, C]; ``rows`` and ``columns`` fp32
@@ -273,10 +274,6 @@ class FeatureBatch:
             torch.from_numpy(np.stack(rows)),
             torch.from_numpy(np.stack(columns)),
         )
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "FeatureBatch":
-        """The same with ``change`` done to each tensor."""
-        return FeatureBatch(*map(change, vars(self).values()))
 
     def tokens(self) -> torch.Tensor:
         """The crops' features, fp32 [B, g * g, C], in image order."""

@@ -6,7 +6,7 @@ each picture's central square. They rank encoders; the paper's numbers are those
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sami.core.config import require
-from sami.core.dataset import ShardSource, Validation, load_validation
+from sami.core.dataset import ShardSource, TensorBatch, Validation, load_validation
 from sami.core.errors import BadSample
 from sami.core.images import cut, open_image
 from sami.core.index import Shard
@@ -30,14 +30,12 @@ STEPS, DECAY = 200, 1e-4  # of the linear probe: full batches, L2 on its weights
 
 
 @dataclass
-class LabelledBatch:
-    """``images`` uint8 [B, 3, H, H] and ``labels`` [B]."""
+class LabelledBatch(TensorBatch):
+    """``images`` [B, 3, H, H], uint8 or normalised, ``labels`` [B], ``keys`` of the samples."""
 
     images: torch.Tensor
     labels: torch.Tensor
-
-    def pin_memory(self) -> "LabelledBatch":
-        return LabelledBatch(self.images.pin_memory(), self.labels.pin_memory())
+    keys: list[str] = field(default_factory=list)
 
 
 def labelled_squares(shards: list[Shard], numbers: np.ndarray, size: int) -> Validation:

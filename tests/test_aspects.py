@@ -11,8 +11,9 @@ from PIL import Image
 
 from finetune.classification import AugmentConfig, LabelDataConfig, LabelTransform
 from finetune.data import NO_PIXEL, loss_pixels
-from finetune.evaluation import PROMPTS, EvalDataset, EvalSample, PromptSpec, score
+from finetune.evaluation import EvalDataset, EvalSample, score
 from finetune.pictures import draw_masks
+from finetune.prompting import PROMPTS, PromptSpec
 from finetune.sam import ModelShape, Sam
 from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, frame_of, open_image

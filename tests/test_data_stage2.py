@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from finetune.data import NO_PIXEL, MaskDataConfig, PromptTransform, loss_pixels, mirror
-from finetune.prompts import PromptConfig
+from finetune.data import NO_PIXEL, MaskDataConfig, PromptTransform, loss_pixels
+from finetune.prompting import PromptConfig
+from finetune.prompts import mirror
 from sami.core.dataset import Training
 from sami.core.errors import BadSample
 from sami.core.order import Order
@@ -51,7 +52,7 @@ def maker(**options):
     data = {"image_size": 64, "masks_per_image": 64} | options
     prompt = {k: data.pop(k) for k in ("boxes", "clicks") if k in data}
     seed = data.pop("seed", 0)
-    return PromptTransform.of(
+    return PromptTransform(
         MaskDataConfig(**data), PromptConfig(**prompt), data["image_size"] // 4, seed
     )
 
@@ -208,7 +209,7 @@ def test_objects_without_a_pixel_of_loss_are_left_out_and_counted():
     for number, bar in enumerate(bars):
         bar[10:60, 3 * number] = True
     coarse = maker().decode(raw(bars), 0, False)
-    fine = PromptTransform.of(MaskDataConfig(image_size=64), PromptConfig(), 128, 0).decode(
+    fine = PromptTransform(MaskDataConfig(image_size=64), PromptConfig(), 128, 0).decode(
         raw(bars), 0, False
     )
     assert len(coarse[3]) + len(coarse[-1]) == 30 and len(coarse[-1]) > 15

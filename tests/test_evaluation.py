@@ -13,11 +13,9 @@ from segment_anything import SamPredictor
 from finetune.data import MaskDataConfig, PromptTransform, loss_pixels
 from finetune.evaluation import (
     FIELDS,
-    PROMPTS,
     EvalDataset,
     EvalSample,
     MaskEvalConfig,
-    PromptSpec,
     evaluate,
     masks_of,
     paint,
@@ -26,7 +24,7 @@ from finetune.evaluation import (
 from finetune.losses import mask_iou
 from finetune.pictures import MOST, SIDE, draw_masks, figure_of, overlay, shrink
 from finetune.prompt_encoder import BACKGROUND, FOREGROUND, PADDING
-from finetune.prompts import PromptConfig, centre_of, correction_clicks
+from finetune.prompting import PROMPTS, PromptConfig, PromptSpec, centre_of, correction_clicks
 from finetune.rle import decode_counts
 from finetune.sam import ModelShape, Sam
 from sami.core.dataset import ShardSource
@@ -204,7 +202,7 @@ def test_a_pixel_is_at_one_coordinate_everywhere(kind, resize, size, monkeypatch
 
     The released code's: a pixel's index times the scale, plus half a pixel in the prompt encoder.
     """
-    monkeypatch.setattr("finetune.prompts.BOX_NOISE", 0.0)
+    monkeypatch.setattr("finetune.prompting.BOX_NOISE", 0.0)
     torch.manual_seed(0)
     shape = ModelShape(replace(SHAPE.encoder, channels=32), kind, resize)
     model, seen = Sam(shape).eval(), []
@@ -255,7 +253,7 @@ def test_a_pixel_is_at_one_coordinate_everywhere(kind, resize, size, monkeypatch
                 (judged,) = EvalDataset(Given([raw([mask], size=size)]), shape, (prompting,))
                 score(model, judged, CPU, (prompting,))
                 np.testing.assert_allclose(asked(), expected, atol=1e-4)
-            views = PromptTransform.of(
+            views = PromptTransform(
                 MaskDataConfig(image_size=64, resize=resize, hflip=True),
                 PromptConfig(boxes=0.0 if clicked else 1.0, clicks=1),
                 16,

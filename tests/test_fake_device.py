@@ -16,7 +16,7 @@ from finetune.data import PromptBatch
 from finetune.losses import MaskLossConfig
 from finetune.model import MaskDecoderConfig, build_model
 from finetune.objective import Objective
-from finetune.prompts import PromptConfig, correction_clicks
+from finetune.prompting import PromptConfig, correction_clicks
 from sami.core.optim import poison
 from sami.encoder import EncoderConfig, build_encoder
 from sami.features import FeatureBatch

@@ -8,7 +8,7 @@ from finetune.losses import MaskLossConfig as Stage2Loss
 from finetune.model import MaskDecoderConfig as Stage2Decoder
 from finetune.model import build_model
 from finetune.objective import Objective
-from finetune.prompts import PromptConfig
+from finetune.prompting import PromptConfig
 from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
 from sami.encoder import EncoderConfig, build_encoder
 from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig

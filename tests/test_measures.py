@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from finetune.coco import CocoSource, read_coco
-from finetune.evaluation import PromptSpec
 from finetune.measures import DATA_SETS, PAPER, Measured, data_set, mean, resample
 from finetune.model import MaskDecoderConfig, build_model, model_header
+from finetune.prompting import PromptSpec
 from finetune.trivial import RADII
 from sami.core.checkpoint import write_weights
 from sami.core.errors import UserError

@@ -12,7 +12,8 @@ from finetune.classification import AugmentConfig, LabelTransform
 from finetune.classification import LabelDataConfig as ClassifyData
 from finetune.coco import CocoSource, read_coco
 from finetune.data import UNSURE
-from finetune.evaluation import EvalDataset, PromptSpec
+from finetune.evaluation import EvalDataset
+from finetune.prompting import PromptSpec
 from finetune.train import main as train
 from sami.core.errors import BadSample
 from sami.core.images import DRAWN, STD, drawn_on, open_image

@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.prompting import correction_clicks, noisy_box
 from finetune.prompts import (
     _depths_by_scipy,
     _depths_on_device,
     append_clicks,
     as_box,
     as_clicks,
-    correction_clicks,
     depths,
-    noisy_box,
 )
 from tests.reference import next_click
 

@@ -11,7 +11,7 @@ from finetune.data import PromptBatch
 from finetune.losses import MaskLossConfig
 from finetune.model import MaskDecoderConfig, build_model, load_model, model_header
 from finetune.objective import Objective
-from finetune.prompts import PromptConfig
+from finetune.prompting import PromptConfig
 from sami.core.checkpoint import write_weights
 from sami.core.errors import UserError
 from sami.encoder import EncoderConfig

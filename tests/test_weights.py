@@ -17,7 +17,7 @@ from finetune.model import MaskDecoderConfig, build_model, load_model, model_hea
 from finetune.sam import ModelShape, Sam
 from sami.core.checkpoint import Export, save_checkpoint, write_weights
 from sami.core.errors import MachineError, UserError
-from sami.core.weights import Takes, check_weights, entry_of, find_weights, read_weights
+from sami.core.weights import Takes, check_weights, entry_of_run, find_weights, read_weights
 from sami.encoder import EncoderConfig, build_encoder, load_encoder
 from sami.encoder import export_header as export_encoder
 from sami.encoders.protocol import EncoderShape
@@ -490,7 +490,7 @@ def test_what_lies_at_a_path_is_told(tmp_path, models):
     ]:
         told = check_weights(path, takes, "a.b")
         assert told and told.startswith(f"a.b {path}") and says in told, told
-    assert entry_of(first) == "sami/pretrain.py" and entry_of(failed) is None
+    assert entry_of_run(first) == "sami/pretrain.py" and entry_of_run(failed) is None
 
 
 def test_runs_of_earlier_versions_are_recognised(tmp_path):
@@ -499,7 +499,7 @@ def test_runs_of_earlier_versions_are_recognised(tmp_path):
         folder = tmp_path / group
         folder.mkdir()
         (folder / "config.yaml").write_text(f"run:\n  dir: x\n{group}:\n  a: 1\n")
-        assert entry_of(folder) == entry
+        assert entry_of_run(folder) == entry
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,11 @@ import numpy as np
 import torch
 
 from finetune.coco import CocoSource, read_coco
-from finetune.evaluation import CHOICES, FIELDS, EvalDataset, PromptSpec, score
+from finetune.evaluation import CHOICES, FIELDS, EvalDataset, score
 from finetune.measures import PAPER, SIZES, SOURCE, TRIVIAL, Measured, data_set
 from finetune.model import TAKES, load_model
 from finetune.pictures import draw_masks
+from finetune.prompting import PromptSpec
 from finetune.rle import area
 from finetune.sam import Sam
 from sami.core.checkpoint import sha256_of, write_text
@@ -100,29 +101,29 @@ def promptings_of(words: list[str], seeds: int, model: Sam) -> tuple[PromptSpec,
 def measure(
     model: Sam,
     source: SampleSource,
-    promptings: tuple[PromptSpec, ...],
+    specs: tuple[PromptSpec, ...],
     args: argparse.Namespace,
     device: torch.device,
 ) -> tuple[Measured, list, Counter[str], Counter[str]]:
     """Every picture's IoU, and the first few pictures to be drawn; why others were left out, and
     what is to be told of those that were used."""
-    words = (promptings, args.masks, args.seed, args.masks_drawn_on)
+    words = (specs, args.masks, args.seed, args.masks_drawn_on)
     dataset = EvalDataset(source, model.shape, *words)
-    measured, shown = Measured(promptings), []
+    measured, shown = Measured(specs), []
     unusable, noted = Counter(), Counter()
     batches = load(dataset, [[number] for number in range(len(source))], args.workers, device)
     bf16 = args.precision == "bf16"
-    for (judged,) in track(batches, "evaluating", total=len(source)):
-        if isinstance(judged, RawSample):
-            unusable[judged.reason] += 1
+    for (sample,) in track(batches, "evaluating", total=len(source)):
+        if isinstance(sample, RawSample):
+            unusable[sample.reason] += 1
             continue
-        noted.update(judged.notes)
+        noted.update(sample.notes)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            iou = score(model, judged, device, promptings)
-        areas = np.array([area(ends) for ends in judged.ends])
-        measured.add(iou.cpu().numpy(), areas, judged.trivial)
+            iou = score(model, sample, device, specs)
+        areas = np.array([area(ends) for ends in sample.ends])
+        measured.add(iou.cpu().numpy(), areas, sample.trivial)
         if len(shown) < args.overlays:
-            shown.append(judged)
+            shown.append(sample)
     remedy = "are these SA-1B's JSON?" if args.coco is None else "crowds are kept by --keep-crowd"
     require(
         bool(measured.areas), f"none of the pictures could be used ({dict(unusable)}); {remedy}"
@@ -203,10 +204,10 @@ def main() -> int:
     if weights.note:
         print(weights.note)
     model = load_model(weights.file, "MODEL").to(device)
-    promptings = promptings_of(args.prompts, args.seeds, model)
+    specs = promptings_of(args.prompts, args.seeds, model)
     with tempfile.TemporaryDirectory() as folder:
         source, data = open_source(args, Path(folder))
-        measured, shown, unusable, noted = measure(model, source, promptings, args, device)
+        measured, shown, unusable, noted = measure(model, source, specs, args, device)
     rows, pictures = measured.rows(args.seed), len(measured.areas)
     objects = sum(map(len, measured.areas))
     data = data if pictures == len(source) else None
@@ -237,7 +238,7 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         if shown:
             print(f"drawing {len(shown)} pictures (--overlays 0 for none)", flush=True)
-            drawn = tuple(prompting for prompting in promptings if prompting.draw == 0)
+            drawn = tuple(spec for spec in specs if spec.draw == 0)
             draw_masks(args.out / "masks.png", model, shown, device, str(args.model), drawn)
         write_text(args.out / RESULT, json.dumps(result, indent=1) + "\n")
         print(f"{args.out}/{RESULT}" + f" and {args.out}/masks.png" * bool(shown))

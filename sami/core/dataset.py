@@ -16,9 +16,9 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.queues import Queue
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -95,6 +95,27 @@ class ShardsConfig:
         )
 
 
+class TensorBatch:
+    """A batch, a dataclass, whose tensors are moved together, and those of batches within it."""
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """The same with ``change`` done to each tensor."""
+        changed = {
+            name: change(value) if isinstance(value, torch.Tensor) else value.map(change)
+            for name, value in vars(self).items()
+            if isinstance(value, (torch.Tensor, TensorBatch))
+        }
+        return replace(self, **changed)
+
+    def to(self, device: torch.device) -> Self:
+        """The tensors on a device, without waiting for the copy."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """In page-locked memory, which lets the copy to the device overlap."""
+        return self.map(torch.Tensor.pin_memory)
+
+
 class Transform(Protocol):
     """What a stage makes of raw samples."""
 
@@ -103,8 +124,8 @@ class Transform(Protocol):
     def decode(self, sample: RawSample, epoch: int, replacement: bool) -> Any:
         """One sample's arrays; ``replacement``: of a bad one. Raises BadSample."""
 
-    def collate(self, items: list[Any]) -> Any:
-        """A batch of decoded samples, with methods ``to(device)`` and ``pin_memory()``."""
+    def collate(self, items: list[Any]) -> TensorBatch:
+        """A batch of decoded samples."""
 
 
 class Training(Dataset):

@@ -36,7 +36,7 @@ from sami.core.paths import exists
 from sami.core.processes import choose_device, is_launched, make_accelerator
 from sami.core.progress import Progress, duration
 from sami.core.stop import StopSignal
-from sami.core.weights import entry_of
+from sami.core.weights import entry_of_run
 
 VERSIONS = (
     "torch",
@@ -447,7 +447,7 @@ def refuse_other_run(folder: Path, entry: str | None) -> None:
     Raises:
         UserError: the folder holds a run of another entry, or is none.
     """
-    held = entry_of(folder)
+    held = entry_of_run(folder)
     if None not in (held, entry) and held != entry:
         raise UserError(
             f"run.dir {folder} holds a run of {held}, and this is {entry}; name another folder "

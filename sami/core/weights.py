@@ -83,8 +83,8 @@ class Weights:
         Raises:
             ValueError: it is no JSON.
         """
-        told = json.loads(self.metadata.get(kind, "null"))
-        return told if isinstance(told, dict) else None
+        content = json.loads(self.metadata.get(kind, "null"))
+        return content if isinstance(content, dict) else None
 
     @property
     def kind(self) -> str | None:
@@ -179,7 +179,7 @@ def _of_checkpoint(place: Path, names: list[str], what: str, remedy: str) -> Fou
 
 def _describe(place: Path, takes: Takes, spoilt: list[str]) -> str:
     """What a folder without the weights that are wanted is."""
-    entry = entry_of(place)
+    entry = entry_of_run(place)
     wanted = {EXPORTS[kind][2] for kind in takes.kinds}
     if entry is not None and entry not in wanted:
         holds = next((what for _, what, who in EXPORTS.values() if who == entry), "other weights")
@@ -199,14 +199,14 @@ def _describe(place: Path, takes: Takes, spoilt: list[str]) -> str:
 def read_summary(folder: Path) -> dict[str, Any]:
     """A run's summary.json; empty where there is none that can be read."""
     try:
-        told = json.loads((folder / "summary.json").read_bytes())
+        content = json.loads((folder / "summary.json").read_bytes())
     except (OSError, ValueError) as error:
         raise_if_machine(error, folder / "summary.json")
         return {}
-    return told if isinstance(told, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def entry_of(folder: Path) -> str | None:
+def entry_of_run(folder: Path) -> str | None:
     """The entry whose run a folder holds, such as sami/pretrain.py; None if it holds no run.
 
     A start that failed before it began leaves a summary.json alone, and is no run.
