@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from finetune.losses import Targets
+from finetune.losses import MaskTargets
 from finetune.prompting import PromptConfig, draw_prompt
 from finetune.prompts import mirror
 from finetune.rle import Annotations, area, most_frequent, parse_annotations
@@ -90,9 +90,9 @@ class PromptBatch(TensorBatch):
     unsure: list[tuple[str, str]] = field(default_factory=list)
 
     @property
-    def targets(self) -> Targets:
+    def targets(self) -> MaskTargets:
         """What the loss compares with."""
-        return Targets(self.masks, self.there, self.inside)
+        return MaskTargets(self.masks, self.there, self.inside)
 
 
 @dataclass(frozen=True)

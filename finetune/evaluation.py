@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,7 +38,6 @@ from sami.core.run import Run
 from sami.core.scanning import PICTURE
 from sami.validation import tell_unusable
 
-FIELDS = (PICTURE, "json")  # what is read of a sample
 CHOICES = ("predicted", "oracle")  # which of three masks is scored
 DECODED_AT_ONCE = 64  # prompts of a picture
 PIXELS_AT_ONCE = 2**25  # of masks that are compared together
@@ -130,6 +130,8 @@ class EvalDataset(Dataset):
     seed: int = 0
     drawn: Drawn = "upright"
 
+    fields: ClassVar[tuple[str, ...]] = (PICTURE, "json")  # what is read of a sample
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -202,7 +204,7 @@ def evaluate(
         ``trivial_box`` and so on, ``pictures`` and ``objects``; None where nothing could be
         measured.
     """
-    source = ShardSource.first(shards, FIELDS, config.samples)
+    source = ShardSource.first(shards, EvalDataset.fields, config.samples)
     dataset = EvalDataset(source, model.shape, PROMPTS, config.masks, seed, drawn)
     unusable, noted = [], Counter()
     sums = torch.zeros(len(PROMPTS) + 2, dtype=exact(run.device), device=run.device)

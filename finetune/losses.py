@@ -45,7 +45,7 @@ class MaskLossConfig:
 
 
 @dataclass
-class Targets:
+class MaskTargets:
     """What the objects of a batch look like at the loss's resolution.
 
     ``masks`` bool [B, K, h, w]; ``there`` bool [B, K], whether the slot holds an object;
@@ -60,7 +60,7 @@ class Targets:
 def stage2_losses(
     logits: torch.Tensor,
     iou: torch.Tensor,
-    targets: Targets,
+    targets: MaskTargets,
     config: MaskLossConfig,
     asked: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:

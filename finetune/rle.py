@@ -29,7 +29,7 @@ MAX_DIGITS = 12
 
 
 @dataclass
-class Mask:
+class EncodedMask:
     counts: str | list[Any]  # as in the file; for decode_counts
     area: float | None  # pixels, as the file says it; COCO's polygons have fractions
     bbox: list[float] | None  # x, y, width, height in pixels, as the file says it
@@ -41,12 +41,12 @@ class Mask:
 class Annotations:
     height: int  # of the picture, in pixels; every mask has the same
     width: int
-    masks: list[Mask]
+    masks: list[EncodedMask]
     left_out: Counter[str] = field(default_factory=Counter)  # annotations that are no such mask
     drawn_on: Drawn | None = None  # the picture that the masks lie on, if the file says it
 
     def decoded(
-        self, masks: list[Mask], rng: np.random.Generator, left_out: Counter[str]
+        self, masks: list[EncodedMask], rng: np.random.Generator, left_out: Counter[str]
     ) -> Iterator[np.ndarray]:
         """The run ends of some of its masks in random order; of broken ones the reason is counted.
 
@@ -224,7 +224,7 @@ def read_json(data: bytes) -> Any:
         return json.loads(data, parse_int=lambda text: int(text) if len(text) < 400 else math.inf)
 
 
-def _mask(entry: Any, height: int, width: int) -> Mask:
+def _mask(entry: Any, height: int, width: int) -> EncodedMask:
     segmentation = _get(entry, "segmentation", dict)
     size = _get(segmentation, "size", list)
     if len(size) != 2 or not all(type(side) is int for side in size):
@@ -235,7 +235,7 @@ def _mask(entry: Any, height: int, width: int) -> Mask:
     bbox = None if entry.get("bbox") is None else _get(entry, "bbox", list)
     if bbox is not None and len(bbox) != 4:
         raise BadSample(FOREIGN)
-    return Mask(
+    return EncodedMask(
         counts=counts,
         area=None if entry.get("area") is None else _number(entry["area"]),
         bbox=None if bbox is None else [_number(value) for value in bbox],

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from finetune.data import UNSURE, MaskDataConfig, PromptTransform
-from finetune.evaluation import FIELDS, EvalDataset, EvalSample, MaskEvalConfig, evaluate
+from finetune.evaluation import EvalDataset, EvalSample, MaskEvalConfig, evaluate
 from finetune.losses import MaskLossConfig
 from finetune.model import (
     TAKES,
@@ -252,7 +252,9 @@ def draw(run: Run, model: Sam, shards: list[Shard], step: int, drawn: Drawn) -> 
     if not run.is_main:
         return
     path = run.dir / "pictures" / f"masks-{step:07d}.png"
-    found = EvalDataset(ShardSource.first(shards, FIELDS, SHOWN), model.shape, masks=8, drawn=drawn)
+    found = EvalDataset(
+        ShardSource.first(shards, EvalDataset.fields, SHOWN), model.shape, masks=8, drawn=drawn
+    )
     shown = [judged for judged in found if isinstance(judged, EvalSample)]
     if shown:
         model.eval()

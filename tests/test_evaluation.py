@@ -12,7 +12,6 @@ from segment_anything import SamPredictor
 
 from finetune.data import MaskDataConfig, PromptTransform, loss_pixels
 from finetune.evaluation import (
-    FIELDS,
     EvalDataset,
     EvalSample,
     MaskEvalConfig,
@@ -287,13 +286,21 @@ def test_a_pixel_is_at_one_coordinate_everywhere(kind, resize, size, monkeypatch
 def test_pictures_in_fixed_order_without_bad_ones(tmp_path):
     done = draw(tmp_path, "--shards", "2")
     (source,) = opened(done.stdout.split(": ")[-1].strip(), tmp_path)
-    found = list(EvalDataset(ShardSource(source.shards, FIELDS, range(10)), SHAPE, masks=3))
+    found = list(
+        EvalDataset(ShardSource(source.shards, EvalDataset.fields, range(10)), SHAPE, masks=3)
+    )
     assert len({one.key for one in found}) == 10
-    again = list(EvalDataset(ShardSource(source.shards, FIELDS, range(4, 6)), SHAPE, masks=3))
+    again = list(
+        EvalDataset(ShardSource(source.shards, EvalDataset.fields, range(4, 6)), SHAPE, masks=3)
+    )
     for a, b in zip(found[4:6], again, strict=True):
         assert a.key == b.key and torch.equal(a.clicks, b.clicks)
         assert a.image.shape == (3, 64, 64) and 1 <= len(a.ends) <= 3
-    other = list(EvalDataset(ShardSource(source.shards, FIELDS, range(10)), SHAPE, masks=3, seed=1))
+    other = list(
+        EvalDataset(
+            ShardSource(source.shards, EvalDataset.fields, range(10)), SHAPE, masks=3, seed=1
+        )
+    )
     assert any(not torch.equal(a.clicks, b.clicks) for a, b in zip(found, other, strict=True))
 
 
@@ -443,7 +450,9 @@ def test_means_are_over_objects(tmp_path):
     why = "{'no usable mask': 1}, the first is s/c"
     assert run.said == [f"1 of 3 held-out pictures unusable: {why}"]
     model.eval()
-    pictures = EvalDataset(ShardSource(source.shards, FIELDS, range(3)), SHAPE, PROMPTS, 64)
+    pictures = EvalDataset(
+        ShardSource(source.shards, EvalDataset.fields, range(3)), SHAPE, PROMPTS, 64
+    )
     usable = [one for one in pictures if isinstance(one, EvalSample)]
     each = torch.cat([score(model, one, CPU, PROMPTS)[:, 0] for one in usable], 1)
     assert told["miou_box"] == pytest.approx(each[0].mean().item())
@@ -460,7 +469,9 @@ def test_real_annotations_are_readable(tmp_path):
         pytest.skip("the real tars (../shared/data/sa1b_layout) are not here")
     (source,) = opened(str(real), tmp_path)
     found = list(
-        EvalDataset(ShardSource(source.shards, FIELDS, range(source.count)), SHAPE, masks=4)
+        EvalDataset(
+            ShardSource(source.shards, EvalDataset.fields, range(source.count)), SHAPE, masks=4
+        )
     )
     assert len(found) == source.count
     assert all(isinstance(one, EvalSample) for one in found)

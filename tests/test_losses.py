@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from finetune.losses import MaskLossConfig, Targets, dice_loss, mask_iou, pixel_loss, stage2_losses
+from finetune.losses import (
+    MaskLossConfig,
+    MaskTargets,
+    dice_loss,
+    mask_iou,
+    pixel_loss,
+    stage2_losses,
+)
 
 
 def example(seed=0, pictures=3, objects=4, masks=3, side=6):
@@ -59,7 +66,7 @@ def test_against_the_definition(kind, padded):
     inside[:, :, 4:] = False
     inside[2, 5] = False
     inside = inside if padded else None
-    losses = stage2_losses(logits, iou, Targets(truth, there, inside), MaskLossConfig(kind))
+    losses = stage2_losses(logits, iou, MaskTargets(truth, there, inside), MaskLossConfig(kind))
     expected = by_hand(logits, iou, truth, there, kind, inside)
     names = ("loss", "loss_pixel", "loss_dice", "loss_iou", "iou")
     for name, value in zip(names, expected, strict=True):
@@ -69,7 +76,9 @@ def test_against_the_definition(kind, padded):
 def test_only_the_best_mask_and_every_score_are_trained():
     logits, iou, truth, there = example()
     logits.requires_grad_(), iou.requires_grad_()
-    stage2_losses(logits, iou, Targets(truth, there), MaskLossConfig("focal"))["loss"].backward()
+    stage2_losses(logits, iou, MaskTargets(truth, there), MaskLossConfig("focal"))[
+        "loss"
+    ].backward()
     trained = (logits.grad.abs().sum((-2, -1)) > 0).sum(2)
     assert torch.equal(trained, there.long())  # one of three where an object is, none elsewhere
     assert torch.equal(iou.grad != 0, there.unsqueeze(2).expand(iou.shape))
@@ -86,19 +95,21 @@ def test_the_gradient_is_that_of_the_plain_minimum():
             lowest = torch.where(there, each.min(2).values, 0.0)
             (lowest.sum(1) / there.sum(1)).mean().backward()
         else:
-            stage2_losses(z, iou, Targets(truth, there), MaskLossConfig("focal"))["loss"].backward()
+            stage2_losses(z, iou, MaskTargets(truth, there), MaskLossConfig("focal"))[
+                "loss"
+            ].backward()
         gradients.append(z.grad)
     torch.testing.assert_close(*gradients)
 
 
 def test_a_batch_in_pieces_gives_the_same_loss():
     logits, iou, truth, there = example()
-    whole = stage2_losses(logits, iou, Targets(truth, there), MaskLossConfig("focal"))["loss"]
+    whole = stage2_losses(logits, iou, MaskTargets(truth, there), MaskLossConfig("focal"))["loss"]
     parts = [
         stage2_losses(
             logits[b : b + 1],
             iou[b : b + 1],
-            Targets(truth[b : b + 1], there[b : b + 1]),
+            MaskTargets(truth[b : b + 1], there[b : b + 1]),
             MaskLossConfig(),
         )["loss"]
         for b in range(3)
@@ -113,13 +124,13 @@ def test_extremes_are_finite():
     for value in (-1e4, 0.0, 1e4):
         logits = torch.full((1, 2, 3, 4, 4), value, requires_grad=True)
         losses = stage2_losses(
-            logits, torch.zeros(1, 2, 3), Targets(truth, there), MaskLossConfig("focal")
+            logits, torch.zeros(1, 2, 3), MaskTargets(truth, there), MaskLossConfig("focal")
         )
         losses["loss"].backward()
         assert all(loss.isfinite() for loss in losses.values()) and logits.grad.isfinite().all()
     half = torch.full((1, 2, 3, 4, 4), 30.0, dtype=torch.bfloat16)
-    assert stage2_losses(half, torch.zeros(1, 2, 3), Targets(truth, there), MaskLossConfig("bce"))[
-        "loss"
-    ].dtype == (torch.float32)
+    assert stage2_losses(
+        half, torch.zeros(1, 2, 3), MaskTargets(truth, there), MaskLossConfig("bce")
+    )["loss"].dtype == (torch.float32)
     empty = torch.zeros(4, 4, dtype=torch.bool)
     assert mask_iou(empty, empty) == 1 and mask_iou(~empty, empty) == 0

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from finetune.coco import CocoSource, read_coco
-from finetune.evaluation import CHOICES, FIELDS, EvalDataset, score
+from finetune.evaluation import CHOICES, EvalDataset, score
 from finetune.measures import PAPER, SIZES, SOURCE, TRIVIAL, Measured, data_set
 from finetune.model import TAKES, load_model
 from finetune.pictures import draw_masks
@@ -73,7 +73,7 @@ def open_source(args: argparse.Namespace, folder: Path) -> tuple[SampleSource, s
     shards = [shard for source in sources for shard in source.shards]
     count = sum(shard.count for shard in shards)
     require(count > 0, f"--shards {' '.join(args.shards)} hold no samples")
-    return ShardSource.first(shards, FIELDS, args.samples), None
+    return ShardSource.first(shards, EvalDataset.fields, args.samples), None
 
 
 def promptings_of(words: list[str], seeds: int, model: Sam) -> tuple[PromptSpec, ...]:
