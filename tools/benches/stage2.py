@@ -18,7 +18,8 @@ from finetune.losses import MaskLossConfig, dice_loss, pixel_loss, stage2_losses
 from finetune.model import MaskDecoderConfig as HeadConfig
 from finetune.model import build_model
 from finetune.objective import Objective
-from finetune.prompts import PromptConfig, as_box, correction_clicks
+from finetune.prompting import PromptConfig, correction_clicks
+from finetune.prompts import as_box
 from finetune.rle import decode_counts, parse_annotations, sample_grid
 from sami.core.images import open_image
 from sami.core.optim import OptimConfig, build_optimizer
@@ -68,7 +69,7 @@ def sample_path(args: argparse.Namespace) -> None:
     size = (told.height, told.width)
     runs = [mask.counts for mask in told.masks[:64]]
     shapes = [{"size": list(size), "counts": counts.encode()} for counts in runs]
-    ours = PromptTransform.of(MaskDataConfig(), PromptConfig(), 256, seed=0)
+    ours = PromptTransform(MaskDataConfig(), PromptConfig(), 256, seed=0)
 
     def our_masks() -> None:
         np.stack([sample_grid(decode_counts(counts, *size), *size, 256) for counts in runs])
