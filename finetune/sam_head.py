@@ -57,9 +57,10 @@ class SamPromptEncoder(PredictorPrompts, PackagePrompts):
 
     def _embed_points(self, points: torch.Tensor, labels: torch.Tensor, pad: bool) -> torch.Tensor:
         """The package's own, which indexes by masks: each time a wait for the device."""
+        points = points + 0.5  # to the pixels' centres
         if pad:
             points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=PADDING)
-        found = self.pe_layer.forward_with_coords(points + 0.5, self.input_image_size)
+        found = self.pe_layer.forward_with_coords(points, self.input_image_size)
         labels = labels.unsqueeze(2)
         found = torch.where(labels == PADDING, self.not_a_point_embed.weight, found)
         for label in (BACKGROUND, FOREGROUND):
