@@ -6,6 +6,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import shutil
 import sys
 import tarfile
 import threading
@@ -30,7 +31,7 @@ from sami.core.order import Order
 from sami.core.remote import ShardCache, open_shard
 from sami.core.scanning import PICTURE, scan
 from sami.pretrain import main as pretrain
-from tests.runs import arguments, numbers, write_shards
+from tests.runs import arguments, numbers, summary, write_shards
 from tests.server import serving
 
 CPU = torch.device("cpu")
@@ -529,3 +530,9 @@ def test_a_run_on_remote_shards_is_the_run_on_local_ones(server, tmp_path, in_pr
     server.always = "503"
     code, said = in_process(pretrain, arguments(tmp_path / "down", remote_pattern, **more))
     assert code == 2 and "s-000.tar cannot be read (the server answers 503)" in said
+    # In the middle of training too, where a worker meets it.
+    shutil.copytree(tmp_path / "remote" / "index", tmp_path / "later" / "index")
+    words = arguments(tmp_path / "later", remote_pattern, **more | {"data.workers": 2})
+    code, said = in_process(pretrain, words)
+    assert code == 2 and said.count("cannot be read (the server answers 503), tried 3 times") == 1
+    assert summary(tmp_path / "later")["status"] == "failed" and "index.npz" not in said

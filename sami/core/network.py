@@ -210,13 +210,13 @@ def persist(url: str, attempt: Callable[[], Result], patience: Patience) -> Resu
             *_, root = with_causes(error)
             if not is_url(url) or getattr(root, "errno", None) in LOCAL or not _of_network(root):
                 raise
-            told = _told(root, patience)
+            reason = _describe_error(root, patience)
             if by_fsspec(url):
-                _raise_if_refused(url, root, told)
+                _raise_if_refused(url, root, reason)
             hopeless = isinstance(root, NothingCame) and number == TRIES_OF_A_PROGRAM
             if pause is None or hopeless:
                 raise MachineError(
-                    f"{url} cannot be read ({told}), tried {number} times in "
+                    f"{url} cannot be read ({reason}), tried {number} times in "
                     f"{time.monotonic() - began:.0f} s; see whether its server and the network "
                     f"are up, and {AGAIN}"
                 ) from error
@@ -228,7 +228,7 @@ def _of_network(error: BaseException) -> bool:
     return isinstance(error, (OSError, EOFError)) or package in NETWORK_PACKAGES
 
 
-def _told(error: BaseException, patience: Patience) -> str:
+def _describe_error(error: BaseException, patience: Patience) -> str:
     """An error of the network in a few words."""
     if isinstance(error, TimeoutError):
         return f"no byte came for {patience.stall:g} s"
@@ -250,7 +250,7 @@ def _status(error: BaseException) -> int:
     return next((one for one in found if isinstance(one, int)), 0)
 
 
-def _raise_if_refused(url: str, error: BaseException, told: str) -> None:
+def _raise_if_refused(url: str, error: BaseException, reason: str) -> None:
     """
     Raises:
         UserError: trying again would not help.
@@ -258,12 +258,17 @@ def _raise_if_refused(url: str, error: BaseException, told: str) -> None:
     status = _status(error)
     if status in (401, 403):
         raise UserError(
-            f"{url} may not be read ({told}); give this machine the right to it: credentials, or "
+            f"{url} may not be read ({reason}); give this machine the right to it: credentials, or "
             "an address that was signed anew"
         )
-    nowhere = isinstance(error, ValueError) or getattr(error, "errno", None) == socket.EAI_NONAME
-    if nowhere or 400 <= status < 500 and status not in ASKS_FOR_PATIENCE:
-        raise UserError(f"{url} is not there ({told}); correct the address or leave it out")
+    unknown = getattr(error, "errno", None) == socket.EAI_NONAME and url not in _DESCRIBED
+    if (
+        unknown
+        or isinstance(error, ValueError)
+        or 400 <= status < 500
+        and status not in ASKS_FOR_PATIENCE
+    ):
+        raise UserError(f"{url} is not there ({reason}); correct the address or leave it out")
 
 
 _SYSTEMS: dict[tuple[int, str, float], fsspec.AbstractFileSystem] = {}

@@ -174,13 +174,14 @@ class ShardCache:
         try:
             yield
         except OSError as error:
-            told = os.strerror(error.errno or 0)
-            told = f"{self.folder}, where shards are kept that cannot be sought in: {told}; "
+            reason = os.strerror(error.errno or 0)
+            reason = f"{self.folder}, where shards are kept that cannot be sought in: {reason}; "
+            remedy = "name another --data.cache_dir (for a tool another TMPDIR)"
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                told += "make room, name another --data.cache_dir, or lower --data.cache_gb"
-                raise MachineError(told) from error
+                remedy = f"make room, lower --data.cache_gb, or {remedy}"
+                raise MachineError(reason + remedy) from error
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-                raise UserError(told + "name another --data.cache_dir") from error
+                raise UserError(reason + remedy) from error
             raise
 
     def _name(self, url: str) -> str:
