@@ -1,6 +1,7 @@
 """Set-up for all tests."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -20,8 +21,15 @@ sys.path.insert(0, str(ROOT))  # for tools.* and tests.*
 # what the tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+PROGRAMS = re.compile(
+    "python|bash|sh$|accelerate|sami-|wandb|[gc][+][+]"
+)  # not git, which is quick
 hypothesis.settings.register_profile("tests", deadline=None)  # a limit would judge the machine
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="skip the tests that start a program")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -31,6 +39,14 @@ def pytest_configure(config):
 
     if config.getoption("timeout") is None:
         config.option.timeout = TEST_LIMIT
+    if config.getoption("quick"):
+        sys.addaudithook(_skip_programs)
+
+
+def _skip_programs(event: str, given: tuple) -> None:
+    """A test that comes to start one of PROGRAMS ends there; no list of tests has to be kept."""
+    if event == "subprocess.Popen" and PROGRAMS.match(Path(os.fsdecode(given[0])).name):
+        pytest.skip("starts a program, and --quick does without")
 
 
 @pytest.fixture(autouse=True, scope="session")

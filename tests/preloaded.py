@@ -63,6 +63,7 @@ class Popen(subprocess.Popen):
             or _told(environment) != _told(ENVIRONMENT)
         ):
             return super()._execute_child(args, *more)
+        sys.audit("subprocess.Popen", args[0], args, cwd, env)  # as the usual one says
         files = [number if file == -1 else file for number, file in ((1, c2pwrite), (2, errwrite))]
         script = _Script([*map(str, args[1:])], files, os.fspath(cwd or os.getcwd()), environment)
         self._process = _context.Process(target=script)

@@ -21,7 +21,7 @@ from finetune.evaluation import (
     score,
 )
 from finetune.losses import mask_iou
-from finetune.pictures import MOST, SIDE, draw_masks, figure_of, overlay, shrink
+from finetune.pictures import KEY, MOST, SIDE, draw_masks, figure_of, overlay, shrink
 from finetune.prompt_encoder import BACKGROUND, FOREGROUND, PADDING
 from finetune.prompting import PROMPTS, PromptConfig, PromptSpec, centre_of, correction_clicks
 from finetune.rle import decode_counts
@@ -365,7 +365,10 @@ def test_pictures_of_masks(tmp_path, monkeypatch):
     filled = 100 * judged.trivial[0][0, :MOST].mean()
     expected = f"by box: mean IoU {100 * np.mean(iou):.1f} % (without a model {filled:.1f} %)"
     assert box.get_title("left") == expected
-    assert two.get_title("left").startswith("by 2 clicks: ")
+    best = 100 * judged.trivial[1][:, :MOST].mean(1).max()  # of the discs
+    title = two.get_title("left")
+    assert title.startswith("by 2 clicks: ") and title.endswith(f"(without a model {best:.1f} %)")
+    assert KEY in [text.get_text() for text in figure.texts]
     expected = ["1: empty"] + [f"{n + 2}: {100 * one:.0f} %" for n, one in enumerate(iou[1:])]
     scale = box.get_images()[0].get_array().shape[0] / HEIGHT
     assert max(box.get_images()[0].get_array().shape[:2]) == SIDE >= 480
@@ -374,6 +377,8 @@ def test_pictures_of_masks(tmp_path, monkeypatch):
         for number, text in enumerate(axis.texts):
             assert text.get_bbox_patch().get_facecolor()[:3] == to_rgb(OBJECTS[number])
     assert [text.get_text() for text in whole.texts] == [str(n + 1) for n in range(12)]
+    for axis in figure.axes:
+        assert [axis.texts[n].get_color() for n in (2, 6)] == ["black", "white"]  # yellow, blue
     for number in range(12):
         rectangle = box.lines[2 * number + 1]  # on a white one
         assert to_rgb(rectangle.get_color()) == to_rgb(OBJECTS[number])
@@ -389,10 +394,43 @@ def test_pictures_of_masks(tmp_path, monkeypatch):
     draw_masks(tmp_path / "a.png", Sam(SHAPE), [judged] * 2, CPU, "title", promptings)
     with Image.open(tmp_path / "a.png") as drawn:
         told, pixels = overlay(*_shown(judged, truth)), np.asarray(drawn.convert("RGB"))
-    # A panel's pixels are the file's.
-    top, left = 64 + 26, 12
-    panel = pixels[top : top + told.shape[0], left : left + told.shape[1]]
-    assert (panel == told).all(-1).mean() > 0.8  # but for the labels
+    # A panel's pixels are the file's; four panels of a picture stand in two rows.
+    left, height = 12, told.shape[0]
+    for top in (64 + 26, 64 + 2 * (height + 26 + 12) + 26):
+        panel = pixels[top : top + height, left : left + told.shape[1]]
+        assert (panel == told).all(-1).mean() > 0.8  # but for the labels
+
+
+def test_labels_of_pictures_stand_beside_each_other_and_within():
+    """Of small objects at a border, too; and a name is no formula."""
+    masks = np.zeros((9, HEIGHT, WIDTH), bool)
+    for number, mask in enumerate(masks):
+        row, column = divmod(number, 3)
+        mask[4 * row : 4 * row + 3, WIDTH - 4 * column - 3 : WIDTH - 4 * column] = True
+    (judged,) = EvalDataset(Given([raw(list(masks), "a$b$")]), SHAPE, (PromptSpec("box"),))
+    torch.manual_seed(0)
+    figure = figure_of(Sam(SHAPE).eval(), [judged], CPU, "c$d$", (PromptSpec("box"),))
+    assert figure.texts[0].get_text() == r"c\$d\$"
+    assert figure.axes[0].get_title("left").startswith(r"a\$b\$: 9 masks")
+    for axis in figure.axes:
+        boxes = []
+        for text in axis.texts:
+            x, y = text.get_position()
+            wide, high = 8 + 6.5 * len(text.get_text()), 17
+            boxes.append((x - wide / 2, y - high / 2, x + wide / 2, y + high / 2))
+        assert len(boxes) == 9
+        right, bottom = axis.get_xlim()[1], axis.get_ylim()[0]
+        for number, (left, top, *end) in enumerate(boxes):
+            assert left >= 0 and top >= 0 and end[0] <= right and end[1] <= bottom
+            for other in boxes[:number]:
+                apart = left >= other[2] or end[0] <= other[0]
+                assert apart or top >= other[3] or end[1] <= other[1]
+
+
+def test_masks_are_shrunk_to_their_nearest_pixels():
+    masks = torch.rand(2, 4, 6) > 0.5
+    assert np.array_equal(shrink(masks, (2, 2)), masks[:, 1::2, 1::3])  # the middles' pixels
+    assert np.array_equal(shrink(masks, (8, 6))[:, ::2], masks)
 
 
 def _shown(judged, truth):

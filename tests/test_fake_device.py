@@ -4,6 +4,7 @@ torch's fake tensors know a shape, a type and a device, and no values: whatever 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from finetune.model import MaskDecoderConfig, build_model
 from finetune.objective import Objective
 from finetune.prompting import PromptConfig, correction_clicks
 from sami.core.optim import poison
+from sami.data import CropBatch
 from sami.encoder import EncoderConfig, build_encoder
 from sami.features import FeatureBatch
 from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
-from sami.targets import pixel_target, to_grid
+from sami.targets import LiveTeacher, Pixels
 from sami.teacher import TeacherConfig, load_teacher
 
 CUDA = torch.device("cuda", 0)
@@ -65,54 +67,60 @@ def on_the_device(function, *given):
         return function(*given)
 
 
-def stage_one(kind="cross", tokens="all"):
+def stage_one(channels=256, kind="cross", tokens="all"):
     decoder = CrossDecoderConfig(kind=kind, width=32, depth=1, heads=2)
     encoder = build_encoder(EncoderConfig("custom"), 64)
-    model = MaskedReconstruction(encoder, decoder, TokenLossConfig(tokens=tokens), 256, 0.75)
-    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    loss = TokenLossConfig(tokens=tokens)
+    return moved(MaskedReconstruction(encoder, decoder, loss, channels, 0.75))
+
+
+def crops(**more):
+    """Of two pictures."""
     order = torch.rand(2, 16).argsort(1)
-    return moved(model), *(x.to(CUDA) for x in (images, order[:, :4], order[:, 4:]))
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    return CropBatch(images, None, order[:, :4], order[:, 4:], **more).to(CUDA)
+
+
+def losses_of(model, batch, targets):
+    def step():
+        target = targets(batch)
+        found = model(batch.student, batch.visible, batch.masked, target)
+        return target, found | {"loss": poison(found["loss"])}
+
+    target, found = on_the_device(step)
+    assert target.shape[:2] == (2, 16)
+    assert found["loss"].shape == () and found["loss"].requires_grad
+    assert all(value.dtype == torch.float32 for value in found.values())
 
 
 def test_stage_one_with_a_live_teacher():
-    model, *batch = stage_one()
-    teacher = moved(load_teacher(TeacherConfig("custom", "random", 64)))
+    teacher, batch = moved(load_teacher(TeacherConfig("custom", "random", 64))), crops()
 
-    def step():
-        target = to_grid(teacher(batch[0]), 4, "area")
-        return target, poison(model(*batch, target)["loss"])
+    def autocast():
+        return torch.autocast("cuda", torch.bfloat16)
 
-    with torch.autocast("cuda", torch.bfloat16):
-        teacher(batch[0])  # SAM's tables are made once, by way of the CPU
-    target, loss = on_the_device(step)
-    assert target.shape == (2, 16, 256) and loss.shape == () and loss.dtype == torch.float32
-    assert loss.requires_grad
+    with autocast():
+        teacher(batch.teacher_view)  # SAM's tables are made once, by way of the CPU
+    losses_of(stage_one(), batch, LiveTeacher(teacher, 4, "area", autocast))
 
 
 @pytest.mark.parametrize("tokens", ["all", "masked"])
 def test_stage_one_with_cached_targets(tokens):
-    model, images, visible, masked = stage_one(tokens=tokens)
     stored = FeatureBatch(
         torch.zeros(2, 256, 8, 8, dtype=torch.int8),
         torch.ones(2, 256),
         torch.rand(2, 4, 8),
         torch.rand(2, 4, 8),
     )
-    stored = stored.map(lambda tensor: tensor.to(CUDA))
-    for shown in (masked, masked[:, :3]):  # CrossMAE's share of them too
-        step = lambda: model(images, visible, shown, stored.tokens())  # noqa: B023, E731
-        losses = on_the_device(step)
-        assert all(value.dtype == torch.float32 for value in losses.values())
+    batch = crops(features=stored)
+    fewer = replace(batch, masked=batch.masked[:, :3])  # CrossMAE's share of them
+    for one in (batch, fewer):
+        losses_of(stage_one(tokens=tokens), one, lambda given: given.features.tokens())
 
 
 def test_mae():
-    model, images, visible, masked = stage_one("self", "masked")
-    model.head = torch.nn.Linear(32, 768, device=CUDA)
-
-    def step():
-        return model(images, visible, masked, pixel_target(model.normalise(images), 16))
-
-    assert on_the_device(step)["loss"].shape == ()
+    model = stage_one(768, "self", "masked")
+    losses_of(model, crops(), Pixels(model.normalise, 16))
 
 
 def prompts(size, points=6):

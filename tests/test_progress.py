@@ -59,6 +59,19 @@ def test_a_tools_progress_without_a_terminal(clock, capsys):
     assert lines == ["writing 0/4", "writing 2/4 · 00:00:30 left", "writing 4/4"]
 
 
+def test_a_tools_progress_in_a_terminal_is_a_bar(capsys, monkeypatch):
+    bars = []
+
+    def bar(items, what, total):
+        bars.append((what, total))
+        yield from items
+
+    monkeypatch.setattr(progress, "draw_bar", bar)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert list(track(range(4), "writing", 4)) == [0, 1, 2, 3]
+    assert bars == [("writing", 4)] and not capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("given", "steps", "expected"),
     [

@@ -28,7 +28,7 @@ PNG = base64.b64decode(
 )
 
 
-def write_run(folder, group="mask", seed=0, **fields):
+def write_run(folder, group="mask", seed=0, evaluation=None, **fields):
     """What the report reads of a run."""
     (folder / "pictures").mkdir(parents=True)
     for step in range(100, 1001, 100):
@@ -44,7 +44,7 @@ def write_run(folder, group="mask", seed=0, **fields):
         "versions": {"torch": "9.9"},
         "teacher": {"name": "sam_vit_h", "sha256": "5ec" * 20},
         "bad_samples": {"damaged picture": 3},
-        "evaluation": {"r2": 0.123456},
+        "evaluation": evaluation or {"r2": 0.123456},
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     names = ("loss", "lr", "images_per_second", "data_wait", "val_r2", "loss_dice")
@@ -54,10 +54,11 @@ def write_run(folder, group="mask", seed=0, **fields):
 
 def write_evaluation(folder):
     mean = {"mean": 0.4321, "low": 0.4, "high": 0.5}
+    best = {"mean": 0.654, "low": 0.6, "high": 0.7}
     needs_none = {"mean": 0.31, "low": 0.3, "high": 0.32}
     rows = [
         {"prompt": "box", "choice": choice, "miou": {"all": told}}
-        for choice, told in (("predicted", mean), ("oracle", mean), ("filled box", needs_none))
+        for choice, told in (("predicted", mean), ("oracle", best), ("filled box", needs_none))
     ]
     folder.mkdir(parents=True)
     told = {"pictures": 7, "objects": 70, "results": rows}
@@ -74,6 +75,15 @@ def report(tmp_path, monkeypatch, in_process):
         return code, out.read_text() if code == 0 else said
 
     return call
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, at their end."""
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
+    return drawn
 
 
 def test_several_runs_of_every_kind(report, tmp_path):
@@ -100,8 +110,10 @@ def test_several_runs_of_every_kind(report, tmp_path):
     table = page.split("the fields that differ")[1].split("</table>")[0]
     assert "<td>mask.ratio</td><td>0.5</td><td>0.75</td>" in table
     assert "<td>run.seed</td><td>0</td><td>1</td>" in table and "run.dir" not in table
+    assert table.count("<tr>") == 3
     # Evaluations, of a run and by themselves.
-    assert page.count("<td>43.2 (40.0-50.0)</td>") == 4 and page.count("7 / 70") == 6
+    assert page.count("<td>43.2 (40.0-50.0)</td>") == page.count("<td>65.4 (60.0-70.0)</td>") == 2
+    assert page.count("7 / 70") == 6 and page.count("mIoU in % by box 43.2 (95 %") == 2
     assert page.count("<td>31.0 (30.0-32.0)</td>") == 2 and "without a model 31.0" in page
     assert page.count(", evaluated") == 2 and "0.1235" in page
     for words in ("abc123", "torch 9.9", "sam_vit_h 5ec5ec5ec5ec", "3 damaged picture", "f00"):
@@ -125,7 +137,7 @@ def test_several_runs_of_every_kind(report, tmp_path):
     assert "5 of the 5 settings have one seed" in page
 
 
-def test_runs_that_differ_in_their_seed_are_one_line(tmp_path, report):
+def test_runs_that_differ_in_their_seed_are_one_line(tmp_path, report, figures):
     """Mean and standard deviation, where all of them have measured."""
     for ratio in (0.5, 0.75):
         for seed in (0, 1, 2):
@@ -147,8 +159,34 @@ def test_runs_that_differ_in_their_seed_are_one_line(tmp_path, report):
     assert spread == pytest.approx([0.01, 0.01])
     code, page = report(*sorted(tmp_path.glob("*/finetune")))
     assert code == 0 and "one standard deviation on either side" in page
+    (axis,) = (figure.axes[0] for figure in figures)
+    assert len(axis.lines) == len(axis.collections) == 2  # a band for each
+    low, high = axis.collections[0].get_paths()[0].get_extents().get_points()
+    assert low == pytest.approx([1, 10]) and high == pytest.approx([2, 22])
     assert "3 seeds" in page and "have one seed" not in page
     assert "not concluded here" in page
+
+
+def test_numbers_of_runs_and_what_they_are_compared_with(tmp_path, report):
+    for seed in (0, 1, 2):
+        write_run(tmp_path / f"a_seed-{seed}", seed=seed, evaluation={"r2": 0.1 * seed})
+    masks = {"miou_box": 0.5, "trivial_box": 0.25, "miou_1_click": 0.125}
+    write_run(tmp_path / "<i>b", "prompt", evaluation=masks)
+    write_run(tmp_path / "c", "augment", evaluation={"top1": 50.0, "pictures": 100})
+    _, page = report(*tmp_path.iterdir())
+    assert "r2 0.100 ± 0.100 over seeds (the best constant map 0)" in page
+    assert "mIoU in % by box 50.0 (without a model 25.0)" in page
+    assert "mIoU in % by 1 click 12.5</li>" in page
+    assert "top-1 in % 50.0 (± 9.8, the 95 % interval of 100 pictures)" in page
+    assert "<tr><td>&lt;i&gt;b</td><td>50.0</td><td>25.0</td><td>12.5</td></tr>" in page
+    assert "<i>b" not in page
+
+
+def test_a_seed_that_was_run_twice_is_two_settings(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name)
+    runs = [RunFolder(tmp_path / name) for name in ("a", "b")]
+    assert settings_of(runs) == {"a": [runs[0]], "b": [runs[1]]}
 
 
 def test_where_a_run_stands_that_has_not_ended(tmp_path, report):
@@ -176,15 +214,6 @@ def test_a_start_that_failed_is_said_to_be_one(tmp_path, report, capsys):
     assert code == 0 and html.escape(sentence) in page and "finished at step 1000" in page
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, at their end."""
-    drawn = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
-    return drawn
-
-
 def test_plots_say_what_they_show_and_do_not_magnify_noise(tmp_path, report, figures):
     folders = [tmp_path / f"a-$\\run$-with-a-long-name-{n}" for n in range(9)]
     rng = np.random.default_rng(0)
@@ -199,9 +228,15 @@ def test_plots_say_what_they_show_and_do_not_magnify_noise(tmp_path, report, fig
         for line in lines:
             line["val_trivial_box"] = 0.55
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    code, _ = report(*folders)
+    write_run(tmp_path / "pretrained")
+    code, _ = report(*folders, tmp_path / "pretrained")
     assert code == 0
-    axes = {figure.axes[0].get_title(): figure.axes[0] for figure in figures}
+    (r2,) = (one.axes[0] for one in figures[:5] if one.axes[0].get_title() == "r2, held out")
+    assert r2.lines[-1].get_ydata() == [0, 0] and r2.get_ylim()[1] <= 1
+    assert r2.figure.legends[0].get_texts()[-1].get_text() == (
+        "without a model: the best constant map"
+    )
+    axes = {figure.axes[0].get_title(): figure.axes[0] for figure in figures[5:]}
     assert set(axes) == {
         "loss",
         "mIoU by box, held out",
@@ -225,6 +260,7 @@ def test_plots_say_what_they_show_and_do_not_magnify_noise(tmp_path, report, fig
     low, high = miou.get_ylim()
     assert high - low >= 5 and low < 50 < 55 < high  # the filled box is on it
     assert miou.lines[-1].get_ydata() == pytest.approx([55, 55])
+    assert miou.figure.legends[0].get_texts()[-1].get_text() == "without a model: filled box"
     assert axes["data wait"].get_ylim() == (0, 10) and axes["images/s"].get_ylim()[0] == 0
     low, high = axes["loss"].get_ylim()
     assert axes["loss"].get_yscale() == "log" and high / low == pytest.approx(2)

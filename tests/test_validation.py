@@ -92,6 +92,7 @@ def test_pca_colours_have_one_basis_fitted_on_the_teacher():
     axes = torch.linalg.qr(torch.randn(8, 8, generator=generator).double())[0][:, :3]
     features = coordinates @ axes.T + torch.randn(8, generator=generator)
     basis = pca_basis(features)
+    assert (basis[1].sum(0) > 0).all()  # of two signs one: the same picture is drawn again
     colours = pca_colours(features.view(4, 100, 8), basis).reshape(400, 3)
     for channel in range(3):
         inner = (colours[:, channel] > 0) & (colours[:, channel] < 1)
@@ -121,6 +122,13 @@ def test_pictures(tmp_path):
         with Image.open(path) as drawn:
             assert drawn.format == "PNG" and drawn.width >= 4 * 400 and drawn.height >= 2 * 400
         figure = figure_of(*told)
+        plain = images.float() / 255
+        if kind == "pixels":
+            maps = [pixels_back(x, plain, 16).permute(0, 2, 3, 1) for x in told[2:4]]
+        else:
+            basis = pca_basis(target.flatten(0, 1))  # the target's own, in both columns
+            maps = [pca_colours(tokens, basis) for tokens in told[2:4]]
+        columns = [x.permute(0, 2, 3, 1) for x in (plain, hide(plain, masked, 16))] + maps
         for row, picture in enumerate(target.double().numpy()):
             true = picture[masked[row].numpy()]
             share = 1 - ((true / 2) ** 2).sum() / ((true - true.mean(0)) ** 2).sum()
@@ -128,7 +136,12 @@ def test_pictures(tmp_path):
             assert titles[0] == "picture" and titles[1] == "what the student sees: 88 %"
             assert titles[2].startswith("target: ")
             assert titles[3].endswith(f": {100 * share:.0f} %") and "reconstruction" in titles[3]
-        assert figure.get_suptitle().startswith("runs/x, step 3\n")
+            shown = [axes.get_images()[0].get_array() for axes in figure.axes[4 * row :][:4]]
+            for found, expected in zip(shown, columns, strict=True):
+                assert np.array_equal(found, expected[row].numpy())
+        title, key, below = figure.get_suptitle().split("\n")
+        assert title == "runs/x, step 3" and below.endswith("0 is their mean.")
+        assert ("Features as colours" in key) == (kind == "teacher")
 
 
 def test_what_is_explained_of_a_picture():
