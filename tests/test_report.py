@@ -297,6 +297,8 @@ def test_what_is_concluded(report, tmp_path, differences, says):
     page = html.unescape(page)
     assert code == 0 and page.count(says) == 2  # at the top, and under the tables
     assert ("SAMI is" in page) == ("SAMI is" in says)
+    if "interval" in says:
+        assert "<td>+18.5 to +23.5</td><td>3 of 3</td>" in page
     assert "<td>without a model</td><td>50</td>" in page and "the command" in page
     assert page.index(says) < page.index("<h2", page.index("Summary</h2>"))
     assert ("one seed, so that differences may be chance" in page) == (len(differences) == 1)
