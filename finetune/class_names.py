@@ -16,7 +16,7 @@ from pathlib import Path
 
 from scipy.io import loadmat
 
-from finetune.folders import as_text, find_files, fold, plain_path, read_file
+from finetune.folders import as_text, find_files, fold, listed, plain_path, read_file
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.labels import CLASSES
@@ -28,7 +28,6 @@ LEVELS = set(
     "jpegs jpg photo photos pic pics picture pictures raw set split splits test testing train "
     "training trainval val valid validation".split()
 )
-NAMED = 10  # names in a message
 HEADS = {  # of the second column of a CSV of labels
     "predictionstring", "class", "classes", "class_name", "label", "labels", "target", "category",
     "synset", "wnid", "id", "class_id", "label_id",
@@ -122,8 +121,7 @@ def _folded(name: str) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    words = ", ".join(f"'{name}'" for name in names[:NAMED])
-    return words + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return listed([f"'{name}'" for name in names])
 
 
 def class_folders(files: list[str], source: Path) -> dict[str, str]:
@@ -179,22 +177,23 @@ def _is_level(name: str) -> bool:
 
 
 def number_classes(
-    class_of: dict[str, str], known: Classes | None, listed: bool
+    class_of: dict[str, str], known: Classes | None, from_file: bool
 ) -> tuple[Classes, list[int]]:
     """The classes, and the number of each picture's, in the order of ``class_of``.
 
     Args:
         known: the classes to number by; None: the names are put in alphabetical order.
-        listed: they are of :func:`listed_classes`, whose numbers stay what they are; folders that
-            are called by numbers are names as any (ImageFolder).
+        from_file: they are of :func:`listed_classes`, whose numbers stay what they are; folders
+            that are called by numbers are names as any (ImageFolder).
 
     Raises:
         UserError: names that are not known.
     """
     used = set(class_of.values())
     if known is None:
-        numeric = listed and all(name.isdecimal() for name in used) and {int(name) for name in used}
-        known = Classes([str(n) for n in range(max(numeric) + 1)] if numeric else sorted(used))
+        numeric = from_file and all(name.isdecimal() for name in used)
+        names = map(str, range(max(map(int, used)) + 1)) if numeric else sorted(used)
+        known = Classes(list(names))
     numbers = known.numbers(used)
     return known, [numbers[name] for name in class_of.values()]
 

@@ -27,7 +27,7 @@ SYSTEM = {
     "__macosx", "@eadir", "#recycle", "@recycle", "lost+found", "$recycle.bin",
     "system volume information", "thumbs.db", "desktop.ini", "__pycache__",
 }  # fmt: skip
-LISTED = 10  # kinds in a message
+LISTED = 10  # words in a message
 
 
 @dataclass
@@ -128,9 +128,13 @@ def _is_picture(path: Path) -> bool:
 
 def count_words(counts: Counter[str]) -> str:
     """Counts in words, the largest first."""
-    words = [f"{count} {name}" for name, count in counts.most_common(LISTED)]
-    more = f" and {len(counts) - LISTED} kinds more" if len(counts) > LISTED else ""
-    return ", ".join(words) + more
+    return listed([f"{count} {name}" for name, count in counts.most_common()], "kinds more")
+
+
+def listed(words: list[str], more: str = "more") -> str:
+    """The first few of some words, and how many ``more`` there are."""
+    rest = f" and {len(words) - LISTED} {more}" if len(words) > LISTED else ""
+    return ", ".join(words[:LISTED]) + rest
 
 
 def read_file(path: Path, option: str, remedy: str = "") -> bytes:

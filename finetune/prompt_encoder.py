@@ -41,12 +41,7 @@ class PromptEncoder(PredictorPrompts):
     """Points with labels to embeddings of ``width`` channels."""
 
     def __init__(self, width: int, grid: int, image_size: int, square: bool = True) -> None:
-        """
-        Args:
-            grid: side of the image embedding, in tokens.
-            image_size: side of the model's square input in pixels.
-            square: pictures fill the input whatever their shape.
-        """
+        """``grid``: side of the image embedding, in tokens."""
         super().__init__()
         self.grid, self.image_size, self.square = grid, image_size, square
         self.pe_layer = Positions(width // 2)

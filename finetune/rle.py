@@ -157,21 +157,6 @@ def sample(
     return inside.reshape(len(columns), len(rows)).T
 
 
-def sample_grid(
-    ends: np.ndarray, height: int, width: int, size: int | tuple[int, int]
-) -> np.ndarray:
-    """The mask resized by its nearest pixels, those under the centres of the new ones.
-
-    Args:
-        size: side of a square grid, or its height and width.
-
-    Returns:
-        bool [h', w'].
-    """
-    down, across = (size, size) if isinstance(size, int) else size
-    return sample(ends, height, width, _centres(height, down), _centres(width, across))
-
-
 def area(ends: np.ndarray) -> int:
     """The number of pixels of the object."""
     starts, stops = _objects(ends)
@@ -287,8 +272,3 @@ def _objects(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     starts = ends[0::2][: len(stops)]
     some = stops > starts
     return starts[some], stops[some]
-
-
-def _centres(pixels: int, cells: int) -> np.ndarray:
-    """floor((i + 0.5) * pixels / cells) in integers, int64 [cells]."""
-    return (2 * np.arange(cells) + 1) * pixels // (2 * cells)

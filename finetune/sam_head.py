@@ -24,12 +24,7 @@ class SamPromptEncoder(PredictorPrompts, PackagePrompts):
     """segment-anything's, for models that stretch pictures to a square too."""
 
     def __init__(self, width: int, grid: int, image_size: int, square: bool = False) -> None:
-        """
-        Args:
-            grid: side of the image embedding, in tokens.
-            image_size: side of the model's square input in pixels.
-            square: pictures fill the input whatever their shape.
-        """
+        """``grid``: side of the image embedding, in tokens."""
         super().__init__(width, (grid, grid), (image_size, image_size), MASK_CHANNELS)
         self.pe_layer, self.image_size, self.square = Positions(width // 2), image_size, square
 

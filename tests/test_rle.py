@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco_mask
 
+from finetune.data import loss_pixels
 from finetune.rle import (
     FOREIGN,
     MISFIT,
@@ -20,7 +21,6 @@ from finetune.rle import (
     parse_annotations,
     random_points,
     sample,
-    sample_grid,
 )
 from sami.core.errors import BadSample
 from tests.runs import ROOT
@@ -149,16 +149,15 @@ def test_as_pycocotools(mask, data):
 
 
 @moderate
-@given(masks(), st.integers(1, 50), st.integers(1, 50))
-def test_grid_is_the_pixel_under_each_centre(mask, down, across):
+@given(masks(), st.integers(1, 50))
+def test_the_loss_looks_at_the_pixel_under_each_centre(mask, side):
     height, width = mask.shape
     ends = decode_counts(encode(mask)["counts"], height, width)
-    rows = [(2 * i + 1) * height // (2 * down) for i in range(down)]
-    columns = [(2 * j + 1) * width // (2 * across) for j in range(across)]
-    expected = mask[np.ix_(rows, columns)]
-    assert np.array_equal(sample_grid(ends, height, width, (down, across)), expected)
-    assert sample_grid(ends, height, width, 7).shape == (7, 7)
-    assert np.array_equal(sample_grid(ends, height, width, (height, width)), mask)
+    rows = [(2 * i + 1) * height // (2 * side) for i in range(side)]
+    columns = [(2 * j + 1) * width // (2 * side) for j in range(side)]
+    lines = loss_pixels(side, side, (side, side), mask.shape)[:2]
+    assert [line.tolist() for line in lines] == [rows, columns]
+    assert np.array_equal(sample(ends, height, width, *lines), mask[np.ix_(rows, columns)])
 
 
 @moderate

@@ -13,14 +13,15 @@ from pycocotools import mask as coco_mask
 from torch.nn import functional as F
 
 from benches.timing import Step, count_flops, introduce, kinds_of, measure, report, spread, update
-from finetune.data import MaskDataConfig, PromptBatch, PromptTransform
+from finetune.data import MaskDataConfig, PromptBatch, PromptTransform, loss_pixels
 from finetune.losses import MaskLossConfig, dice_loss, pixel_loss, stage2_losses
 from finetune.model import MaskDecoderConfig as HeadConfig
 from finetune.model import build_model
 from finetune.objective import Objective
 from finetune.prompting import PromptConfig, correction_clicks
 from finetune.prompts import as_box
-from finetune.rle import decode_counts, parse_annotations, sample_grid
+from finetune.rle import decode_counts, parse_annotations
+from finetune.rle import sample as sample_runs
 from sami.core.images import open_image
 from sami.core.optim import OptimConfig, build_optimizer
 from sami.core.reading import RawSample
@@ -72,7 +73,8 @@ def sample_path(args: argparse.Namespace) -> None:
     ours = PromptTransform(MaskDataConfig(), PromptConfig(), 256, seed=0)
 
     def our_masks() -> None:
-        np.stack([sample_grid(decode_counts(counts, *size), *size, 256) for counts in runs])
+        at = loss_pixels(256, 256, (256, 256), size)[:2]
+        np.stack([sample_runs(decode_counts(counts, *size), *size, *at) for counts in runs])
 
     def their_masks() -> list[np.ndarray]:
         masks = [Image.fromarray(coco_mask.decode(shape).T) for shape in shapes]  # T: no copy
