@@ -20,15 +20,21 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from sami.core.config import require
-from sami.core.dataset import ShardsConfig
+from sami.core.dataset import Bad, ShardsConfig, ShardSource, Validation, load_validation
 from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, open_image
+from sami.core.index import Shard
 from sami.core.optim import OptimConfig
 from sami.core.order import sample_rng
+from sami.core.processes import exact
 from sami.core.reading import RawSample
+from sami.core.run import Run
 from sami.core.scanning import PICTURE
 from sami.encoder import EncoderConfig, load_encoder
 from sami.probe import LabelledBatch, read_label
+from sami.validation import tell_unusable
+
+BATCH = 64  # pictures per forward of the evaluation
 
 
 @dataclass
@@ -77,6 +83,26 @@ class AugmentConfig:
         for name in ("mixup", "cutmix"):
             value = getattr(self, name)
             require(value >= 0, f"augment.{name} {value} must be 0 (none) or more")
+
+
+@dataclass
+class LabelEvalConfig:
+    """Top-1 on ``data.val_shards``.
+
+    Attributes:
+        every: steps between measurements; 0 for the end of the run alone.
+        samples: at most so many pictures, the first ones; null for all.
+    """
+
+    every: int = 0
+    samples: int | None = None
+
+    def check(self) -> None:
+        require(self.every >= 0, f"eval.every {self.every} must be 0 (only at the end) or more")
+        require(
+            self.samples is None or self.samples > 0,
+            f"eval.samples {self.samples} must be positive, or null for all",
+        )
 
 
 class LabelTransform:
@@ -244,3 +270,47 @@ class Classification(nn.Module):
         logits = self.model(images)
         with torch.autocast(images.device.type, enabled=False):
             return {"loss": self.loss(logits.float(), labels)}
+
+
+@torch.no_grad()
+def evaluate(
+    run: Run,
+    model: VisionTransformer,
+    transform: LabelTransform,
+    shards: list[Shard],
+    samples: int | None,
+    workers: int,
+) -> dict[str, float]:
+    """Top-1 and top-5 in %, and how many pictures were measured. Collective.
+
+    Args:
+        samples: at most so many pictures, the first ones; None for all.
+    """
+    source = ShardSource.first(shards, transform.fields, samples)
+    dataset = Validation(source, transform.decode_held_out, transform.collate)
+    counts = torch.zeros(3, dtype=exact(run.device), device=run.device)  # right, among 5, pictures
+    unusable: Bad = []
+    model.eval()
+    told = {"share": (run.rank, run.processes), "say": run.say}
+    for batch, bad in load_validation(dataset, BATCH, workers, run.device, **told):
+        unusable += bad
+        if batch is None:
+            continue
+        batch = batch.to(run.device)
+        with run.accelerator.autocast():
+            logits = model(batch.images)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+        counts += torch.stack([best[:, 0].sum(), best.sum(), best.new_ones(len(best)).sum()])
+    model.train()
+    tell_unusable(run, unusable, len(source))
+    right, among, pictures = run.accelerator.reduce(counts, "sum").tolist()
+    require(
+        pictures > 0,
+        "data.val_shards hold no labelled picture (.cls) under data.classes; leave them empty, or "
+        "make shards with labels (tools/make_shards.py on a folder per class)",
+    )
+    return {
+        "top1": 100 * right / pictures,
+        "top5": 100 * among / pictures,
+        "pictures": pictures,
+    }

@@ -11,23 +11,41 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from scipy.ndimage import binary_dilation, binary_erosion
 
-from finetune.evaluation import EvalSample, masks_of, paint
+from finetune.evaluation import EvalDataset, EvalSample, masks_of, paint
 from finetune.losses import mask_iou
 from finetune.prompt_encoder import BACKGROUND, FOREGROUND, TOP_LEFT
 from finetune.prompting import PROMPTS, PromptSpec
 from finetune.sam import Sam
-from sami.core.images import resize_array
+from sami.core.dataset import ShardSource
+from sami.core.images import Drawn, resize_array
+from sami.core.index import Shard
 from sami.core.plots import OBJECTS, ink_on, object_colour, plain, save_png
+from sami.core.run import Run
 
 SIDE = 560  # pixels of a panel's longer side
 COLUMNS, GAP, STRIP, HEAD, DPI = 3, 12, 26, 64, 100  # panels in a row; pixels
 MOST = len(OBJECTS)  # objects of a picture: more would share their colours
+PICTURES = 4  # that are drawn while training
 OUTLINE = 2  # pixels
 SHOWN = PROMPTS[:2]  # box and one click
 KEY = (
     "Each prompt has its mask's colour: dashed box, star (a click in the object), cross (a click "
     "beside it). At it: the object's number, and its mask's IoU; empty: the mask has no pixel."
 )
+
+
+def draw_shown(run: Run, model: Sam, shards: list[Shard], step: int, drawn: Drawn) -> None:
+    """Masks by box and by click on the first few pictures, as ``pictures/masks-<step>.png``."""
+    path = run.dir / "pictures" / f"masks-{step:07d}.png"
+    source = ShardSource.first(shards, EvalDataset.fields, PICTURES)
+    found = EvalDataset(source, model.shape, masks=8, drawn=drawn)
+    shown = [sample for sample in found if isinstance(sample, EvalSample)]
+    if shown:
+        model.eval()
+        with run.accelerator.autocast():
+            draw_masks(path, model, shown, run.device, f"{run.dir.name}, step {step}")
+        model.train()
+        run.picture(path, step)
 
 
 def draw_masks(path: Path, *what: Any) -> None:

@@ -1,5 +1,6 @@
 """Pictures for a person: masked input, target and reconstruction side by side."""
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -7,10 +8,55 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
+from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, patchify, unpatchify
+from sami.core.index import Shard
 from sami.core.plots import new_figure, plain, save_png
+from sami.core.reading import read_range
+from sami.core.run import Run
+from sami.data import CropBatch, CropTransform
+from sami.model import MaskedReconstruction
+from sami.targets import Targets
 
+SHOWN = 4  # pictures in a picture
 SIDE = 4.0  # inches of a picture, 400 pixels
+
+
+def load_shown(shards: list[Shard], transform: CropTransform) -> CropBatch | None:
+    """The few pictures that are drawn while training: the first usable ones."""
+    items, total = [], sum(shard.count for shard in shards)
+    for sample in read_range(shards, range(min(10 * SHOWN, total)), transform.fields):
+        with contextlib.suppress(BadSample):
+            items.append(transform.decode_held_out(sample))
+        if len(items) == SHOWN:
+            break
+    return transform.collate(items) if items else None
+
+
+@torch.no_grad()
+def draw_shown(
+    run: Run,
+    model: MaskedReconstruction,
+    targets: Targets,
+    shown: CropBatch,
+    step: int,
+    kind: str,
+) -> None:
+    """Masked input, target and reconstruction as ``pictures/reconstruction-<step>.png``.
+
+    Args:
+        kind: of the target.
+    """
+    batch = shown.to(run.device)
+    model.eval()
+    target = targets(batch)
+    with run.accelerator.autocast():
+        prediction = model.predict(batch.student, batch.visible, batch.masked)
+    model.train()
+    path = run.dir / "pictures" / f"reconstruction-{step:07d}.png"
+    title, patch = f"{run.dir.name}, step {step}", batch.student.shape[-1] // model.grid
+    draw_reconstruction(path, batch.student, batch.masked, target, prediction, patch, kind, title)
+    run.picture(path, step)
 
 
 def pca_basis(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

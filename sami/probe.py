@@ -18,6 +18,7 @@ from sami.core.dataset import ShardSource, TensorBatch, Validation, load_validat
 from sami.core.errors import BadSample
 from sami.core.images import cut, open_image
 from sami.core.index import Shard
+from sami.core.labels import check_names, require_labels
 from sami.core.reading import RawSample
 from sami.core.run import Run
 from sami.core.scanning import PICTURE, parse_label
@@ -70,6 +71,18 @@ def read_label(sample: RawSample) -> int:
         return parse_label(sample.part("cls"))
     except ValueError as error:
         raise BadSample("cls member is not a class number") from error
+
+
+def check_probe(train: list[Shard], held_out: list[Shard]) -> None:
+    """
+    Raises:
+        UserError: one of the two has no labels, or their classes have other names.
+    """
+    keys = ("data.shards", "data.val_shards")
+    remedy = "k-NN and linear probe need labels: name others, or do without (eval.probe 0)"
+    for shards, key in zip((train, held_out), keys, strict=True):
+        require_labels(shards, key, remedy)
+    check_names(train, held_out, keys)
 
 
 def spread(shards: list[Shard], samples: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from sami.core.index import open_sources
-from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
+from sami.core.optim import OptimConfig, build_optimizer, guarded_step, propagate_nonfinite
 from sami.core.patterns import expand
 from sami.core.reading import read_range
 from sami.data import CropTransform
@@ -53,7 +53,7 @@ def main() -> None:
     if spoilt:
         last = accelerator.process_index == accelerator.num_processes - 1
         before = [parameter.detach().clone() for parameter in model.parameters()]
-        accelerator.backward(poison(loss + (torch.inf if last else 0.0)))
+        accelerator.backward(propagate_nonfinite(loss + (torch.inf if last else 0.0)))
         _, skipped = guarded_step(build_optimizer(model, OptimConfig()), 0.0)
         kept = all(map(torch.equal, before, model.parameters()))
         told = accelerator.gather(torch.tensor([[skipped.item(), float(kept)]]))

@@ -18,7 +18,7 @@ from finetune.losses import MaskLossConfig
 from finetune.model import MaskDecoderConfig, build_model
 from finetune.objective import Objective
 from finetune.prompting import PromptConfig, correction_clicks
-from sami.core.optim import poison
+from sami.core.optim import propagate_nonfinite
 from sami.data import CropBatch
 from sami.encoder import EncoderConfig, build_encoder
 from sami.features import FeatureBatch
@@ -85,7 +85,7 @@ def losses_of(model, batch, targets):
     def step():
         target = targets(batch)
         found = model(batch.student, batch.visible, batch.masked, target)
-        return target, found | {"loss": poison(found["loss"])}
+        return target, found | {"loss": propagate_nonfinite(found["loss"])}
 
     target, found = on_the_device(step)
     assert target.shape[:2] == (2, 16)

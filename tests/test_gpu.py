@@ -9,7 +9,7 @@ from finetune.model import MaskDecoderConfig as Stage2Decoder
 from finetune.model import build_model
 from finetune.objective import Objective
 from finetune.prompting import PromptConfig
-from sami.core.optim import OptimConfig, build_optimizer, guarded_step, poison
+from sami.core.optim import OptimConfig, build_optimizer, guarded_step, propagate_nonfinite
 from sami.encoder import EncoderConfig, build_encoder
 from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
 from sami.targets import to_grid
@@ -43,7 +43,7 @@ def test_a_step_does_not_wait_for_the_device():
         with torch.autocast("cuda", torch.bfloat16):
             target = to_grid(teacher(pictures), 14, "area")
             loss = model(pictures, numbers[:, :49], numbers[:, 49:], target)["loss"]
-        poison(loss).backward()
+        propagate_nonfinite(loss).backward()
         guarded_step(optimizer, 1.0)
         optimizer.zero_grad(set_to_none=True)
 
@@ -87,7 +87,7 @@ def test_a_step_of_stage_two_does_not_wait_for_the_device():
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16):
             loss = objective(host.to(device))["loss"]
-        poison(loss).backward()
+        propagate_nonfinite(loss).backward()
         guarded_step(optimizer, 1.0)
         optimizer.zero_grad(set_to_none=True)
 

@@ -17,7 +17,7 @@ from sami.core.optim import (
     guarded_step,
     learning_rate,
     parameter_groups,
-    poison,
+    propagate_nonfinite,
     unfinished_warmup,
 )
 from sami.encoder import EncoderConfig, build_encoder
@@ -186,11 +186,11 @@ def test_clipping_is_torchs():
 def test_a_bad_loss_poisons_every_gradient_and_a_good_one_none():
     weights = torch.randn(5, requires_grad=True)
     (expected,) = torch.autograd.grad(weights.square().sum(), weights)
-    loss = poison(weights.square().sum())
+    loss = propagate_nonfinite(weights.square().sum())
     assert torch.equal(loss, weights.square().sum())
     assert torch.equal(torch.autograd.grad(loss, weights)[0], expected)
     for bad in (float("nan"), float("inf")):
-        (gradient,) = torch.autograd.grad(poison(weights.sum() + bad), weights)
+        (gradient,) = torch.autograd.grad(propagate_nonfinite(weights.sum() + bad), weights)
         assert gradient.isnan().all()
 
 

@@ -35,13 +35,10 @@ from sami.core.errors import (
     reader_gone,
     shared_memory_full,
 )
-from sami.core.index import Shard, Source, open_sources
+from sami.core.index import Shard
 from sami.core.order import Order
-from sami.core.overlap import refuse_overlap
-from sami.core.patterns import expand
 from sami.core.progress import follow
 from sami.core.reading import RawSample, Reader, locate
-from sami.core.remote import ShardCache
 from sami.core.run import Run
 
 MAX_BAD_IN_A_ROW = 1000  # samples tried for one position: nothing that is left will be usable
@@ -362,44 +359,6 @@ class HandsOver(Dataset):
             if refused is None:
                 raise
             return refused
-
-
-def open_data(data: ShardsConfig, run: Run) -> tuple[list[Source], list[Shard]]:
-    """What is trained on and what is held out; the ranks share the indexing.
-
-    Args:
-        data: a :class:`ShardsConfig`.
-
-    Raises:
-        UserError: see :func:`expand` and :func:`open_sources`; or what is held out is trained on;
-            or the cache cannot hold two windows of what has to be fetched.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if data.workers > cores:
-        run.say(
-            f"data.workers {data.workers} are more than the {cores} core(s) to be had here: they "
-            f"wait for each other; --data.workers {cores} is as fast"
-        )
-    folder, part = run.dir / "index", (run.rank, run.processes)
-    cache = ShardCache(data.cache_dir, data.cache_gb)
-    opened: list[list[Source]] = []
-    for key in ("shards", "val_shards"):
-        patterns = getattr(data, key)
-        if not patterns and key == "val_shards":
-            opened.append([])
-            continue
-        groups = expand(patterns, f"data.{key}")
-        if run.processes > 1:
-            open_sources(groups, folder, run.say, part, cache=cache)
-            run.wait_for_all()
-        opened.append(open_sources(groups, folder, run.say, cache=cache))
-    train, held_out = ([one for source in found for one in source.shards] for found in opened)
-    streamed = [shard.size for shard in train if shard.streamed]
-    cache.require(streamed, data.window * len(opened[0]))
-    if run.is_main and held_out and not data.allow_val_in_train:
-        keys = ("data.shards", "data.val_shards")
-        refuse_overlap(train, held_out, keys, "--data.allow_val_in_train true")
-    return opened[0], held_out
 
 
 def _start_worker(worker: int) -> None:

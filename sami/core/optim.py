@@ -277,7 +277,7 @@ class Guard:
         self.skipped, self.in_row, self.worst_row = values.unbind()
 
 
-def poison(loss: torch.Tensor) -> torch.Tensor:
+def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
     """The loss, or, where it is not finite, one whose every gradient is NaN.
 
     So one rank's bad loss reaches all ranks through the averaging of the gradients, and all leave

@@ -155,13 +155,13 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def begin(self, config: Any, step: int, facts: dict[str, Any]) -> None:
+    def begin(self, config: Any, step: int, metadata: dict[str, Any]) -> None:
         """Write ``config.yaml`` and the first ``summary.json``; start wandb.
 
         Args:
             config: the whole configuration.
             step: where the run stands; metrics behind it are cut off.
-            facts: what else the summary shall hold from the start.
+            metadata: what else the summary shall hold from the start.
         """
         self._may_write = self._begun = True
         if not self.is_main:
@@ -175,7 +175,7 @@ class Run:
         for note in self._overruled:
             self.say(note)
         told = environment(self.device, self.bf16, self.processes)
-        self.summarise(status="running", exit_code=None, entry=self.entry, **facts, **told)
+        self.summarise(status="running", exit_code=None, entry=self.entry, **metadata, **told)
         if self.config.wandb != "disabled":
             import wandb
 
@@ -190,7 +190,7 @@ class Run:
                     resume="allow",
                     dir=str(self.dir),
                     mode=self.config.wandb,
-                    config=to_dict(config) | {"facts": facts, "environment": told},
+                    config=to_dict(config) | {"facts": metadata, "environment": told},
                 )
             except wandb.Error as error:
                 raise UserError(
@@ -248,10 +248,10 @@ class Run:
                 write_text(self.dir / "summary.json", json.dumps(self._summary, indent=1) + "\n")
         return None
 
-    def summarise(self, **facts: Any) -> None:
+    def summarise(self, **values: Any) -> None:
         """Update ``summary.json``, atomically. Only rank 0 writes."""
         if self.is_main:
-            self._summary.update(facts)
+            self._summary.update(values)
             write_text(self.dir / "summary.json", json.dumps(self._summary, indent=1) + "\n")
 
     def is_finished(self) -> bool:
@@ -370,10 +370,10 @@ class Run:
         distributed.all_gather_object(values, value, self._cpu_group)
         return values
 
-    def leave_asked(self, step: int, **facts: Any) -> int:
-        """Note that the run stopped as asked, and ``facts``; returns the exit code."""
+    def leave_asked(self, step: int, **values: Any) -> int:
+        """Note that the run stopped as asked, and ``values``; returns the exit code."""
         (self.dir / "stop").unlink(missing_ok=True)
-        self.summarise(status="interrupted", exit_code=ASKED_TO_STOP, steps=step, **facts)
+        self.summarise(status="interrupted", exit_code=ASKED_TO_STOP, steps=step, **values)
         self.say(
             f"asked to stop: checkpointed at step {step}; the same command again goes on from there"
         )

@@ -126,7 +126,7 @@ class State:
             record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return record
 
-    def stop_if_hopeless(self, step: int, max_bad_fraction: float, whole: bool) -> None:
+    def stop_if_diverged(self, step: int, max_bad_fraction: float, whole: bool) -> None:
         """Stop where going on would train on nothing. Collective: every rank calls it.
 
         Args:
@@ -148,23 +148,25 @@ class State:
         counts, seen = self._of_all(self.bad).counts, step * self.train.batch_size
         allowed = max_bad_fraction * seen
         if counts.total() > allowed + (0 if whole else 3 * math.sqrt(allowed)):
-            self.run.summarise(**self.bad_summary())  # every rank comes here
+            self.run.summarise(**self.counted())  # every rank comes here
             raise UserError(
                 f"{counts.total()} of {seen} samples were bad ({dict(counts)}), more than "
                 f"data.max_bad_fraction {max_bad_fraction}; mend the shards or raise it; {last}"
             )
 
-    def bad_summary(self) -> dict[str, Any]:
-        """The unusable samples of all ranks, for ``summary.json``. Collective."""
-        bad = self._of_all(self.bad)
-        return {"bad_samples": dict(bad.counts), "bad_sample_keys": bad.keys}
+    def counted(self, objects: bool = False) -> dict[str, Any]:
+        """What was counted on all ranks, for ``summary.json``. Collective.
 
-    def left_out_summary(self) -> dict[str, Any]:
-        """The objects left out of good samples on all ranks, and the pictures of which a default
-        told how their masks lie, for ``summary.json``. Collective."""
-        left_out = self._of_all(self.left_out)
-        unsure = self._of_all(self.unsure)
-        return {
+        Args:
+            objects: of good samples, too: those left out, and images whose masks' orientation a
+                default decided.
+        """
+        bad = self._of_all(self.bad)
+        told = {"bad_samples": dict(bad.counts), "bad_sample_keys": bad.keys}
+        if not objects:
+            return told
+        left_out, unsure = self._of_all(self.left_out), self._of_all(self.unsure)
+        return told | {
             "objects_left_out": dict(left_out.counts),
             "left_out_of": left_out.keys,
             "orientation_unsure": unsure.counts.total(),
@@ -217,7 +219,7 @@ class State:
         """Write ``checkpoints/step-<step>``. Collective; rank 0 writes.
 
         Args:
-            identity: ``config`` and ``facts`` of the run; see :meth:`resume`.
+            identity: ``config`` and ``facts`` (its metadata); see :meth:`resume`.
             export: as :meth:`leave` takes it.
         """
         mine = {"window": self.window.state(), "bad": self.bad.state()}
@@ -282,7 +284,7 @@ class State:
             )
         changed = differences(meta["config"], identity["config"], free)
         if run.is_main:  # only rank 0 hashed the teacher
-            changed += _other_facts(meta["facts"], identity["facts"], free)
+            changed += _other_metadata(meta["facts"], identity["facts"], free)
         if changed:
             raise UserError(
                 f"{run.dir} holds a run of another configuration: {'; '.join(changed[:3])}; "
@@ -319,7 +321,7 @@ class State:
         self.unsure.merge(stored.get("unsure", BadSamples().state()))
 
 
-def _other_facts(before: dict[str, Any], now: dict[str, Any], free: set[str]) -> list[str]:
+def _other_metadata(before: dict[str, Any], now: dict[str, Any], free: set[str]) -> list[str]:
     """What a run depends on beside its configuration and has changed, in words."""
     words = []
     old, new = before.get("data") or {}, now.get("data") or {}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sami.core.optim import guarded_step, poison
+from sami.core.optim import guarded_step, propagate_nonfinite
 from sami.core.tables import show_table
 
 Step = Callable[[], None]
@@ -54,7 +54,7 @@ def spread(values: list[float], digits: int = 0) -> str:
 
 def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     """An optimizer step as training makes it."""
-    poison(loss).backward()
+    propagate_nonfinite(loss).backward()
     guarded_step(optimizer, 0.0)
     optimizer.zero_grad(set_to_none=True)
 
