@@ -249,7 +249,7 @@ def load_model(path: str | Path, option: str = "", say: Callable[[str], None] = 
         shape = ModelShape(encoder, *(header.get(n) for n in ("decoder", "resize", "single_mask")))
     else:
         theirs = of_sam(weights)
-        resize = "longest" if encoder.kind == "sam" else "square"
+        resize = "longest" if theirs else "square"
         shape = ModelShape(encoder, "sam" if theirs else "efficientsam", resize, theirs)
     model = Sam(shape)
     does_not = f"{what} does not fit {'itself' if header else shape.decoder}"

@@ -146,13 +146,13 @@ def load_encoder(
     own = read_shape(weights, "encoder", what, remedy, shape and shape.heads)
     require(
         shape is None or own == shape,
-        f"{what} is an encoder with {own.words()}, and the configuration asks for "
-        f"{shape and shape.words()}; set encoder.name (or width, depth and heads), "
+        f"{what} is an encoder with {own.describe()}, and the configuration asks for "
+        f"{shape and shape.describe()}; set encoder.name (or width, depth and heads), "
         "encoder.patch_size and data.image_size to its own",
     )
     with torch.device("meta"):
         encoder = build(own)
     load_strictly(
-        encoder, weights.tensors, f"{what} does not fit an encoder with {own.words()}", remedy
+        encoder, weights.tensors, f"{what} does not fit an encoder with {own.describe()}", remedy
     )
     return encoder

@@ -16,7 +16,7 @@ from sami.core.reading import read_range
 from sami.core.run import Run
 from sami.data import CropBatch, CropTransform
 from sami.model import MaskedReconstruction
-from sami.targets import Targets
+from sami.targets import Target
 
 SHOWN = 4  # pictures in a picture
 SIDE = 4.0  # inches of a picture, 400 pixels
@@ -37,7 +37,7 @@ def load_shown(shards: list[Shard], transform: CropTransform) -> CropBatch | Non
 def draw_shown(
     run: Run,
     model: MaskedReconstruction,
-    targets: Targets,
+    targets: Target,
     shown: CropBatch,
     step: int,
     kind: str,

@@ -30,7 +30,7 @@ from sami.pictures import draw_shown, load_shown
 from sami.probe import check_probe, probe
 from sami.targets import TargetConfig, open_targets
 from sami.teacher import TeacherConfig, takes_of
-from sami.validation import EvalConfig, measure
+from sami.validation import ValidationConfig, measure
 
 # What may change between two starts beside what may in every entry; the teacher's sha256 may not.
 FREE = {"teacher.checkpoint", "teacher.attention", "facts.teacher.checkpoint"}
@@ -42,7 +42,7 @@ class PretrainConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: ValidationConfig = field(default_factory=ValidationConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)

@@ -1,13 +1,13 @@
 """What the student reconstructs: a teacher's features, computed or cached, or pixels.
 
 A target is called with a batch on the device and gives what its tokens are to become. To add one,
-write a class with what :class:`Targets` has, and make it in :func:`open_targets`.
+write a :class:`Target`, and make it in :func:`open_targets`.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -36,7 +36,7 @@ class TargetConfig:
     kind: Literal["teacher", "pixels"] = "teacher"
 
 
-class Targets(Protocol):
+class Target:
     """What a run asks of its target.
 
     Attributes:
@@ -47,18 +47,17 @@ class Targets(Protocol):
     """
 
     channels: int
-    teacher_size: int | None
-    cache: Cache | None
-    info: dict[str, Any] | None
+    teacher_size: int | None = None
+    cache: Cache | None = None
+    info: dict[str, Any] | None = None
 
     def __call__(self, batch: CropBatch) -> torch.Tensor:
         """A batch on the device to [B, N, C], in image order."""
+        raise NotImplementedError
 
 
-class LiveTeacher:
+class LiveTeacher(Target):
     """The teacher computes the features of every view."""
-
-    cache = None
 
     def __init__(
         self,
@@ -78,23 +77,19 @@ class LiveTeacher:
         return to_grid(maps, self.grid, self.pool)
 
 
-class CachedTeacher:
+class CachedTeacher(Target):
     """The features of whole pictures stand in the shards, and are cut out for each crop."""
-
-    teacher_size = None
 
     def __init__(self, cache: Cache) -> None:
         self.cache, self.channels = cache, cache.channels
-        self.info: dict[str, Any] = {**cache.header(), "cached": True}
+        self.info = {**cache.header(), "cached": True}
 
     def __call__(self, batch: CropBatch) -> torch.Tensor:
         return batch.features.tokens()
 
 
-class Pixels:
+class Pixels(Target):
     """MAE's target: each patch's own pixels."""
-
-    teacher_size = cache = info = None
 
     def __init__(self, normalise: nn.Module, patch_size: int) -> None:
         self.normalise, self.patch_size = normalise, patch_size
@@ -113,7 +108,7 @@ def open_targets(
     file: str | None,
     sha256: str | None,
     checksums: bool,
-) -> Targets:
+) -> Target:
     """The target of a configuration. Collective.
 
     Args:

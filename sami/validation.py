@@ -14,13 +14,13 @@ from sami.core.processes import exact
 from sami.core.run import Run
 from sami.data import CropTransform
 from sami.model import MaskedReconstruction, token_errors
-from sami.targets import Targets
+from sami.targets import Target
 
 BATCH = 32  # pictures per forward
 
 
 @dataclass
-class EvalConfig:
+class ValidationConfig:
     """The held-out measure on ``data.val_shards``.
 
     Attributes:
@@ -119,7 +119,7 @@ class Sums:
 def measure(
     run: Run,
     model: MaskedReconstruction,
-    targets: Targets,
+    targets: Target,
     shards: list[Shard],
     transform: CropTransform,
     samples: int,

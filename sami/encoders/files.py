@@ -66,7 +66,7 @@ def read_shape(
             )
         sizes = (shape.width, shape.depth, shape.heads, shape.patch_size, shape.image_size)
         if form == "encoder" and (min(sizes) <= 0 or shape.width % shape.heads):
-            raise ValueError(shape.words())
+            raise ValueError(shape.describe())
         return shape
     except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
         why = f"no {error.args[0]}" if isinstance(error, KeyError) else f"{error}"
@@ -98,5 +98,5 @@ def _infer(weights: Weights, form: str, what: str, remedy: str, heads: int | Non
     except KeyError as error:
         raise KeyError(f"{prefix}{error.args[0]}") from error
     if min(shape.depth, shape.heads, shape.grid) <= 0 or shape.width % shape.heads:
-        raise ValueError(f"a width of {shape.width}" if form == "model" else shape.words())
+        raise ValueError(f"a width of {shape.width}" if form == "model" else shape.describe())
     return shape

@@ -49,7 +49,7 @@ class EncoderShape:
             left.add("kind")
         return {name: value for name, value in asdict(self).items() if name not in left}
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """For a sentence."""
         return (
             f"width {self.width}, depth {self.depth}, {self.heads} heads and patches of "
@@ -60,9 +60,9 @@ class EncoderShape:
 class ImageEncoder(Protocol):
     """A module from images to tokens and to a map.
 
-    It has to have these attributes (:class:`FromShape` reads most of them off the shape), two
-    methods that compute, and ``layer_id``. Its constructor takes the shape alone, and leaves the
-    weights as a start from scratch wants them.
+    It has these attributes (:class:`FromShape` sets most of them), two methods that compute, and
+    ``layer_id``. The constructor of a class of KINDS takes the shape alone, and leaves the weights
+    as a start from scratch wants them.
 
     Attributes:
         shape: rebuilds it.

@@ -5,7 +5,8 @@ A file of this package adds its own at its end:
 - ``KINDS["mine"] = MyEncoder``: a class as :class:`sami.encoders.protocol.ImageEncoder` describes
   it, under the name that stands in the header of its files;
 - ``ENCODERS["mine_ti"] = Architecture("mine", 192, 12, 3)``: a choice of ``encoder.name``;
-- ``TEACHERS["mine"] = TeacherSource(build_mine, stride=14)``: a choice of ``teacher.name``.
+- ``TEACHERS["mine"] = TeacherSource(build_mine, stride=14)``: a choice of ``teacher.name``. The
+  tensors of its checkpoint are those whose names begin with its encoder's ``prefix``, without it.
 """
 
 from collections.abc import Callable

@@ -149,7 +149,7 @@ def sam_shape(width: int, depth: int, heads: int, image_size: int = NATIVE_SIZE)
     return EncoderShape("sam", width, depth, heads, PATCH_SIZE, image_size, grid)
 
 
-def build_teacher(config: Any, weights: Weights | None, what: str, remedy: str) -> ImageEncoder:
+def build_sam(config: Any, weights: Weights | None, what: str, remedy: str) -> ImageEncoder:
     """SAM's encoder at the configured sizes; or a model of ours, which brings its own.
 
     Raises:
@@ -180,7 +180,7 @@ KINDS["sam"] = SamEncoder
 ENCODERS |= {name: Architecture("sam", *sizes) for name, sizes in SAM_SHAPES.items()}
 TEACHERS |= {
     name: TeacherSource(
-        build_teacher,
+        build_sam,
         PATCH_SIZE,
         sizes,
         f"SAM's .pth, here {DOWNLOADS}{OFFICIAL[name]} (put it at checkpoints/{OFFICIAL[name]} and "
@@ -189,7 +189,7 @@ TEACHERS |= {
     for name, sizes in SAM_SHAPES.items()
 } | {
     "custom": TeacherSource(
-        build_teacher,
+        build_sam,
         PATCH_SIZE,
         CUSTOM,
         "the .pth of a SAM of that shape, the folder of a run of stage 2 (python "
