@@ -7,8 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sami.encoder import EncoderConfig, build_encoder
-from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
+from sami.core.config import load_config
+from sami.encoder import build_encoder
+from sami.model import MaskedReconstruction, TokenLossConfig
+from sami.pretrain import PretrainConfig
 from sami.teacher import TeacherConfig, load_teacher
 from tests.runs import ROOT
 from tools.cost import BATCH, find_parts, main, resolve
@@ -16,14 +18,16 @@ from tools.cost import BATCH, find_parts, main, resolve
 
 def config(**changes):
     groups = {
-        "data": {"image_size": 64},
+        "data": {"image_size": 64, "shards": "x.tar"},
         "encoder": {"name": "custom", "width": 32, "depth": 2, "heads": 2},
         "teacher": {"name": "custom", "image_size": 128, "width": 32, "depth": 2},
         "decoder": {"width": 48, "depth": 3, "heads": 4},
         "mask": {"ratio": 0.75},
-        "target": {"kind": "teacher"},
     }
-    return {name: {**group, **changes.get(name, {})} for name, group in groups.items()}
+    groups = {name: group | changes.get(name, {}) for name, group in groups.items()}
+    told = {f"{name}.{key}": one for name, group in groups.items() for key, one in group.items()}
+    words = [f"--{key}={'null' if value is None else value}" for key, value in told.items()]
+    return load_config(PretrainConfig, [*words, "--teacher.checkpoint=random"])
 
 
 def counted(call):
@@ -41,10 +45,10 @@ def test_the_counts_are_the_flop_counters(decoder):
         for part in find_parts("sami/pretrain.py", config(decoder=decoder))
     }
     wanted = config(decoder=decoder)
-    encoder = build_encoder(EncoderConfig(**wanted["encoder"]), 64)
+    encoder = build_encoder(wanted.encoder, 64)
     model = MaskedReconstruction(
         encoder,
-        CrossDecoderConfig(**wanted["decoder"]),
+        wanted.decoder,
         TokenLossConfig(),
         256,
         0.75,

@@ -12,7 +12,7 @@ two forward ones, and a teacher has none. What a card really reaches, tools/benc
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.classification import AugmentConfig, build_classifier
-from finetune.classification import LabelDataConfig as LabelledConfig
-from finetune.model import MaskDecoderConfig as HeadConfig
+from finetune.classification import build_classifier
 from finetune.model import build_model
-from sami.core.config import load_config, require, to_dict
+from sami.core.config import load_config, require
 from sami.core.configfile import (
     ENTRIES,
     config_class_of,
@@ -44,12 +42,12 @@ from sami.core.paths import local_path
 from sami.core.patterns import expand
 from sami.core.shipped import find
 from sami.core.tables import show_table
-from sami.encoder import EncoderConfig, build_encoder
+from sami.encoder import build_encoder
 from sami.encoders.files import read_model
 from sami.encoders.registry import TEACHERS, build
 from sami.features import DTYPES, Cache
-from sami.masking import MaskConfig, count_patches
-from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
+from sami.masking import count_patches
+from sami.model import MaskedReconstruction, TokenLossConfig
 from sami.teacher import Teacher, TeacherConfig, build_teacher, takes_of
 
 # Dense bf16 (V100: fp16) TFLOP/s with fp32 accumulation, from the makers' data sheets.
@@ -103,7 +101,7 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def resolve(config: Path, options: list[str]) -> tuple[str, dict[str, Any]]:
+def resolve(config: Path, options: list[str]) -> tuple[str, Any]:
     """The entry, and the whole configuration as it understands it.
 
     Raises:
@@ -120,8 +118,8 @@ def resolve(config: Path, options: list[str]) -> tuple[str, dict[str, Any]]:
     if entry is None:
         words = meant_for(content, str(config)) or f"has keys that none of {_either(ENTRIES)} knows"
         raise UserError(f"{config} {words}")
-    words = ["--config", str(config), *options, "--run.device=cpu"]
-    return entry, to_dict(load_config(config_class_of(entry), words))
+    argv = ["--config", str(config), *options, "--run.device=cpu"]
+    return entry, load_config(config_class_of(entry), argv)
 
 
 def _either(names: Iterable[str]) -> str:
@@ -140,30 +138,20 @@ def open_teacher(config: TeacherConfig, mode: FakeTensorMode) -> Teacher:
         return Teacher(build(read.encoder.shape), config.layer, config.image_size)
 
 
-def teacher_part(config: TeacherConfig, teacher: Teacher, times: int | None) -> Part:
-    """The teacher's forward pass."""
-    images = torch.zeros(1, 3, config.image_size, config.image_size)
-    name = f"teacher {config.name}, {config.image_size} px"
-    return Part(name, parameters(teacher), macs(count(lambda: teacher.features(images))), 1, times)
-
-
-def pretrain_parts(config: dict[str, Any], taught: Teacher | None) -> list[Part]:
+def pretrain_parts(config: Any, teacher: Teacher | None) -> list[Part]:
     """Stage 1: student, decoder, head, and the teacher."""
-    encoder = EncoderConfig(**config["encoder"] | {"checkpoint": None})
-    teacher, decoder = (
-        TeacherConfig(**config["teacher"]),
-        CrossDecoderConfig(**config["decoder"]),
-    )
-    size, channels = config["data"]["image_size"], 3 * encoder.patch_size**2
-    parts = []
-    if taught is not None:
-        parts.append(teacher_part(teacher, taught, 1 if teacher.cached else None))
-        channels = taught.channels
-    student = build_encoder(encoder, size)
-    ratio = config["mask"]["ratio"]
-    model = MaskedReconstruction(student, decoder, TokenLossConfig(), channels, ratio)
-    seen, masked = count_patches(MaskConfig(**config["mask"]), size // student.stride)
-    predicted = max(1, round(masked * decoder.predict_fraction)) if masked else 0
+    size, channels, parts = config.data.image_size, 3 * config.encoder.patch_size**2, []
+    if teacher is not None:
+        side = teacher.image_size
+        name = f"teacher {config.teacher.name}, {side} px"
+        seen = macs(count(lambda: teacher.features(torch.zeros(1, 3, side, side))))
+        times = 1 if config.teacher.cached else None
+        parts, channels = [Part(name, parameters(teacher), seen, 1, times)], teacher.channels
+    student = build_encoder(replace(config.encoder, checkpoint=None), size)
+    ratio = config.mask.ratio
+    model = MaskedReconstruction(student, config.decoder, TokenLossConfig(), channels, ratio)
+    seen, masked = count_patches(config.mask, size // student.stride)
+    predicted = max(1, round(masked * config.decoder.predict_fraction)) if masked else 0
     order = torch.arange(seen + predicted).expand(BATCH, -1)
     images = torch.zeros(BATCH, 3, size, size)
     visible = order[:, :seen] if ratio else None
@@ -179,34 +167,31 @@ def pretrain_parts(config: dict[str, Any], taught: Teacher | None) -> list[Part]
     return [*parts, Part("head", parameters(model.head), total)]
 
 
-def finetune_parts(config: dict[str, Any]) -> list[Part]:
+def finetune_parts(config: Any) -> list[Part]:
     """Stage 2: image encoder and mask decoder, for masks_per_image prompts."""
-    encoder, head = EncoderConfig(**config["encoder"]), HeadConfig(**config["decoder"])
-    encoder.checkpoint = head.checkpoint = None
-    data = config["data"]
-    model = build_model(encoder, head, data["image_size"], data["resize"], False)
-    size, prompts = data["image_size"], data["masks_per_image"]
-    rounds = 1 + config["prompt"]["corrections"]
-    images = torch.zeros(1, 3, size, size)
-    points = torch.zeros(1, prompts, 2, 2)
+    size, prompts, head = config.data.image_size, config.data.masks_per_image, config.decoder
+    without = [replace(group, checkpoint=None) for group in (config.encoder, head)]
+    model = build_model(*without, size, config.data.resize, False)
+    encoder, rounds = model.image_encoder, 1 + config.prompt.corrections
+    images, points = torch.zeros(1, 3, size, size), torch.zeros(1, prompts, 2, 2)
     labels = torch.ones(1, prompts, 2)
-    embeddings = torch.zeros(1, head.width, *[size // encoder.patch_size] * 2)
-    of_encoder = macs(count(lambda: model.image_encoder(images)))
-    of_decoder = macs(count(lambda: model.predict_low_resolution(embeddings, points, labels)))
-    behind = parameters(model) - parameters(model.image_encoder)
-    frozen = {"encoder": (1, 3), "decoder": (3, 3), "none": (3, 3)}[head.freeze]
+    maps = torch.zeros(1, head.width, *[size // config.encoder.patch_size] * 2)
+    of_encoder = macs(count(lambda: encoder(images)))
+    of_decoder = macs(count(lambda: model.predict_low_resolution(maps, points, labels)))
+    behind = parameters(model) - parameters(encoder)
     name = f"mask decoder, {prompts} prompts" + f" x {rounds} rounds" * (rounds > 1)
     return [
-        Part("image encoder", parameters(model.image_encoder), of_encoder, frozen[0]),
-        Part(name, behind, rounds * of_decoder, frozen[1]),
+        Part(
+            "image encoder", parameters(encoder), of_encoder, 1 if head.freeze == "encoder" else 3
+        ),
+        Part(name, behind, rounds * of_decoder),
     ]
 
 
-def classify_parts(config: dict[str, Any]) -> list[Part]:
+def classify_parts(config: Any) -> list[Part]:
     """Classification: the whole picture through the encoder, and one linear layer."""
-    encoder, data = EncoderConfig(**config["encoder"]), LabelledConfig(**config["data"])
-    encoder.checkpoint = None
-    model = build_classifier(encoder, data, AugmentConfig(**config["augment"]))
+    data, encoder = config.data, replace(config.encoder, checkpoint=None)
+    model = build_classifier(encoder, data, config.augment)
     images = torch.zeros(BATCH, 3, data.image_size, data.image_size)
     counter = count(lambda: model(images))
     head = macs(counter, "VisionTransformer.head") / BATCH
@@ -217,31 +202,29 @@ def classify_parts(config: dict[str, Any]) -> list[Part]:
     ]
 
 
-def find_parts(entry: str, config: dict[str, Any]) -> list[Part]:
+def find_parts(entry: str, config: Any) -> list[Part]:
     """What a step consists of; in shapes alone: nothing is computed, and no memory is taken."""
     if entry == "finetune/classify.py":
         # timm reads numbers off a tensor while it builds a model, which a fake one does not have.
         with torch.device("meta"):
             return classify_parts(config)
     mode, teacher = FakeTensorMode(), None
-    if entry == "sami/pretrain.py" and config["target"]["kind"] == "teacher":
-        teacher = open_teacher(TeacherConfig(**config["teacher"]), mode)
+    if entry == "finetune/train.py":
+        with mode:
+            return finetune_parts(config)
+    if config.target.kind == "teacher":
+        teacher = open_teacher(config.teacher, mode)
     with mode:
-        return (
-            pretrain_parts(config, teacher)
-            if entry == "sami/pretrain.py"
-            else finetune_parts(config)
-        )
+        return pretrain_parts(config, teacher)
 
 
-def count_pictures(config: dict[str, Any], entry: str, given: int | None) -> int:
+def count_pictures(config: Any, entry: str, given: int | None) -> int:
     """What an epoch has, as far as that can be known here."""
     if given is not None:
         return given
-    patterns = config["data"]["shards"]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            groups = expand(patterns, "data.shards")
+            groups = expand(config.data.shards, "data.shards")
             if not any(is_url(url) for urls, _ in groups for url in urls):
                 sources = open_sources(groups, Path(folder), lambda text: None)
                 found = min(int(one.count / (one.weight or 1.0)) for one in sources)
@@ -284,13 +267,13 @@ def main(argv: list[str] | None = None) -> int:
     entry, config = resolve(find(args.config), options)
     parts = find_parts(entry, config)
 
-    train = config["train"]
+    train = config.train
     pictures = count_pictures(config, entry, args.pictures)
-    pictures = min(pictures, config["data"]["epoch_samples"] or pictures)
-    an_epoch = pictures // train["batch_size"]
-    lengths = [train["steps"], train["epochs"] and train["epochs"] * an_epoch]
+    pictures = min(pictures, config.data.epoch_samples or pictures)
+    an_epoch = pictures // train.batch_size
+    lengths = [train.steps, train.epochs and train.epochs * an_epoch]
     steps = min(length for length in lengths if length is not None)
-    seen = steps * train["batch_size"]
+    seen = steps * train.batch_size
 
     rate, hours, rows = args.share * CARDS[args.card] * 1e12, 0.0, []
     for part in parts:
@@ -310,17 +293,16 @@ def main(argv: list[str] | None = None) -> int:
     head = ["part", "parameters, M", "forward, GMAC", "step, GFLOP", "hours"]
     show_table(f"{args.config}, per picture", head, rows)
     print(
-        f"{steps} steps of {train['batch_size']} pictures, {seen / pictures:.4g} epochs of "
+        f"{steps} steps of {train.batch_size} pictures, {seen / pictures:.4g} epochs of "
         f"{pictures} pictures"
     )
     print(
         f"{hours_of(hours)} hours of one {args.card} at {args.share:.0%} of its {CARDS[args.card]} "
         "TFLOP/s, if the data keeps up"
     )
-    if entry == "sami/pretrain.py" and config["target"]["kind"] == "teacher":
-        teacher = TeacherConfig(**config["teacher"])
+    if entry == "sami/pretrain.py" and config.target.kind == "teacher":
         print("a feature cache of them, at 4:3, without the pictures:")
-        for name, size in cache_bytes(teacher).items():
+        for name, size in cache_bytes(config.teacher).items():
             print(f"  {name:14} {size / 1e3:7.0f} kB a picture, {size * pictures / 1e9:8.1f} GB")
     return 0
 
