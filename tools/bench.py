@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-from sami.core.config import require
 from sami.core.exits import run_entry
-from sami.core.options import Options
+from sami.core.options import Options, require_least
 from sami.core.paths import path_pattern
 from sami.core.processes import DEVICES, choose_device
 from sami.encoders.sam import SAM_SHAPES
@@ -50,9 +49,7 @@ def main() -> int:
     if args.stage != "stage2":
         args.encoder = args.encoder or "vit_ti"
     args.device = str(choose_device(args.device))
-    for name in ("rounds", "step_rounds"):
-        value = getattr(args, name)
-        require(value > 0, f"--{name.replace('_', '-')} {value} must be positive")
+    require_least(1, args, "rounds", "step_rounds")
     torch.manual_seed(0)
     if str(BENCHES.parent) not in sys.path:  # where this is imported, and not run
         sys.path.append(str(BENCHES.parent))

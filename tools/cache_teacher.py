@@ -37,7 +37,7 @@ from sami.core.errors import BadSample
 from sami.core.exits import run_entry
 from sami.core.index import Shard, Source, open_sources
 from sami.core.network import is_url
-from sami.core.options import Options
+from sami.core.options import Options, require_least
 from sami.core.paths import exists, local_path, path_pattern
 from sami.core.patterns import expand
 from sami.core.processes import DEVICES, check_launch, choose_device
@@ -91,8 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--verify-fraction", type=float, default=0.01, help="default: 0.01")
     args = parser.parse_args(argv)
     choose_device(args.device)
-    for name in ("batch", "workers"):
-        require(getattr(args, name) > 0, f"--{name} {getattr(args, name)} must be positive")
+    require_least(1, args, "batch", "workers")
     require(
         0 < args.verify_fraction <= 1,
         f"--verify-fraction {args.verify_fraction} must be over 0 and at most 1",

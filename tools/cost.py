@@ -37,7 +37,7 @@ from sami.core.errors import UserError
 from sami.core.exits import run_entry
 from sami.core.index import open_sources
 from sami.core.network import is_url
-from sami.core.options import Options
+from sami.core.options import Options, require_least
 from sami.core.paths import local_path
 from sami.core.patterns import expand
 from sami.core.shipped import find
@@ -178,12 +178,10 @@ def finetune_parts(config: Any) -> list[Part]:
     maps = torch.zeros(1, head.width, *[size // config.encoder.patch_size] * 2)
     of_encoder = macs(count(lambda: encoder(images)))
     of_decoder = macs(count(lambda: model.predict_low_resolution(maps, points, labels)))
-    behind = parameters(model) - parameters(encoder)
+    behind, passes = parameters(model) - parameters(encoder), 1 if head.freeze == "encoder" else 3
     name = f"mask decoder, {prompts} prompts" + f" x {rounds} rounds" * (rounds > 1)
     return [
-        Part(
-            "image encoder", parameters(encoder), of_encoder, 1 if head.freeze == "encoder" else 3
-        ),
+        Part("image encoder", parameters(encoder), of_encoder, passes),
         Part(name, behind, rounds * of_decoder),
     ]
 
@@ -261,9 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--share", type=float, default=0.3, help="of the peak; default: 0.3")
     args, options = parser.parse_known_args(argv)
     require(0 < args.share <= 1, f"--share {args.share} must be over 0 and at most 1")
-    require(
-        args.pictures is None or args.pictures > 0, f"--pictures {args.pictures} must be positive"
-    )
+    require_least(1, args, "pictures")
     entry, config = resolve(find(args.config), options)
     parts = find_parts(entry, config)
 

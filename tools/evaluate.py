@@ -42,7 +42,7 @@ from sami.core.errors import UserError
 from sami.core.exits import run_entry
 from sami.core.images import DRAWN
 from sami.core.index import open_sources
-from sami.core.options import Options
+from sami.core.options import Options, require_least
 from sami.core.paths import local_path, path_pattern
 from sami.core.patterns import expand
 from sami.core.processes import DEVICES, choose_device
@@ -188,12 +188,8 @@ def main() -> int:
     parser.add_argument("--device", default="auto", help=f"{DEVICES}; default: auto")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     args = parser.parse_args()
-    for name in ("seeds", "samples", "masks"):
-        value = getattr(args, name)
-        require(value is None or value > 0, f"--{name} {value} must be positive")
-    for name in ("overlays", "workers", "seed"):
-        value = getattr(args, name)
-        require(value >= 0, f"--{name} {value} must be 0 or more")
+    require_least(1, args, "seeds", "samples", "masks")
+    require_least(0, args, "overlays", "workers", "seed")
     require(
         args.out is None or not (args.out / RESULT).exists(),
         f"{args.out} holds an evaluation already; name another --out, or delete it",

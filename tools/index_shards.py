@@ -16,7 +16,7 @@ from sami.core.errors import not_written
 from sami.core.exits import run_entry
 from sami.core.index import index_beside, stored_index
 from sami.core.network import is_url
-from sami.core.options import Options
+from sami.core.options import Options, require_least
 from sami.core.paths import path_pattern
 from sami.core.patterns import expand
 from sami.core.progress import track
@@ -44,7 +44,7 @@ def main() -> int:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    require(args.workers > 0, f"--workers {args.workers} must be positive")
+    require_least(1, args, "workers")
     urls = [url for group, _ in expand(args.patterns, "PATTERN") for url in group]
     remote = next(filter(is_url, urls), None)
     require(remote is None, f"{remote} is no local file; a run indexes it in its own folder")

@@ -58,7 +58,7 @@ from sami.core.errors import UserError
 from sami.core.exits import run_entry
 from sami.core.images import DRAWN
 from sami.core.labels import CLASSES
-from sami.core.options import Options
+from sami.core.options import Options, require_least
 from sami.core.paths import local_path, path_pattern
 from sami.core.progress import track
 
@@ -157,8 +157,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the order of the pictures")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
-    require(args.shard_size > 0, f"--shard-size {args.shard_size} must be positive")
-    require(args.workers > 0, f"--workers {args.workers} must be positive")
+    require_least(1, args, "shard_size", "workers")
     require(
         re.fullmatch(r"[A-Za-z0-9_-]+", args.prefix) is not None,
         f"--prefix '{args.prefix}' may hold letters, digits, _ and - only",

@@ -24,7 +24,7 @@ from pycocotools import mask as coco_mask
 
 from sami.core.config import require
 from sami.core.exits import run_entry
-from sami.core.options import Options
+from sami.core.options import Options, require_least
 from sami.core.order import sample_rng
 from sami.core.paths import local_path
 from sami.core.progress import track
@@ -198,7 +198,7 @@ def main() -> int:
         0 < args.shards <= args.pictures,
         f"--shards {args.shards} must be positive and at most --pictures {args.pictures}",
     )
-    require(args.workers > 0, f"--workers {args.workers} must be positive")
+    require_least(1, args, "workers")
     require(
         not args.out.exists() or args.out.is_dir(),
         f"{args.out} is a file; name a folder for the shards",

@@ -21,7 +21,7 @@ from sami.core.config import require
 from sami.core.exits import run_entry
 from sami.core.index import Shard, open_sources
 from sami.core.labels import check_names, require_labels
-from sami.core.options import Options
+from sami.core.options import Options, require_least
 from sami.core.overlap import refuse_overlap
 from sami.core.paths import local_path, path_pattern
 from sami.core.patterns import expand
@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help=f"{DEVICES}; default: auto")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     args = parser.parse_args(argv)
-    require(args.samples > 0, f"--samples {args.samples} must be positive")
-    require(args.workers >= 0, f"--workers {args.workers} must be 0 or more")
+    require_least(1, args, "samples")
+    require_least(0, args, "workers")
     out = args.out
     require(out is None or not out.exists(), f"{out} holds a result already; name another --out")
     device = choose_device(args.device)

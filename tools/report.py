@@ -30,7 +30,7 @@ from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
-from sami.core.options import Options
+from sami.core.options import Options, require_least
 from sami.core.paths import is_file, local_path
 from sami.core.plots import integer_steps, legend_below, line_style, logarithmic, new_figure, widen
 from sami.core.tables import Results, interval, percent
@@ -376,7 +376,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=local_path, default=Path("report.html"))
     args = parser.parse_args()
-    require(args.pictures >= 0, f"--pictures {args.pictures} must be 0 or more")
+    require_least(0, args, "pictures")
     found = None
     if args.comparison is not None:
         require(is_file(args.comparison), f"--comparison {args.comparison} does not exist")

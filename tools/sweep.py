@@ -37,7 +37,7 @@ from sami.core.config import load_config, require
 from sami.core.configfile import config_class_of, types_of
 from sami.core.errors import UserError
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, run_entry
-from sami.core.options import Options
+from sami.core.options import Options, require_least
 from sami.core.paths import exists, local_path
 from sami.core.plots import results_figure, save_png
 from sami.core.programs import locked, run_program, stop_on_signal
@@ -286,9 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="stages side by side, of run all")
     parser.add_argument("--launch", default="", help="what starts a training, instead of python")
     args = parser.parse_args(argv)
-    for name in ("seeds", "jobs"):
-        value = getattr(args, name)
-        require(value is None or value > 0, f"--{name} {value} must be positive")
+    require_least(1, args, "seeds", "jobs")
     out = args.out and args.out.resolve()
     sweep = Sweep(find(args.sweep), out, args.set, args.seeds, args.settings)
     Reader(sweep)  # whether it names a data set that is one

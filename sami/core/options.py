@@ -91,6 +91,18 @@ class Options(argparse.ArgumentParser):
         return f"{name}: {words}"
 
 
+def require_least(least: int, args: argparse.Namespace, *names: str) -> None:
+    """Refuse options below 0 or 1; one that was not given may be None.
+
+    Raises:
+        UserError: the first of them.
+    """
+    for name in names:
+        value, words = getattr(args, name), "positive" if least else "0 or more"
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be {words}")
+
+
 def nearest(word: str, known: Collection[str], shown: str) -> str:
     """The end of a sentence about an unknown word: the nearest known one, or where they are."""
     bare = {name.lstrip("-"): name for name in known}
