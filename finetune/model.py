@@ -104,8 +104,8 @@ def build_model(
     # A student keeps stage 1's grid of positions, 14 x 14 as released.
     grid = encoder.grid or GRID
     if encoder.checkpoint:
-        told, start, what = _load_image_encoder(encoder, say)
-        grid = told.grid
+        stored, start, what = _load_image_encoder(encoder, say)
+        grid = stored.grid
         encoder.check_grid(grid, f"of {what}")
     elif not KINDS[encoder.kind].pretrains:
         grid = image_size // patch
@@ -120,7 +120,7 @@ def build_model(
     does_not = "does not fit the configuration"
     remedy = "set encoder.name, decoder.kind and decoder.width to what it holds"
     if start is not None:
-        neck = "neck." if told.channels is None else ""  # stage 1 has none
+        neck = "neck." if stored.channels is None else ""  # stage 1 has none
         load_strictly(model.image_encoder, start, f"{what} {does_not}", remedy, may_miss=neck)
     if decoder.checkpoint:
         parts, what = _load_decoder(decoder, say)
@@ -147,24 +147,24 @@ def _load_image_encoder(
     remedy = TAKES_ENCODER.remedy(option)
     tensors = weights.below(MODEL_PREFIX)
     if tensors:
-        told = read_shape(weights, "model", what, remedy)
+        stored = read_shape(weights, "model", what, remedy)
     else:
-        told = read_shape(weights, "encoder", what, remedy, encoder.shape[2])
+        stored = read_shape(weights, "encoder", what, remedy, encoder.shape[2])
         with torch.device("meta"):  # stage 2 has no class token and no last norm
-            forms = [build(one).state_dict() for one in (told, replace(told, channels=1))]
+            forms = [build(one).state_dict() for one in (stored, replace(stored, channels=1))]
         left = forms[0].keys() - forms[1].keys()
         tensors = {name: t for name, t in weights.tensors.items() if name not in left}
-    heads_known = weights.kind is not None or told.kind == "sam"
-    pairs = {"patch_size": (encoder.patch_size, told.patch_size)}
+    heads_known = weights.kind is not None or stored.kind == "sam"
+    pairs = {"patch_size": (encoder.patch_size, stored.patch_size)}
     if heads_known:  # no tensor's shape tells them
-        pairs["heads"] = (encoder.shape[2], told.heads)
+        pairs["heads"] = (encoder.shape[2], stored.heads)
     for name, (asked, own) in pairs.items():
         require(
             asked == own,
             f"{what} does not fit the configuration: it has {name} {own}, and encoder.{name} is "
             f"{asked}; set encoder.name or encoder.{name} to its own",
         )
-    return told, tensors, what
+    return stored, tensors, what
 
 
 PARTS = ("prompt_encoder", "mask_decoder")
