@@ -125,6 +125,7 @@ def test_every_entry_refuses_unless_asked(train, tmp_path, in_process, entry):
         "--train.batch_size=100",
         "--train.epochs=1",
     ]
+    words += ["--teacher.name=none", "--target.kind=pixels"] if entry == "pretrain" else []
     code, said = in_process(main, words)
     assert code == 2 and said.count("\n") == 1
     assert "data.val_shards hold pictures of data.shards" in said
