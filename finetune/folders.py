@@ -21,7 +21,7 @@ from sami.core.errors import BadSample, UserError, raise_if_machine
 from sami.core.images import IMAGE_EXTENSIONS, open_image
 
 # By their names; shards keep the first four kinds as they are (IMAGE_EXTENSIONS).
-PICTURES = (*IMAGE_EXTENSIONS, "jpe", "jfif", "bmp", "dib", "gif", "tif", "tiff")
+EXTENSIONS = (*IMAGE_EXTENSIONS, "jpe", "jfif", "bmp", "dib", "gif", "tif", "tiff")
 # What systems and tools leave in folders, besides names with a dot in front.
 SYSTEM = {
     "__macosx", "@eadir", "#recycle", "@recycle", "lost+found", "$recycle.bin",
@@ -99,7 +99,7 @@ def find_pictures(folder: Path) -> tuple[Listing, Counter[str]]:
     listing, others, pictures = walk(folder), Counter(), []
     for name in listing.files:
         extension = extension_of(name)
-        if extension in PICTURES or not extension and _is_picture(folder / name):
+        if extension in EXTENSIONS or not extension and _is_picture(folder / name):
             pictures.append(name)
         else:
             others[f".{extension}" if extension else "without an extension"] += 1
@@ -107,7 +107,7 @@ def find_pictures(folder: Path) -> tuple[Listing, Counter[str]]:
     links = f"; {len(listing.remarks)} links lead nowhere" if listing.remarks else ""
     require(
         bool(pictures),
-        f"{folder} holds no picture ({', '.join(PICTURES)}){rest}{links}; name the folder of the "
+        f"{folder} holds no picture ({', '.join(EXTENSIONS)}){rest}{links}; name the folder of the "
         "pictures",
     )
     return Listing(pictures, listing.remarks), others
@@ -233,7 +233,7 @@ def find_files(names: list[str], folder: Path, counted: Sequence[str] = ()) -> F
         if file not in taken:
             parts = fold(file)
             by_last[parts[-1], True].append((file, parts))
-            if extension_of(file) in PICTURES:
+            if extension_of(file) in EXTENSIONS:
                 by_last[posixpath.splitext(parts[-1])[0], False].append((file, parts))
     for number, name in enumerate([*lacking, *others]):
         best = _best(name, by_last, anywhere or "/" not in name or name.startswith("/"))
@@ -271,7 +271,7 @@ def _best(name: str, by_last: ByLast, anywhere: bool) -> list[str]:
         parts = fold(form)
         near = [
             (_common(parts[:-1], other[:-1]), other, file)
-            for whole in ((True,) if extension_of(form) in PICTURES else (True, False))
+            for whole in ((True,) if extension_of(form) in EXTENSIONS else (True, False))
             for file, other in by_last.get((parts[-1], whole), [])
         ]
         best = [file for _, other, file in near if other[:-1] == parts[:-1]]
