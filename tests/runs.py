@@ -99,16 +99,11 @@ def command(arguments: list[str]) -> list[str]:
     return [sys.executable, str(ROOT / "sami" / "pretrain.py"), *arguments]
 
 
-def run(words: list[str], truly: bool = False, **environment: str) -> subprocess.CompletedProcess:
-    """Run to the end and return what it said.
-
-    Args:
-        truly: start a Python of its own, as a user does.
-    """
+def run(words: list[str], cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Run to the end and return what it said."""
     words = [*map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    begin = subprocess.Popen if truly else Popen
-    with begin(words, cwd=ROOT, env=os.environ | environment, **pipes) as process:
+    with Popen(words, cwd=cwd, env=os.environ | environment, **pipes) as process:
         try:
             out, err = process.communicate(timeout=LIMIT)
         except BaseException:
@@ -118,7 +113,11 @@ def run(words: list[str], truly: bool = False, **environment: str) -> subprocess
 
 
 def start(words: list[str], truly: bool = False) -> subprocess.Popen:
-    """Start as the leader of a process group of its own; ``truly`` as for :func:`run`."""
+    """Start as the leader of a process group of its own.
+
+    Args:
+        truly: with a Python of its own, as a user does.
+    """
     return (subprocess.Popen if truly else Popen)(
         [*map(str, words)],
         stdout=subprocess.DEVNULL,

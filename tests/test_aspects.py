@@ -213,7 +213,7 @@ def test_classifications_central_part_is_the_same_in_long_pictures():
         assert (found - whole).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("size", [(65500, 1), (1, 65500), (3000, 1), (65500, 1500)])
+@pytest.mark.parametrize("size", [(65500, 1), (1, 65500), (3000, 1), (65500, 400)])
 def test_long_jpegs(size):
     """They can be read at a reduced size, but not below one pixel."""
     data, _ = halves(*size, kind="JPEG")

@@ -156,7 +156,7 @@ def test_a_rank_that_fails_takes_the_run_down(tmp_path, kind):
     pattern = write_shards(tmp_path / "shards")
     words = arguments(tmp_path / "run", pattern, **{"train.steps": 100_000})
     words = launch("cpu_2.yaml", "tests/failing.py", kind, *words)
-    done = run(words, truly=kind == "user", PYTHONPATH=str(ROOT))
+    done = run(words, PYTHONPATH=str(ROOT))
     assert done.returncode != 0
     wait_until_gone(tmp_path / "run")
     told = summary(tmp_path / "run")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from sami.core import shipped
-from tests.runs import ROOT
+from tests.runs import ROOT, run
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_config_is_found_from_anywhere(tmp_path):
         "--config",
         "configs/pretrain/toy.yaml",
     ]
-    done = subprocess.run([*words, "--print_config"], cwd=tmp_path, capture_output=True, text=True)
+    done = run([*words, "--print_config"], cwd=tmp_path)
     assert done.returncode == 0 and "dir: runs/toy" in done.stdout
 
 

@@ -27,7 +27,7 @@ from sami.core.paths import exists, expand_path, is_file, local_path
 from sami.core.processes import FRAMEWORKS, OVERRULED, choose_device, exact, is_launched
 from sami.core.run import TimeLeft, duration
 from sami.pretrain import PretrainConfig, main
-from tests.runs import LIMIT, ROOT, arguments, command, numbers, summary, write_shards
+from tests.runs import LIMIT, ROOT, arguments, command, numbers, run, summary, write_shards
 
 # -- time -----------------------------------------------------------------------------------------
 
@@ -379,7 +379,7 @@ def test_a_tool_on_no_device(monkeypatch, tmp_path, capsys, tool, words):
     assert len(said.splitlines()) == 1
 
 
-def test_modules_import_where_fcntl_is_missing():
+def test_modules_import_where_fcntl_is_missing(tmp_path):
     """As on Windows, where the sentence is told instead."""
     modules = [
         module.name
@@ -396,9 +396,8 @@ def test_modules_import_where_fcntl_is_missing():
         f"for name in {modules}: importlib.import_module(name)\n"
         "print('imported')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT
-    )
+    (tmp_path / "imports.py").write_text(code)
+    done = run([sys.executable, tmp_path / "imports.py"], PYTHONPATH=str(ROOT))
     assert done.stdout == "imported\n", done.stderr[-2000:]
 
 

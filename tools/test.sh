@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv if need be, then checks style and runs the tests. Arguments go to pytest.
+# Sets up .venv if need be, then checks style and runs the tests. Arguments go to pytest, among them
+#   --quick   without the tests that start a program: some two minutes on two cores
 # First may stand
 #   --slurm   also install Debian's slurm-wlm and munge, as root or with sudo, and run the batch scripts
 #             on a throw-away cluster; where that cannot be, these tests say so and skip
