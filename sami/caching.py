@@ -23,6 +23,7 @@ from sami.core.config import require
 from sami.core.errors import BadSample, UserError, not_written, raise_if_machine
 from sami.core.images import open_image
 from sami.core.index import Shard
+from sami.core.locks import locked
 from sami.core.network import is_url
 from sami.core.paths import exists, is_file
 from sami.core.reading import read_samples
@@ -103,10 +104,7 @@ def changed(path: Path, remedy: str | None = None) -> Iterator[dict[str, Any]]:
         UserError: it is damaged.
         OSError: it cannot be written, or its file system knows no locks.
     """
-    import fcntl  # not on Windows
-
-    with (path.parent / f".{path.name}.lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path.parent / f".{path.name}.lock"):
         content: dict[str, Any] = {}
         if exists(path):
             try:

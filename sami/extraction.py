@@ -25,7 +25,7 @@ from sami.core.config import require
 from sami.core.errors import BadSample, UserError
 from sami.core.images import open_image, resize_whole
 from sami.core.index import Shard
-from sami.core.paths import exists
+from sami.core.locks import is_named, locked
 from sami.core.reading import RawSample, read_samples, read_whole
 from sami.core.scanning import PICTURE, TEACHER, split_name
 from sami.features import Cache, QuantizedFeatures, from_bytes, pack, quantise, to_bytes
@@ -243,17 +243,14 @@ def _write(tar: tarfile.TarFile, members: dict[str, bytes]) -> None:
 @contextlib.contextmanager
 def _exclusive(path: Path, wanted: Path) -> Iterator[BinaryIO]:
     """A file that this process alone writes, empty; the lock goes with the process."""
-    import fcntl  # not on Windows
-
-    with path.open("ab") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = exists(path) and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+            file = stack.enter_context(locked(path, wait=False))
+            mine = is_named(path, file)
         except BlockingIOError:
             mine = False
         require(mine, f"{wanted} is being written by another process; are there two of one slice?")
-        file.seek(0)
-        file.truncate()
+        file.truncate(0)
         yield file
 
 

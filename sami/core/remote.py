@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sami.core.errors import MachineError, UserError
+from sami.core.locks import is_named, locked
 from sami.core.network import (
     DEFAULT_PATIENCE,
     SECOND_BYTES,
@@ -146,12 +147,13 @@ class ShardCache:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)
                 return path
-            with self._writable(), _lock(part) as file:  # waits for who is fetching it
-                if path.exists() or not _is_named(part, file):
+            with self._writable(), locked(part) as file:  # waits for who is fetching it
+                if path.exists() or not is_named(part, file):
                     continue
                 try:
                     self._fill(url, file, part, room)
-                    part.replace(path)
+                    with locked(self.folder / ".lock"):  # who counts must not find it twice
+                        part.replace(path)
                 except _Crowded as error:
                     room = error.room
                 finally:
@@ -248,7 +250,7 @@ class ShardCache:
                 f"are known so far; give more, such as --data.cache_gb {_gigabytes(2 * size)}"
             )
         while True:
-            with _lock(self.folder / ".lock"):
+            with locked(self.folder / ".lock"):
                 others = _sizes_of_others(part)
                 kept = sorted(self.folder.glob("*.tar"), key=lambda one: one.stat().st_mtime_ns)
                 sizes = [one.stat().st_size for one in kept]
@@ -273,39 +275,14 @@ class _Crowded(Exception):
         self.room = room
 
 
-@contextlib.contextmanager
-def _lock(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
-    """A file, made where it is not, that this caller alone holds; the lock goes with the process.
-
-    Raises:
-        BlockingIOError: another has it, and ``wait`` is false.
-    """
-    import fcntl  # not on Windows
-
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        try:
-            yield file
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do if a fork has a copy of it
-
-
-def _is_named(path: Path, file: BinaryIO) -> bool:
-    """Whether an open file is still the one of this name."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
-
-
 def _sizes_of_others(part: Path) -> dict[Path, int]:
     """The parts that others are writing; those of killed writers go."""
     sizes = {}
     for other in set(part.parent.glob("*.part")) - {part}:
         with contextlib.suppress(FileNotFoundError):
             sizes[other] = other.stat().st_size
-            with contextlib.suppress(BlockingIOError), _lock(other, wait=False) as file:
-                if _is_named(other, file):
+            with contextlib.suppress(BlockingIOError), locked(other, wait=False) as file:
+                if is_named(other, file):
                     other.unlink()
                     del sizes[other]
     return sizes

@@ -56,10 +56,6 @@ class Members:
     notes: list[str]
     labels: np.ndarray
 
-    def bytes(self, fields: tuple[str, ...]) -> np.ndarray:
-        """[n] bytes of a sample's ``fields`` together."""
-        return self.sizes[:, [FIELDS.index(name) for name in fields]].sum(1)
-
     def digest(self) -> str:
         """Names the samples, wherever the shard lies."""
         return hashlib.sha256(b"\n".join(self.keys) + self.sizes.tobytes()).hexdigest()
