@@ -25,7 +25,7 @@ from sami.core.errors import UserError
 from sami.core.exits import USER_ERROR, run_entry
 from sami.core.paths import exists, expand_path, is_file, local_path
 from sami.core.processes import FRAMEWORKS, OVERRULED, choose_device, exact, is_launched
-from sami.core.run import TimeLeft, duration
+from sami.core.reporting import TimeLeft, duration
 from sami.pretrain import PretrainConfig, main
 from tests.runs import LIMIT, ROOT, arguments, command, numbers, run, summary, write_shards
 

@@ -43,7 +43,7 @@ from sami.core.patterns import expand
 from sami.core.processes import DEVICES, check_launch, choose_device
 from sami.core.progress import Progress as Lines
 from sami.core.reading import read_samples
-from sami.core.run import TimeLeft, environment
+from sami.core.reporting import TimeLeft, environment
 from sami.core.scanning import PICTURE
 from sami.encoders.registry import TEACHERS
 from sami.extraction import (

@@ -1,53 +1,32 @@
-"""A run: its folder, its processes, what it says and how it ends."""
+"""A run: its folder, its processes, and how it begins and ends."""
 
 import contextlib
 import errno
 import hashlib
 import json
 import os
-import platform
-import secrets
 import shutil
 import socket
-import subprocess
-import sys
 import time
 import traceback
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from accelerate.utils import set_seed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn
-from rich.progress import Progress as Bar
-from rich.text import Text
 from torch import distributed
 
 from sami.core.checkpoint import list_checkpoints, write_text
 from sami.core.config import PATH, require, to_dict, to_yaml
 from sami.core.errors import UserError, not_written, raise_if_machine
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, user_error
-from sami.core.metrics import MetricsFile
 from sami.core.paths import exists
 from sami.core.processes import choose_device, is_launched, make_accelerator
-from sami.core.progress import Progress, duration
+from sami.core.reporting import Reporter, environment
 from sami.core.stop import StopSignal
 from sami.core.weights import entry_of_run
-
-VERSIONS = (
-    "torch",
-    "torchvision",
-    "timm",
-    "accelerate",
-    "webdataset",
-    "segment-anything",
-    "numpy",
-    "pillow",
-)
 
 
 @dataclass
@@ -130,15 +109,14 @@ class Run:
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.device = self.accelerator.device
         self._cpu_group = distributed.new_group(backend="gloo") if self.processes > 1 else None
-        self._console = Console(highlight=False, markup=False, soft_wrap=True, emoji=False)
-        self._bar: Bar | None = None
-        self._progress: Progress | None = None
-        self._wandb: Any = None
+        self.reporter = Reporter(self.dir, self.is_main)
+        self.say, self.say_once = self.reporter.say, self.reporter.say_once
+        self.record, self.advance = self.reporter.record, self.reporter.advance
+        self.picture, self.metrics = self.reporter.picture, self.reporter.metrics
         self._lock: Any = None
         self._summary: dict[str, Any] = {}
         self._may_write, self._begun = False, False
         self._before = _names(self.dir)  # None: there is no folder yet
-        self._said: set[str] = set()
         self._last_save = time.monotonic()
         if self.is_main:
             self._take_folder()
@@ -146,7 +124,6 @@ class Run:
         # A folder with checkpoints is someone's work: until begin() nothing in it is written.
         self._may_write = not list_checkpoints(self.dir / "checkpoints")
         self._summary_before = self._summary_time()
-        self.metrics = MetricsFile(self.dir / "metrics.jsonl")
         set_seed(config.seed)
         self._stop = StopSignal(self.dir / "stop", self._cpu_group, launched)
 
@@ -177,39 +154,19 @@ class Run:
         told = environment(self.device, self.bf16, self.processes)
         self.summarise(status="running", exit_code=None, entry=self.entry, **metadata, **told)
         if self.config.wandb != "disabled":
-            import wandb
-
-            name_file = self.dir / "wandb_id"
-            if not exists(name_file):
-                write_text(name_file, secrets.token_hex(4))
-            try:
-                self._wandb = wandb.init(
-                    project="sami",
-                    name="/".join(self.dir.absolute().parts[-2:]),
-                    id=name_file.read_text(encoding="utf-8").strip(),
-                    resume="allow",
-                    dir=str(self.dir),
-                    mode=self.config.wandb,
-                    config=to_dict(config) | {"facts": metadata, "environment": told},
-                )
-            except wandb.Error as error:
-                raise UserError(
-                    f"wandb does not start ({' '.join(str(error).split())}); run 'wandb login', or "
-                    "set --run.wandb offline or disabled"
-                ) from error
+            shown = to_dict(config) | {"facts": metadata, "environment": told}
+            self.reporter.start_wandb(self.config.wandb, shown)
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self.reporter.stop_bar()
         first = None
         if error is not None and not isinstance(error, SystemExit):
             if self.config.debug and user_error(error) is not None:
                 traceback.print_exception(error)
             first = self._note_failure(error)
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
+        self.reporter.close(failed=error is not None)
         if self._lock is not None:
             if self._may_write and not self._begun:
                 self._clear_away()
@@ -276,77 +233,6 @@ class Run:
     def wait_for_all(self) -> None:
         """A barrier."""
         self.accelerator.wait_for_everyone()
-
-    # -- what it says -------------------------------------------------------------------------
-
-    def say(self, text: str, any_rank: bool = False) -> None:
-        """A line on the screen and in ``log.txt``; of rank 0, or of ``any_rank``."""
-        if self.is_main or any_rank:
-            (self._bar.console if self._bar else self._console).print(text)
-            with (self.dir / "log.txt").open(
-                "a", encoding="utf-8", errors="backslashreplace"
-            ) as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-
-    def say_once(self, text: str) -> None:
-        """A line of rank 0 that is not repeated: what every evaluation would say again."""
-        if text not in self._said:
-            self._said.add(text)
-            self.say(text)
-
-    def record(self, step: int, steps: int, values: dict[str, Any]) -> None:
-        """One line of ``metrics.jsonl``, the same on the screen and in wandb."""
-        if not self.is_main:
-            return
-        self.metrics.append(values)
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
-        words = f"loss {_short(values['loss'])} · lr {values['lr']:.2e}"
-        words += f" · {values['images_per_second']:.1f} images/s"
-        words += f" · data wait {values['data_wait']:.0%}"
-        held_out = [
-            f"{name.removeprefix('val_')} {_short(values[name])}"
-            for name in values
-            if name.startswith("val_")
-        ]
-        if held_out:
-            self.say(f"step {step}/{steps} · held out: " + " · ".join(held_out))
-        if not sys.stdout.isatty():
-            left = duration((steps - step) * values["seconds_per_step"])
-            self.say(f"step {step}/{steps} · {words} · {left} left")
-            if self._progress is not None:
-                self._progress.said = time.monotonic()
-        else:
-            self.advance(step, steps, words)
-
-    def advance(self, step: int, steps: int, words: str | None = None) -> None:
-        """Move the progress bar; where there is no terminal, a line unless there was one lately."""
-        if not self.is_main:
-            return
-        if not sys.stdout.isatty():
-            if self._progress is None:
-                self._progress = Progress("step", steps, self.say, first=step)
-            self._progress.at(step)
-            return
-        if self._bar is None:
-            self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[words]}"),
-                TimeLeft(),
-                console=self._console,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self.dir.name, total=steps, words="", completed=step)
-        self._bar.update(self._task, completed=step, **({} if words is None else {"words": words}))
-
-    def picture(self, path: Path, step: int) -> None:
-        """Hand a picture that was written to wandb."""
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({path.stem.split("-")[0]: wandb.Image(str(path))}, step=step)
 
     # -- when it stops ------------------------------------------------------------------------
 
@@ -432,16 +318,6 @@ class Run:
         self._lock.flush()
 
 
-class TimeLeft(ProgressColumn):
-    """How long a progress bar's task still takes."""
-
-    max_refresh = 0.5
-
-    def render(self, task: Task) -> Text:
-        left = task.time_remaining
-        return Text("-:--:--" if left is None else duration(left), "progress.remaining")
-
-
 def refuse_other_run(folder: Path, entry: str | None) -> None:
     """
     Raises:
@@ -463,39 +339,3 @@ def _names(folder: Path) -> list[str] | None:
         return os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def environment(device: torch.device, bf16: bool, processes: int = 1) -> dict[str, Any]:
-    """Versions, commit and hardware, for a summary."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in VERSIONS},
-        },
-        "commit": commit and commit + (" with changes" if changed else ""),
-        "hardware": {
-            "host": socket.gethostname(),
-            "gpu": gpu,
-            "processes": processes,
-            "threads": torch.get_num_threads(),
-            "cpus": os.cpu_count(),
-            "precision": "bf16" if bf16 else "fp32",
-        },
-    }
-
-
-def _short(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
