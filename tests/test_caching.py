@@ -23,10 +23,12 @@ from sami.caching import read_manifest, sha256_of
 from sami.core.errors import UserError
 from sami.core.reading import read_range
 from sami.core.scanning import PICTURE, TEACHER
+from sami.data import CropTransform
 from sami.encoder import build_encoder
 from sami.extraction import extract_whole
 from sami.features import Cache, from_bytes
-from sami.pretrain import PretrainConfig, main, make_transform
+from sami.masking import MaskConfig
+from sami.pretrain import PretrainConfig, main
 from sami.targets import open_targets, pixel_target, to_grid
 from sami.teacher import Teacher, TeacherConfig, load_teacher
 from tests.runs import (
@@ -355,7 +357,10 @@ def test_the_target_of_a_whole_picture_is_what_the_teacher_gives(tmp_path):
     def targets_and_batch():
         shards = (cached.shards, "random", None, True)
         targets = open_targets(config.target, config.teacher, student, run, *shards)
-        transform = make_transform(config, targets)
+        teacher = {"teacher_size": targets.teacher_size, "cache": targets.cache}
+        transform = CropTransform(
+            0, 64, grid=4, mask=MaskConfig(), crop_scale=(0.2, 1), hflip=True, **teacher
+        )
         samples = read_range(cached.shards, range(3), transform.fields)
         batch = transform.collate([transform.decode_held_out(sample) for sample in samples])
         return targets, transform, batch
