@@ -271,7 +271,7 @@ def write(tmp_path, images, annotations, **more):
 
 
 def drawn(folder, *names):
-    """EvalDataset of the annotations' size, each of its own colour."""
+    """Pictures of the annotations' size, each of its own colour."""
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         colour = (10 * number, 90, 200 - 10 * number)
