@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from PIL import Image
 from benches.timing import spread
 from sami.core.dataset import MicroBatches, ShardsConfig, Training, Transform, load
 from sami.core.index import Source, open_sources
+from sami.core.labels import classes_in_a_batch
 from sami.core.order import Order
 from sami.core.patterns import expand
 from sami.core.scanning import PICTURE
@@ -25,10 +27,11 @@ from sami.masking import MaskConfig
 class Raw:
     """Samples left as they stand in their shards."""
 
-    fields = (PICTURE,)
+    def __init__(self, *fields: str) -> None:
+        self.fields = fields or (PICTURE,)
 
     def decode(self, sample, epoch, replacement):
-        return sample.part(PICTURE)
+        return [sample.part(name) for name in self.fields]
 
     def collate(self, items):
         return items
@@ -54,6 +57,55 @@ def open_or_draw(args: argparse.Namespace, folder: str, shards: int, pictures: i
     (source,) = open_sources(expand(pattern, "--shards"), Path(folder) / "index")
     print(f"\n{source.count} pictures in {len(source.shards)} shards, {args.shards or 'drawn'}")
     return source
+
+
+def write_large(folder: Path) -> Source:
+    """Members of SA-1B's sizes: a megabyte of picture, 60 kB of JSON."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for shard in range(8):
+        with wds.TarWriter(f"{folder}/large-{shard:06d}.tar") as writer:
+            for number in range(150):
+                members = {"jpg": rng.bytes(1_000_000), "json": rng.bytes(60_000)}
+                writer.write({"__key__": f"{number:06d}", **members})
+    (source,) = open_sources(expand(f"{folder}/*.tar", "large"), folder / "index")
+    return source
+
+
+def raw_rates(source: Source, raw: Raw, count: int, rounds: int) -> dict[str, list[float]]:
+    """Samples a second in batches of 16, from the page cache and from the disk."""
+    rates: dict[str, list[float]] = {"in the page cache": [], "cold": []}
+    for _ in range(rounds):
+        for name, found in rates.items():
+            if name == "cold":
+                drop_from_cache(source)
+            batches, started = start_stream(source, raw, 16), time.perf_counter()
+            for _ in range(count // 16):
+                next(batches)
+            found.append(count / (time.perf_counter() - started))
+    return rates
+
+
+def drop_from_cache(source: Source) -> None:
+    """Let the system forget what it holds of the shards in memory."""
+    for shard in source.shards:
+        with open(shard.url, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def neighbours(folder: Path) -> None:
+    """Classes in a batch of 256 from 100 shards that are sorted by class, by the window."""
+    folder.mkdir()
+    for shard in range(100):
+        with wds.TarWriter(f"{folder}/sorted-{shard:06d}.tar") as writer:
+            for number in range(100):
+                writer.write({"__key__": f"{number:06d}", "jpg": b"none", "cls": shard})
+    sources = open_sources(expand(f"{folder}/*.tar", "sorted"), folder / "index")
+    print("\nclasses in a batch of 256 from 100 shards of one class each")
+    for window in (1, 16, 32, 64, 100):
+        order = Order(sources, batch_size=256, seed=0, window=window)
+        found, mixed, _ = classes_in_a_batch(order)
+        print(f"window {window:4} {found:4}, and {mixed:.0f} if they were mixed")
 
 
 def start_stream(
@@ -120,6 +172,12 @@ def stream(args: argparse.Namespace) -> None:
             print(f"{name:48} {spread(values)} samples/s")
         ratios = [a / b for a, b in zip(*list(rates.values())[:2], strict=True)]
         print(f"raw, ours : webdataset {spread(ratios, 2)}")
+        large, both = write_large(Path(folder) / "large"), Raw(PICTURE, "json")
+        for words, (what, raw) in {"small": (source, Raw()), "large": (large, both)}.items():
+            count = min(what.count // 2, 4000)
+            for name, values in raw_rates(what, raw, count, args.rounds).items():
+                print(f"raw, {words} members, {name:32} {spread(values)} samples/s")
+        neighbours(Path(folder) / "sorted")
         steps = source.count // batch
         print(f"\ntime to the first raw batch of {batch}, from a step of {steps} on")
         seconds: dict[int, list[float]] = {}
