@@ -50,7 +50,7 @@ class RunFolder:
                 self.kind = "failed"
             elif not exists(own):
                 groups = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-                self.config = {f"{g}.{f}": v for g, told in groups.items() for f, v in told.items()}
+                self.config = {f"{g}.{f}": v for g, info in groups.items() for f, v in info.items()}
                 self.metrics = MetricsFile(path / "metrics.jsonl").read()
                 named = [kind for kind, group in GROUPS.items() if group in groups]
                 self.kind = named[0]
@@ -82,8 +82,8 @@ class RunFolder:
 
     def column(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a number, where it was recorded."""
-        told = [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
-        return [step for step, _ in told], [value for _, value in told]
+        info = [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
+        return [step for step, _ in info], [value for _, value in info]
 
     def pictures(self, most: int) -> list[tuple[str, Path]]:
         """What was drawn while training, first to last, ``most`` of them, evenly; and after it."""
@@ -100,29 +100,29 @@ class RunFolder:
         found: dict[str, tuple[float, str, str]] = {}
         if self.evaluation:
             rows = self.evaluation["results"]
-            told = {(row["prompt"], row["choice"]): row["miou"]["all"] for row in rows}
-            for (prompt, choice), one in told.items():
-                needs_none = next((told[prompt, c] for c in TRIVIAL if (prompt, c) in told), None)
+            info = {(row["prompt"], row["choice"]): row["miou"]["all"] for row in rows}
+            for (prompt, choice), one in info.items():
+                needs_none = next((info[prompt, c] for c in TRIVIAL if (prompt, c) in info), None)
                 if choice == "predicted" and one["mean"] is not None:
                     low, high = percent(one["low"]), percent(one["high"])
                     span = f"95 % of pictures' resamples {low}-{high}"
                     without = f"without a model {percent(needs_none['mean'])}" if needs_none else ""
                     found[f"mIoU in % by {prompt}"] = (100 * one["mean"], span, without)
             return found
-        told = self.summary.get("evaluation") or {}
-        if told.get("r2") is not None:
-            found["r2"] = (told["r2"], "", "the best constant map 0")
+        info = self.summary.get("evaluation") or {}
+        if info.get("r2") is not None:
+            found["r2"] = (info["r2"], "", "the best constant map 0")
         for name in PROMPTS:
-            if told.get(f"miou_{name}") is not None:
-                needs_none = told.get(f"trivial_{name}")
+            if info.get(f"miou_{name}") is not None:
+                needs_none = info.get(f"trivial_{name}")
                 without = "" if needs_none is None else f"without a model {percent(needs_none)}"
-                value = 100 * told[f"miou_{name}"]
+                value = 100 * info[f"miou_{name}"]
                 found[f"mIoU in % by {name.replace('_', ' ')}"] = (value, "", without)
-        if told.get("top1") is not None:
-            share, count = told["top1"] / 100, told["pictures"]
+        if info.get("top1") is not None:
+            share, count = info["top1"] / 100, info["pictures"]
             half = 196 * (share * (1 - share) / count) ** 0.5
             span = f"± {half:.1f}, the 95 % interval of {count:.0f} pictures"
-            found["top-1 in %"] = (told["top1"], span, "")
+            found["top-1 in %"] = (info["top1"], span, "")
         return found
 
     def _when(self, picture: Path) -> str:
@@ -151,9 +151,9 @@ def settings_of(runs: list[RunFolder]) -> dict[str, list[RunFolder]]:
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
         seed = run.config.get("run.seed")
-        told = {k: v for k, v in run.config.items() if k not in ("run.dir", "run.seed")}
+        info = {k: v for k, v in run.config.items() if k not in ("run.dir", "run.seed")}
         # What they start from lies in folders named by the seed, as a sweep has it.
-        key = json.dumps(told).replace(f"seed-{seed}", "seed")
+        key = json.dumps(info).replace(f"seed-{seed}", "seed")
         twice = seed in [other.config.get("run.seed") for other in groups.get(key, [])]
         groups.setdefault(f"{key} {run.name}" if twice else key, []).append(run)
     named = {}
@@ -168,9 +168,9 @@ def settings_of(runs: list[RunFolder]) -> dict[str, list[RunFolder]]:
 
 def mean_and_std(group: list[RunFolder], name: str) -> tuple[list[int], list[float], list[float]]:
     """Steps, mean over seeds and standard deviation (0 of one seed) where all recorded a number."""
-    told = [dict(zip(*run.column(name), strict=True)) for run in group]
-    told = [one for one in told if one]
-    steps = sorted(set.intersection(*map(set, told))) if told else []
-    values = [[one[step] for one in told] for step in steps]
+    info = [dict(zip(*run.column(name), strict=True)) for run in group]
+    info = [one for one in info if one]
+    steps = sorted(set.intersection(*map(set, info))) if info else []
+    values = [[one[step] for one in info] for step in steps]
     spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
     return steps, [statistics.mean(v) for v in values], spread

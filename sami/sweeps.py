@@ -61,10 +61,10 @@ class Sweep(Spec):
 
     def needed(self, run: Run, name: str) -> list[str]:
         """The stages whose folders a stage names."""
-        text = json.dumps(self.told(run, name))
+        text = json.dumps(self.arguments(run, name))
         return [other for other in self.stages if other != name and f"{{{other}}}" in text]
 
-    def told(self, run: Run, name: str) -> tuple[str | None, list[Any], dict[str, Any]]:
+    def arguments(self, run: Run, name: str) -> tuple[str | None, list[Any], dict[str, Any]]:
         """A stage's config, its arguments in front, and its options, with {names} in them."""
         stage, overrides = self.stages[name], run.overrides[name]
         options = stage.set | {key: value for key, value in overrides.items() if key}
@@ -79,7 +79,7 @@ class Sweep(Spec):
             steps: in place of "{time of SETTING}".
         """
         stage = self.stages[name]
-        config, argv, options = self.told(run, name)
+        config, argv, options = self.arguments(run, name)
         folders = {other: str(self.folder(run, other)) for other in self.stages}
 
         def fill(value: Any) -> str:
@@ -116,7 +116,7 @@ class Sweep(Spec):
         return other
 
     def _time_of(self, run: Run, name: str) -> str | None:
-        return next(filter(None, map(time_of, self.told(run, name)[2].values())), None)
+        return next(filter(None, map(time_of, self.arguments(run, name)[2].values())), None)
 
     def _with_grid(self, options: dict[str, Any], run: Run, name: str) -> dict[str, Any]:
         """The options of a stage 2; from random weights, with the positions of its rivals' stage 1.
@@ -145,7 +145,7 @@ class Sweep(Spec):
         for run, start in starts:
             begun = re.fullmatch(r"\{(\w+)\}", str(start))
             if begun and begun[1] in self.stages and self.stages[begun[1]].config:
-                config, _, options = self.told(run, begun[1])
+                config, _, options = self.arguments(run, begun[1])
                 grids.add(grid_of_config(shipped(config), options))
         return grids
 

@@ -62,12 +62,12 @@ def open_source(args: argparse.Namespace, folder: Path) -> tuple[SampleSource, s
     """
     if args.coco is not None:
         require(args.pictures is not None, "--coco needs --pictures, the folder of its pictures")
-        told = read_coco(args.coco)
-        source = CocoSource.of(told, args.pictures, args.samples, args.keep_crowd)
-        annotations = [len(one.annotations) for one in told.entries.values()]
+        info = read_coco(args.coco)
+        source = CocoSource.of(info, args.pictures, args.samples, args.keep_crowd)
+        annotations = [len(one.annotations) for one in info.entries.values()]
         whole = args.masks is None and len(source) == sum(map(bool, annotations))
         whole = whole and not args.keep_crowd
-        return source, data_set(len(told.entries), sum(annotations)) if whole else None
+        return source, data_set(len(info.entries), sum(annotations)) if whole else None
     require(not args.keep_crowd, "--keep-crowd goes with --coco")
     sources = open_sources(expand(args.shards, "--shards"), folder, print)
     shards = [shard for source in sources for shard in source.shards]
@@ -137,12 +137,12 @@ def show(rows: list[dict[str, Any]], data: str | None) -> None:
     for row in rows:
         whole, *sizes = row["miou"].values()
         name = row["prompt"] if row["choice"] == CHOICES[0] else ""
-        cells = [interval(whole), *(percent(told["mean"]) for told in sizes)]
+        cells = [interval(whole), *(percent(info["mean"]) for info in sizes)]
         table.append([name, row["choice"], *cells])
         if row["choice"] in TRIVIAL and data is not None:
-            for model, told in PAPER[data].items():
-                if row["prompt"] in told:
-                    figure = f"{told[row['prompt']]:.1f}"
+            for model, info in PAPER[data].items():
+                if row["prompt"] in info:
+                    figure = f"{info[row['prompt']]:.1f}"
                     table.append(["", f"{model} *", figure, *["-"] * len(sizes)])
     caption = (
         "In brackets: 95 % intervals. predicted: the mask that the model thinks best; oracle: the "
@@ -216,9 +216,9 @@ def main() -> int:
     for line in coco.summary(pictures, unusable, "beyond --samples") if coco else []:
         print(line)
     if args.out is not None:
-        told = {"path": args.model, "sha256": sha256_of(weights.file), "step": weights.step}
+        info = {"path": args.model, "sha256": sha256_of(weights.file), "step": weights.step}
         result = {
-            "model": told | model.shape.header(),
+            "model": info | model.shape.header(),
             "command": sys.argv,
             "pictures": pictures,
             "unusable": unusable.total(),

@@ -85,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        told = {"command": sys.argv, "pictures": counts[0], "val_pictures": counts[1]}
-        write_text(out, json.dumps(result | told, indent=1) + "\n")
+        info = {"command": sys.argv, "pictures": counts[0], "val_pictures": counts[1]}
+        write_text(out, json.dumps(result | info, indent=1) + "\n")
     return 0
 
 

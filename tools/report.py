@@ -108,8 +108,8 @@ def needs_no_model(groups: dict[str, list[RunFolder]], name: str) -> tuple[str, 
     if not name.startswith("val_miou"):
         return "", []
     runs = [run for group in groups.values() for run in group]
-    told = [run.column(name.replace("miou", "trivial"))[1][-1:] for run in runs]
-    values = sorted({round(value, 6) for one in told for value in one})
+    info = [run.column(name.replace("miou", "trivial"))[1][-1:] for run in runs]
+    values = sorted({round(value, 6) for one in info for value in one})
     return TRIVIAL[not name.endswith("box")], values
 
 
@@ -145,12 +145,12 @@ def short(value: Any) -> str:
 
 def evaluations(runs: list[RunFolder]) -> str:
     """mIoU of what was evaluated, with intervals over pictures."""
-    told = {run.name: run.evaluation for run in runs if run.evaluation}
-    if not told:
+    info = {run.name: run.evaluation for run in runs if run.evaluation}
+    if not info:
         return ""
-    prompts = list(dict.fromkeys(r["prompt"] for one in told.values() for r in one["results"]))
+    prompts = list(dict.fromkeys(r["prompt"] for one in info.values() for r in one["results"]))
     rows = []
-    for name, found in told.items():
+    for name, found in info.items():
         for choice, chosen in CHOICES.items():
             results = [result for result in found["results"] if result["choice"] in chosen]
             there = {result["prompt"]: result["miou"]["all"] for result in results}
@@ -170,16 +170,16 @@ def evaluations(runs: list[RunFolder]) -> str:
 
 def held_out(runs: list[RunFolder]) -> str:
     """What the runs measured themselves when they were finished."""
-    told = {run.name: run.summary["evaluation"] for run in runs if run.summary.get("evaluation")}
-    if not told:
+    info = {run.name: run.summary["evaluation"] for run in runs if run.summary.get("evaluation")}
+    if not info:
         return ""
-    names = list(dict.fromkeys(name for one in told.values() for name in one))
+    names = list(dict.fromkeys(name for one in info.values() for name in one))
 
     def cell(one: dict[str, Any], name: str) -> str:
         known = f"val_{name}" in SHARES and name in one
         return percent(one[name]) if known else short(one.get(name))
 
-    rows = [[run, *(cell(one, name) for name in names)] for run, one in told.items()]
+    rows = [[run, *(cell(one, name) for name in names)] for run, one in info.items()]
     head = [f"{name}, %" if f"val_{name}" in SHARES | PERCENT else name for name in names]
     return "<h3>Held out, at the end</h3>" + table(["run", *head], rows)
 
@@ -218,8 +218,8 @@ def comparison(found: Results) -> str:
     rows = []
     for one in found.differences():
         low, high = ("-" if one[end] is None else f"{one[end]:+.1f}" for end in ("low", "high"))
-        told = [f"{one['first']} - {one['other']}", one["measure"], f"{one['mean']:+.1f}"]
-        rows.append([*told, f"{low} to {high}", f"{one['ahead']} of {len(one['by_seed'])}"])
+        info = [f"{one['first']} - {one['other']}", one["measure"], f"{one['mean']:+.1f}"]
+        rows.append([*info, f"{low} to {high}", f"{one['ahead']} of {len(one['by_seed'])}"])
     head = ["paired by seed", "measure", "mean", "95 % interval", "ahead in seeds"]
     caption = "Differences in points, with the interval of their mean over seeds (t)"
     return text + table(head, rows, caption) + conclusions(found)
@@ -259,11 +259,11 @@ def summary(runs: list[RunFolder], found: Results | None) -> str:
 
 def results(group: list[RunFolder]) -> str:
     """The main numbers of a setting's runs, with what they are uncertain by and compared with."""
-    told = [run.numbers for run in group]
-    names = list(dict.fromkeys(name for one in told for name in one))
+    info = [run.numbers for run in group]
+    names = list(dict.fromkeys(name for one in info for name in one))
     parts = []
     for name in names:
-        there = [one[name] for one in told if name in one]
+        there = [one[name] for one in info if name in one]
         digits = 1 if "%" in name else 3
         value = f"{statistics.mean(value for value, _, _ in there):.{digits}f}"
         if len(there) > 1:
@@ -278,22 +278,22 @@ def about(runs: list[RunFolder]) -> str:
     """Where the runs were made, and from what."""
     rows = []
     for run in runs:
-        told, hardware = run.summary, run.summary.get("hardware") or {}
+        info, hardware = run.summary, run.summary.get("hardware") or {}
         machine = f"{hardware.get('processes')} x {hardware.get('gpu') or 'CPU'}"
         threads = f"{machine}, {hardware.get('threads')} thread(s), {hardware.get('precision')}"
-        teacher = told.get("teacher") or {}
+        teacher = info.get("teacher") or {}
         learnt = f"{teacher.get('name')} {str(teacher.get('sha256') or '')[:12]}".strip()
-        data, bad = told.get("data") or {}, told.get("bad_samples") or {}
+        data, bad = info.get("data") or {}, info.get("bad_samples") or {}
         rows.append(
             [
                 run.name,
-                f"{told.get('status')}, {run.step} steps",
+                f"{info.get('status')}, {run.step} steps",
                 threads,
                 f"{data.get('pictures')} ({data.get('fingerprint')})",
                 learnt if teacher else "-",
                 ", ".join(f"{count} {why}" for why, count in bad.items()) or "0",
-                ", ".join(f"{name} {v}" for name, v in (told.get("versions") or {}).items()),
-                str(told.get("commit"))[:60],
+                ", ".join(f"{name} {v}" for name, v in (info.get("versions") or {}).items()),
+                str(info.get("commit"))[:60],
             ]
         )
     head = ["run", "state", "machine", "pictures", "teacher", "bad samples", "versions", "commit"]

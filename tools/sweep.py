@@ -83,7 +83,7 @@ def check(sweep: Sweep, runs: list[Run], values: bool = True) -> None:
                 except UserError as error:
                     raise UserError(f"{sweep.path}: {name}: {error}") from error
                 continue
-            for key in sorted(sweep.told(run, name)[2]):
+            for key in sorted(sweep.arguments(run, name)[2]):
                 require(
                     key in known,
                     f"{sweep.path}: {name}.{key} is no field of {stage.entry}; python "

@@ -37,7 +37,7 @@ def draw_sample(rng: np.random.Generator, width: int = 2250, height: int = 1500)
     buffer = io.BytesIO()
     picture = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
     picture.save(buffer, "JPEG", quality=90)
-    told = []
+    info = []
     for _ in range(100):
         side = int(np.exp(rng.uniform(np.log(30), np.log(900))))
         blob = Image.fromarray(rng.random((7, 7), np.float32)).resize(
@@ -49,7 +49,7 @@ def draw_sample(rng: np.random.Generator, width: int = 2250, height: int = 1500)
         shape = (np.asarray(blob) > 0.3) & (x**2 + y**2 < 1)
         mask[top : top + side, left : left + side] = shape
         runs = coco_mask.encode(mask)
-        told.append(
+        info.append(
             {
                 "segmentation": {"size": [height, width], "counts": runs["counts"].decode()},
                 "area": int(mask.sum()),
@@ -58,7 +58,7 @@ def draw_sample(rng: np.random.Generator, width: int = 2250, height: int = 1500)
             }
         )
     image = {"width": width, "height": height, "file_name": "sa_0.jpg", "image_id": 0}
-    document = json.dumps({"image": image, "annotations": told}).encode()
+    document = json.dumps({"image": image, "annotations": info}).encode()
     return RawSample("drawn", {PICTURE: buffer.getvalue(), "json": document})
 
 
@@ -66,9 +66,9 @@ def sample_path(args: argparse.Namespace) -> None:
     """From SA-1B's bytes to what stage 2 trains on, against the plain way, on one core."""
     sample = draw_sample(np.random.default_rng(0))
     picture, document = sample.part(PICTURE), sample.part("json")
-    told = parse_annotations(document)
-    size = (told.height, told.width)
-    runs = [mask.counts for mask in told.masks[:64]]
+    info = parse_annotations(document)
+    size = (info.height, info.width)
+    runs = [mask.counts for mask in info.masks[:64]]
     shapes = [{"size": list(size), "counts": counts.encode()} for counts in runs]
     ours = PromptTransform(MaskDataConfig(), PromptConfig(), 256, seed=0)
 
