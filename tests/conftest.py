@@ -44,9 +44,13 @@ def pytest_configure(config):
 
 
 def _skip_programs(event: str, given: tuple) -> None:
-    """A test that comes to start one of PROGRAMS ends there; no list of tests has to be kept."""
+    """A test that comes to start a program of PROGRAMS ends there; no list of tests has to be kept.
+
+    What ``pipe:`` runs, git and the like are quick.
+    """
     if event == "subprocess.Popen" and PROGRAMS.match(Path(os.fsdecode(given[0])).name):
-        pytest.skip("starts a program, and --quick does without")
+        if "-c" not in given[1] or "python" in os.fsdecode(given[0]):
+            pytest.skip("starts a program, and --quick does without")
 
 
 @pytest.fixture(autouse=True, scope="session")
