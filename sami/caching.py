@@ -90,7 +90,7 @@ class Manifest:
             content["shards"][name] = record
 
     def _changed(self) -> contextlib.AbstractContextManager[dict[str, Any]]:
-        return changed(self.path, f"bring {self.path} back, or delete the folder")
+        return changed(self.path, "bring it back, or delete the folder")
 
 
 @contextlib.contextmanager
@@ -243,7 +243,7 @@ class Verified:
         """By name what identifies the file that was found right."""
         found: dict[str, Any] = {}
         for file in (self.own, self.other):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, TypeError):
                 found |= json.loads(file.read_bytes())
         return found
 

@@ -62,19 +62,10 @@ class Cache:
         teacher: Teacher, info: Mapping[str, Any], grid: int, dtype: str, precision: str = "fp32"
     ) -> "Cache":
         """A teacher's; ``info``: what :func:`sami.teacher.describe_teacher` says of it."""
-        return Cache(
-            name=info["name"],
-            sha256=info["sha256"],
-            random=info["random"],
-            layer=teacher.layer,
-            image_size=teacher.image_size,
-            patch_size=teacher.stride,
-            channels=teacher.channels,
-            grid=grid,
-            dtype=dtype,
-            precision=precision,
-            resize=teacher.resize,
-        )
+        whose = {name: info[name] for name in ("name", "sha256", "random")}
+        seen = {name: getattr(teacher, name) for name in ("layer", "image_size", "channels")}
+        kept = {"grid": grid, "dtype": dtype, "precision": precision, "resize": teacher.resize}
+        return Cache(**whose, **seen, **kept, patch_size=teacher.stride)
 
     def header(self) -> dict[str, Any]:
         """As JSON has it; without ``resize`` where it is SAM's, as it always was."""

@@ -153,12 +153,7 @@ class Decoder(nn.Module):
     """What both decoders are made of: the blocks make the difference."""
 
     def __init__(
-        self,
-        config: CrossDecoderConfig,
-        encoder_width: int,
-        grid: int,
-        class_tokens: int,
-        blocks: list[nn.Module],
+        self, config: CrossDecoderConfig, encoder_width: int, grid: int, class_tokens: int = 1
     ) -> None:
         super().__init__()
         self.class_tokens = class_tokens
@@ -166,7 +161,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         positions = sincos_positions(grid, config.width)
         self.register_buffer("positions", positions, persistent=False)
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(self.make_block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.apply(initialise)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -175,18 +170,9 @@ class Decoder(nn.Module):
 class CrossDecoder(Decoder):
     """SAMI's decoder: the visible features are anchors and pass by it unchanged."""
 
-    def __init__(
-        self,
-        config: CrossDecoderConfig,
-        encoder_width: int,
-        grid: int,
-        class_tokens: int = 1,
-    ) -> None:
-        masked_memory = config.memory == "visible_and_masked"
-        blocks = [
-            CrossBlock(config.width, config.heads, masked_memory) for _ in range(config.depth)
-        ]
-        super().__init__(config, encoder_width, grid, class_tokens, blocks)
+    @staticmethod
+    def make_block(config: CrossDecoderConfig) -> nn.Module:
+        return CrossBlock(config.width, config.heads, config.memory == "visible_and_masked")
 
     def forward(
         self, encoded: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
@@ -208,15 +194,9 @@ class CrossDecoder(Decoder):
 class JointDecoder(Decoder):
     """MAE's decoder: all tokens, the class token too, attend to each other."""
 
-    def __init__(
-        self,
-        config: CrossDecoderConfig,
-        encoder_width: int,
-        grid: int,
-        class_tokens: int = 1,
-    ) -> None:
-        blocks = [vit_block(config.width, config.heads) for _ in range(config.depth)]
-        super().__init__(config, encoder_width, grid, class_tokens, blocks)
+    @staticmethod
+    def make_block(config: CrossDecoderConfig) -> nn.Module:
+        return vit_block(config.width, config.heads)
 
     def forward(
         self, encoded: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor

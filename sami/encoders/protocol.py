@@ -69,8 +69,8 @@ class ImageEncoder(Protocol):
         width: D of the tokens, ``channels``: C of the map, ``stride``: pixels between two cells of
             the map, ``image_size``: side in pixels of the input that it is made for.
         class_tokens: how many tokens stand before those of the patches.
-        normalise: module from images [B, 3, H, W], integers in 0..255 or floating point in 0..1,
-            to what ``tokens`` and ``maps`` take.
+        normalise: module, with buffers ``mean`` and ``std``, from images [B, 3, H, W], integers in
+            0..255 or floating point in 0..1, to what ``tokens`` and ``maps`` take.
         resize: how a whole image is brought into a square input. longest: its longest side to the
             square's, the rest is padding; square: both sides, whatever the aspect.
         prefix: of its tensors' names in the files that it is loaded from.
