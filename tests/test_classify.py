@@ -72,6 +72,20 @@ def test_colours_are_learnt_and_the_file_is_timms(shards, tmp_path, in_process):
     assert (tmp_path / "run" / "classifier.safetensors").exists()
 
 
+def test_any_even_cut_mixes_the_same_pairs(shards, tmp_path, in_process):
+    """With mixup and cutmix; what torch draws for a whole micro-batch, drop path, is off."""
+    lines = []
+    for micro in (16, 4, 2):
+        more = {"train.micro_batch_size": micro, "optim.lr": 3e-3, "augment.auto": ""}
+        code, said = in_process(main, words(tmp_path / str(micro), shards, **more))
+        assert code == 0, said
+        lines.append(numbers(tmp_path / str(micro)))
+    losses = [[line["loss"] for line in part] for part in lines]
+    assert len(losses[0]) == 6 and abs(losses[0][-1] - losses[0][0]) > 1e-3
+    for part in losses[1:]:
+        assert part == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_stopped_it_goes_on_exactly(shards, tmp_path, in_process):
     assert in_process(main, words(tmp_path / "whole", shards))[0] == 0
     (tmp_path / "parts").mkdir()
