@@ -17,6 +17,8 @@ from sami.encoders.protocol import EncoderShape, token_map
 from sami.encoders.registry import ENCODERS, KINDS, TEACHERS, Architecture, TeacherSource, build
 from sami.extraction import describe_preprocessing, extract_whole, prepare
 from sami.features import Cache
+from sami.model import CrossDecoderConfig
+from sami.pretrain import PretrainConfig
 from sami.teacher import TeacherConfig, describe_teacher, load_teacher
 from tests.test_images import encode
 from tools.cost import cache_bytes, find_parts
@@ -146,15 +148,10 @@ def test_a_teacher_is_asked_for_all_that_is_its_own(mine):
 
 
 def test_what_it_costs_is_asked_of_it(mine):
-    groups = {
-        "data": {"image_size": 64},
-        "encoder": {"name": "custom"},
-        "teacher": vars(mine),
-        "decoder": {"width": 48, "depth": 1, "heads": 4},
-        "mask": {"ratio": 0.75},
-        "target": {"kind": "teacher"},
-    }
-    parts = {part.name.split()[0]: part for part in find_parts("sami/pretrain.py", groups)}
+    config = PretrainConfig(encoder=EncoderConfig("custom"), teacher=mine)
+    config.data.image_size = 64
+    config.decoder = CrossDecoderConfig(width=48, depth=1, heads=4)
+    parts = {part.name.split()[0]: part for part in find_parts("sami/pretrain.py", config)}
     assert parts["teacher"].macs == 16 * (3 * 144 * 6 + 6 * 4)
     assert parts["head"].parameters == 48 * 4 + 4
     assert cache_bytes(mine)["4 x 4 int8"] == 4 * (16 + 4)
