@@ -48,9 +48,11 @@ def _skip_programs(event: str, given: tuple) -> None:
 
     What ``pipe:`` runs, git and the like are quick.
     """
-    if event == "subprocess.Popen" and PROGRAMS.match(Path(os.fsdecode(given[0])).name):
-        if "-c" not in given[1] or "python" in os.fsdecode(given[0]):
-            pytest.skip("starts a program, and --quick does without")
+    if event != "subprocess.Popen" or "PYTEST_CURRENT_TEST" not in os.environ:  # pytest's own
+        return
+    name = Path(os.fsdecode(given[0])).name
+    if PROGRAMS.match(name) and ("-c" not in given[1] or name.startswith("python")):
+        pytest.skip("starts a program, and --quick does without")
 
 
 @pytest.fixture(autouse=True, scope="session")
