@@ -52,7 +52,6 @@ def tar_of(count: int, size: int = 20_000, seed: int = 0) -> bytes:
 
 @pytest.fixture
 def server():
-    pytest.importorskip("aiohttp")
     network._DESCRIBED.clear()
     with serving() as state:
         yield state
