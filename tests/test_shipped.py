@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from sami.core import shipped
-from tests.runs import ROOT, run
+from tests.runs import ROOT
 
 
 @pytest.fixture
@@ -42,15 +43,21 @@ def test_in_an_installed_package(installed, tmp_path):
     assert str(shipped.find("nowhere.yaml")) == "nowhere.yaml"
 
 
-def test_a_config_is_found_from_anywhere(tmp_path):
-    words = [
-        sys.executable,
-        str(ROOT / "sami/pretrain.py"),
-        "--config",
-        "configs/pretrain/toy.yaml",
-    ]
-    done = run([*words, "--print_config"], cwd=tmp_path)
-    assert done.returncode == 0 and "dir: runs/toy" in done.stdout
+@pytest.mark.parametrize(
+    ("entry", "config"),
+    [
+        ("sami/pretrain.py", "pretrain/toy"),
+        ("finetune/train.py", "finetune/toy"),
+        ("finetune/classify.py", "classify/sami_ti"),
+    ],
+)
+def test_a_true_command_line_finds_its_config_from_anywhere(entry, config, tmp_path):
+    """With a Python of its own, as a user has it; other tests fork theirs (tests/preloaded.py)."""
+    words = [sys.executable, str(ROOT / entry), "--config", f"configs/{config}.yaml"]
+    done = subprocess.run([*words, "--print_config"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    given = yaml.safe_load((ROOT / f"configs/{config}.yaml").read_text())
+    assert yaml.safe_load(done.stdout)["run"]["dir"] == given["run"]["dir"]
 
 
 @pytest.mark.parametrize("name", ["demo.sh", "test.sh", "oldest.sh"])
