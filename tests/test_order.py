@@ -79,15 +79,36 @@ def test_what_is_wanted_next_is_known(order, data):
     shard, _ = order.rows(epoch, np.array([position]))
     assert shard[0] in ahead
     if len(order.sources) == 1:
-        windows = [
-            made.shards[first:last].tolist()
-            for made in (order._windows(epoch, 0) for epoch in range(4))
-            for first, last in zip(made.cuts, made.cuts[1:], strict=False)
-        ]
-        per_epoch = len(windows) // 4
-        now = per_epoch * epoch + int(order._windows(epoch, 0).of(np.array([position]))[0])
-        assert shard[0] in windows[now]
-        assert ahead == list(dict.fromkeys(windows[now] + windows[now + 1]))
+        # what is read, window after window: an epoch may end before all of them
+        last, read = order.epoch_positions - 1, []
+        for now in range(epoch, epoch + 2):
+            made = order._windows(now, 0)
+            read += [
+                made.shards[first:end].tolist()
+                for first, end, start, stop in zip(
+                    made.cuts, made.cuts[1:], made.starts, made.starts[1:], strict=False
+                )
+                if start < stop and start <= last and (now > epoch or stop > position)
+            ]
+        assert ahead == list(dict.fromkeys(read[0] + read[1]))
+
+
+@pytest.mark.parametrize("weights", [(None,), (0.5, 0.5)])
+def test_what_a_short_epoch_leaves_out_is_not_wanted(weights):
+    """Of shards that are fetched whole, that would be for nothing, in each epoch."""
+    sources = [bare((10,) * 20, weight) for weight in weights]
+    order = order_of(sources, epoch_samples=24 * len(weights))
+    length = order.epoch_positions
+    for index in range(3 * length):
+        read = {
+            shard
+            for epoch in range(4)
+            for shard, _ in pairs(order, epoch, range(length))
+            if epoch in (index // length, index // length + 1)
+        }
+        assert set(order.shards_ahead(index)) <= read
+    begins = {shard for shard, _ in pairs(order, 1, range(length // 3))}
+    assert begins <= set(order.shards_ahead(length - 1))
 
 
 @given(orders(), st.integers(0, 2))
@@ -150,6 +171,15 @@ def test_epochs_and_seeds_differ_and_leave_out_other_samples():
     short = order_of([bare(counts)], epoch_samples=10)
     assert short.samples == 10 and short.steps_per_epoch == 2
     assert len({frozenset(pairs(short, epoch, range(8))) for epoch in range(9)}) == 9
+
+
+def test_an_epoch_of_weights_is_as_long_as_can_be():
+    for weights, counts, samples in (((7, 5), (35, 99), 60), ((9, 5), (9, 99), 14)):
+        shares = [weight / sum(weights) for weight in weights]
+        sources = [bare((count,), share) for count, share in zip(counts, shares, strict=True)]
+        assert order_of(sources, batch=1).samples == samples
+        parts = apportion(shares, samples)
+        assert all(part <= count for part, count in zip(parts, counts, strict=True))
 
 
 def test_weights_are_shares_of_the_samples_evenly_mixed():

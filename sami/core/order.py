@@ -62,7 +62,9 @@ class Order:
         self.sources, self.seed = sources, seed
         self.batch_size, self.window = batch_size, window
         self.shards: list[Shard] = [shard for source in sources for shard in source.shards]
-        self.samples = min(int(source.count / (source.weight or 1.0)) for source in sources)
+        fitting = (source.count / (source.weight or 1.0) for source in sources)
+        # In floats, 35 samples for a share of 7/12 are a hair less than 60 in all.
+        self.samples = int(min(fitting) * (1 + 1e-12))
         self.samples = min(self.samples, epoch_samples or self.samples)
         self.steps_per_epoch = self.samples // batch_size
         self._counts = np.array([shard.count for shard in self.shards], np.int64)
@@ -113,19 +115,24 @@ class Order:
             yield int(shard[0]), int(row[0])
 
     def shards_ahead(self, index: int) -> list[int]:
-        """The shards of the windows that a sample index lies in, and then of those that follow."""
+        """The shards of the windows that a sample index lies in, and of those that are read next.
+
+        What an epoch leaves out, as it is short or a batch does not fill, is not among them.
+        """
         epoch, position = divmod(index, self.epoch_positions)
         parts = apportion([source.weight or 1.0 for source in self.sources], self.epoch_positions)
         found: list[list[int]] = [[], []]
         for number, part in enumerate(parts):
-            ordinal = min(_before(position, part, self.epoch_positions), max(part - 1, 0))
-            windows = self._windows(epoch, number)
-            window = int(windows.of(np.array([ordinal]))[0])
-            following = window + 1, windows
-            if window + 2 == len(windows.cuts):
-                following = 0, self._windows(epoch + 1, number)
-            for shards, (k, of) in zip(found, ((window, windows), following), strict=True):
-                shards += of.shards[of.cuts[k] : of.cuts[k + 1]].tolist()
+            if not part:
+                continue
+            of, at = epoch, min(_before(position, part, self.epoch_positions), part - 1)
+            for shards in found:
+                windows = self._windows(of, number)
+                window = int(windows.of(np.array([at]))[0])
+                shards += windows.shards[windows.cuts[window] : windows.cuts[window + 1]].tolist()
+                at = int(windows.starts[window + 1])
+                if at >= part:
+                    of, at = of + 1, 0
         return list(dict.fromkeys(found[0] + found[1]))
 
     # -- of one source ------------------------------------------------------------------------
