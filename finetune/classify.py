@@ -120,7 +120,7 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
         # ---- One optimizer step
         run.seed_step(loop.step)
         for batch, last in loop.micro_batches():
-            np.random.seed(run.number_of(loop.step))  # timm's mixup draws alike in all parts
+            np.random.seed(run.seed_of(loop.step))  # timm's mixup draws alike in all parts
             with contextlib.nullcontext() if last else run.accelerator.no_sync(wrapped):
                 losses = wrapped(batch.images, batch.labels)
                 run.accelerator.backward(propagate_nonfinite(losses["loss"]) / plan.parts)

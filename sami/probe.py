@@ -7,6 +7,7 @@ each picture's central square. They rank encoders; the paper's numbers are those
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,13 +47,14 @@ def labelled_squares(shards: list[Shard], numbers: np.ndarray, size: int) -> Val
         numbers: of the samples in the shards laid end to end, ascending.
         size: in pixels.
     """
+    source = ShardSource(shards, (PICTURE, "cls"), numbers)
+    return Validation(source, partial(_decode, size=size), _collate)
 
-    def decode(sample: RawSample) -> tuple[np.ndarray, int]:
-        picture = open_image(sample.part(PICTURE))
-        square = cut(picture, centre_square(*picture.upright), [size], False)[0]
-        return square, read_label(sample)
 
-    return Validation(ShardSource(shards, (PICTURE, "cls"), numbers), decode, _collate)
+def _decode(sample: RawSample, size: int) -> tuple[np.ndarray, int]:
+    picture = open_image(sample.part(PICTURE))
+    square = cut(picture, centre_square(*picture.upright), [size], False)[0]
+    return square, read_label(sample)
 
 
 def _collate(items: list[tuple[np.ndarray, int]]) -> LabelledBatch:

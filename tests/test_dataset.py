@@ -1,21 +1,25 @@
 """From shards to batches: the same ones on any number of processes, whatever is bad."""
 
 import os
+import pickle
+import resource
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
+from finetune.classification import AugmentConfig, LabelDataConfig, LabelTransform
 from sami.core import dataset as module
 from sami.core import reading
-from sami.core.dataset import MicroBatches, ShardSource, Training, load
+from sami.core.dataset import HandsOver, MicroBatches, ShardSource, Training, Validation, load
 from sami.core.errors import BadSample, UserError
 from sami.core.index import Source
 from sami.core.order import Order
 from sami.core.scanning import PICTURE
 from sami.data import CropTransform
 from sami.masking import MaskConfig
+from sami.probe import labelled_squares
 from tests.runs import opened, write_shards
 
 VIEWS = CropTransform(0, 32, 48, 4, MaskConfig(ratio=0.75), (0.2, 1.0), True)
@@ -204,6 +208,39 @@ def test_a_killed_worker_ends_with_a_sentence(sources):
 
     with pytest.raises(UserError, match="a process that reads data was killed"):
         steps_of(order_of(sources, 4), 0, 1, workers=1, transform=Deadly())
+
+
+def test_what_workers_are_given_can_be_sent_to_them(sources):
+    """Where processes are not forked: on macOS, and on Linux from Python 3.14 on."""
+    shards, part = sources[0].shards, range(6)
+    source = ShardSource.first(shards, VIEWS.fields)
+    datasets = [
+        Training(order_of(sources, 12), VIEWS),
+        Validation(source, VIEWS.decode_held_out, VIEWS.collate),
+        labelled_squares(shards, np.arange(46), 32),
+        Training(order_of(sources, 12), LabelTransform(LabelDataConfig(), AugmentConfig(), 0)),
+    ]
+    for number, dataset in enumerate(datasets):
+        if number < 2:
+            dataset.__getitems__(part)  # with shards open
+        again = pickle.loads(pickle.dumps(HandsOver(dataset)))
+        if number < 2:
+            (ours, _), (theirs, _) = (one.__getitems__(part) for one in (dataset, again))
+            assert torch.equal(ours.student, theirs.student) and ours.keys == theirs.keys
+
+
+def test_eight_workers_within_256_files(tmp_path):
+    """However many shards are shuffled together."""
+    order = order_of(opened(write_shards(tmp_path, (2,) * 150), tmp_path), 100, window=150)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        steps = steps_of(order, 0, 6, workers=8, transform=VIEWS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for epoch in range(2):
+        keys = [key for ((batch, _),) in steps[3 * epoch : 3 * epoch + 3] for key in batch.keys]
+        assert len(set(keys)) == 300
 
 
 def test_samples_of_shards_laid_end_to_end(sources):

@@ -143,14 +143,14 @@ class Training(Dataset):
         positions = np.arange(first, first + len(indices))
         items: list[Any] = [None] * len(indices)
         bad: dict[int, tuple[str, str]] = {}
-        for place, sample in self.reader.read(*self.order.rows(epoch, positions)):
+        for slot, sample in self.reader.read(*self.order.rows(epoch, positions)):
             try:
-                items[place] = self.transform.decode(sample, epoch, False)
+                items[slot] = self.transform.decode(sample, epoch, False)
             except BadSample as error:
-                bad[place] = str(error), sample.key
-        for place in sorted(bad):
-            items[place] = self._replacement(epoch, first + place, *bad[place])
-        return self.transform.collate(items), [bad[place] for place in sorted(bad)]
+                bad[slot] = str(error), sample.key
+        for slot in sorted(bad):
+            items[slot] = self._replacement(epoch, first + slot, *bad[slot])
+        return self.transform.collate(items), [bad[slot] for slot in sorted(bad)]
 
     def _replacement(self, epoch: int, position: int, reason: str, key: str) -> Any:
         """A good sample for a bad one's position, decoded as such: in another crop."""

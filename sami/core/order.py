@@ -19,8 +19,9 @@ import numpy as np
 
 from sami.core.index import Shard, Source
 
-# Permuted windows that are held: the one that is read and the next, of a few sources.
-HELD_WINDOWS = 8
+# Permuted windows that are held beside those that are read, for replacements from anywhere: one of
+# 64 of SA-1B's shards takes 6 MB in each process that reads.
+HELD_WINDOWS = 2
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ class Run:
         digest = hashlib.blake2b(f"{self.config.seed}/{step}/{self.rank}".encode(), digest_size=8)
         torch.manual_seed(int.from_bytes(digest.digest(), "little"))
 
-    def number_of(self, step: int) -> int:
+    def seed_of(self, step: int) -> int:
         """A seed under 2^32 that is a function of (seed, step), for what all ranks draw alike."""
         digest = hashlib.blake2b(f"{self.config.seed}/{step}".encode(), digest_size=4).digest()
         return int.from_bytes(digest, "little")
