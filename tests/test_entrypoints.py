@@ -223,6 +223,10 @@ BAD_INPUT = {
         "try --train.batch_size 8 or 10",
     ),
     "too large a batch": (["--train.batch_size=512"], "less than one train.batch_size of 512"),
+    "too short an epoch": (
+        ["--data.epoch_samples=7"],
+        "data.epoch_samples 7 is less than one train.batch_size of 8; raise the former",
+    ),
     "mask": (["--mask.ratio=1.0"], "mask.ratio 1.0"),
     "mask leaves nothing": (["--mask.ratio=0.99"], "leaves 0 of 16 patches visible"),
     "size": (

@@ -85,6 +85,12 @@ def plan_training(data: ShardsConfig, train: TrainConfig, run: Run) -> Plan:
         window=data.window,
         epoch_samples=data.epoch_samples,
     )
+    asked = data.epoch_samples or train.batch_size
+    require(
+        asked >= train.batch_size,
+        f"data.epoch_samples {asked} is less than one train.batch_size of {train.batch_size}; "
+        "raise the former or lower the latter",
+    )
     require(
         order.steps_per_epoch > 0,
         f"data.shards hold {order.samples} pictures, less than one train.batch_size of "
