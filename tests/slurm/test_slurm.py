@@ -24,7 +24,7 @@ ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 STEPS = {"pretrain": 300, "finetune": 160}  # some seconds, also on a fast machine
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
     one = Cluster(folder / "cluster")
@@ -34,12 +34,12 @@ def cluster(tmp_path_factory):
         one.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """Shards with masks."""
     done = draw(tmp_path_factory.mktemp("scenes"), "--shards", "2", "--pictures", "16")
@@ -77,7 +77,7 @@ def long_run(stage, folder, data):
     return {"pretrain": arguments, "finetune": stage2_arguments}[stage](folder, data, **options)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def references(shards, scenes, tmp_path_factory):
     """What the long runs say without SLURM."""
     found = {}
