@@ -29,7 +29,8 @@ hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="skip the tests that start a program")
+    told = "leave out the tests that start a program or are marked slow"
+    parser.addoption("--quick", action="store_true", help=told)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -39,8 +40,14 @@ def pytest_configure(config):
 
     if config.getoption("timeout") is None:
         config.option.timeout = TEST_LIMIT
+    config.addinivalue_line("markers", "slow: takes seconds, and --quick does without")
     if config.getoption("quick"):
         sys.addaudithook(_skip_programs)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        items[:] = [item for item in items if item.get_closest_marker("slow") is None]
 
 
 def _skip_programs(event: str, given: tuple) -> None:

@@ -417,6 +417,7 @@ def use(sample):
     return student.tobytes(), teacher.tobytes()
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=mutated(), neighbour=st.sampled_from(list(GOOD)))
 def test_mutated_pictures(data, neighbour, tmp_path_factory):
@@ -449,6 +450,7 @@ def whole_samples(numbers):
     return {f"a/p{n}": {PICTURE: FOUR[f"p{n}.jpg"], "json": FOUR[f"p{n}.json"]} for n in numbers}
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_mutated_shards(data, tmp_path_factory):

@@ -384,6 +384,7 @@ def test_the_target_of_a_whole_picture_is_what_the_teacher_gives(tmp_path):
 ONCE = "cached shards for their checksums, once"
 
 
+@pytest.mark.slow
 def test_a_run_on_cached_features(copied, tmp_path, in_process):
     """Its summary tells of the cache; its checksums are not read again by another run."""
     plain, again = tmp_path / "plain", tmp_path / "again"

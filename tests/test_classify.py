@@ -103,6 +103,7 @@ def test_stopped_it_goes_on_exactly(shards, tmp_path, in_process):
     assert numbers(again) != numbers(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_compiled_it_goes_on_too(shards, tmp_path, in_process, eager_compile):
     """Weights and moving average keep their names."""
     options = {"train.compile": "true", "optim.ema": 0.9, "run.save_every": 5}

@@ -23,6 +23,7 @@ def randomise(module):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "theirs", "parameters"),
     [

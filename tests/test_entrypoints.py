@@ -173,6 +173,7 @@ def test_switches(switch, shards, tmp_path, call):
         assert not torch.equal(exported["norm.weight"], state["model"]["encoder.norm.weight"])
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path, call):
     """More than the mean: r2 on held-out pictures rises well above 0, also where it saw nothing."""
     shards = write_shards(tmp_path / "shards", (200,), detail=2)  # what is hidden can be guessed

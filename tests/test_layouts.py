@@ -27,6 +27,7 @@ def scenes(tmp_path_factory):
     return done.stdout.split(": ")[-1].strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_same_losses_on_any_layout(tmp_path, request, in_process, stage):
     options = {"train.steps": STEPS, "run.save_every": MOVED, "run.keep": 9, "run.log_every": 3}

@@ -174,6 +174,7 @@ def test_coco_and_its_shards_give_the_same(model, coco, tmp_path):
     assert a == pytest.approx(b, abs=1e-6) and max(a) > 0
 
 
+@pytest.mark.slow
 def test_the_papers_figures_stand_on_its_own_data(model, coco, tmp_path, monkeypatch, capsys):
     """COCO's and LVIS's validation sets, whole, are known by their counts; no part of them is."""
     assert data_set(5000, 36781) == "COCO val2017" and data_set(19809, 244707) == "LVIS v1 val"

@@ -52,6 +52,7 @@ def distance(ours, reference):
     return ((ours - reference).norm() / reference.norm()).item()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_released_models_function(parity, released):
     model = load_model(released)

@@ -61,6 +61,7 @@ def test_wandb_offline_gets_metrics_config_and_pictures(tmp_path):
     assert len(list(file.parent.rglob("reconstruction*.png"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
 @pytest.mark.filterwarnings("default")  # of the compiler
 def test_compiled_run_equals_the_plain_one(tmp_path, in_process):
