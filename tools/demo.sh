@@ -17,6 +17,7 @@ own+=(--settings teacher SAMI random "random, SAMI's time" --jobs 2 "$@")
 python tools/sweep.py run "${sweep[@]}" all "${own[@]}"
 python tools/sweep.py table "${sweep[@]}" "${own[@]}"
 shopt -s nullglob # of what --settings left out
-echo "the report: $(python tools/report.py "$out"/{teacher,pretrain*} "$out"/*/finetune \
+page=$(python tools/report.py "$out"/{teacher,pretrain*} "$out"/*/finetune \
   "$out"/*_seed-0/evaluate "$out"/evaluate_* --comparison "$out/comparison.json" \
-  --out "$out/report.html")"
+  --out "$out/report.html")
+echo "the report: $page"
