@@ -300,7 +300,7 @@ def test_the_folder_is_bounded_and_the_longest_unused_go(tmp_path):
 
 
 def fetch_in_process(cache: ShardCache, url: str) -> BaseProcess:
-    process = multiprocessing.get_context("fork").Process(target=cache.fetch, args=(url,))
+    process = multiprocessing.get_context("fork").Process(target=cache.open, args=(url,))
     process.start()
     return process
 
@@ -317,7 +317,7 @@ def test_processes_fetch_a_shard_once_and_a_killed_one_leaves_nothing(tmp_path, 
         time.sleep(0.01)
     killed.kill()
     killed.join()
-    other = cache.fetch(f"pipe:cat {path}")  # cleans up
+    other = cache.open(f"pipe:cat {path}")  # cleans up
     assert list(cache.folder.glob("*.part")) == []
     count.unlink()
     processes = [fetch_in_process(cache, url) for _ in range(2)]
@@ -327,7 +327,8 @@ def test_processes_fetch_a_shard_once_and_a_killed_one_leaves_nothing(tmp_path, 
         process.join()
         assert process.exitcode == 0
     assert len(count.read_text()) == 1
-    assert len(list(cache.folder.glob("*.tar"))) == 2 and other.exists()
+    assert len(list(cache.folder.glob("*.tar"))) == 2
+    other.close()
 
 
 def test_many_at_once_in_little_room(tmp_path):
@@ -493,6 +494,26 @@ def test_programs_are_run_once_for_each_window(tmp_path, workers):
         assert max(runs.values()) <= most, runs
         held = sum(path.stat().st_size for path in cache.folder.iterdir())
         assert held <= shards * size
+
+
+def test_a_cache_that_is_too_small_is_told_before_all_is_fetched(tmp_path):
+    """Not after hours; and what was found out until then is kept."""
+    (data,) = shards_of(1)
+    (tmp_path / "s.tar").write_bytes(data)
+    urls = [f"pipe:echo {number} >> {tmp_path}/count; cat {tmp_path}/s.tar" for number in range(60)]
+    cache = ShardCache(tmp_path / "cache", 2.5 * len(data) / 1e9, QUICK)
+    with pytest.raises(UserError, match="two windows of 3 shards"):
+        open_sources([(urls, None)], tmp_path / "index", cache=cache, window=3)
+    assert 3 <= len((tmp_path / "count").read_text().split()) < 60
+    known = urls[: len(list((tmp_path / "index").iterdir()))]
+    assert known
+    cache = ShardCache(tmp_path / "cache", 2.5 * len(data) / 1e9, QUICK)
+    open_sources([(known[:2], None)], tmp_path / "index", cache=cache, window=3)  # all of them fit
+    # Eight at once in room for two, which are let go of before long: not over and over.
+    (tmp_path / "count").unlink()
+    open_sources([(urls[:30], None)], tmp_path / "again", cache=cache)
+    runs = Counter((tmp_path / "count").read_text().split())
+    assert 20 < runs.total() < 120, runs  # some are kept from before
 
 
 def test_a_run_on_remote_shards_is_the_run_on_local_ones(server, tmp_path, in_process):

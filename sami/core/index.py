@@ -88,6 +88,7 @@ def open_sources(
     say: Callable[[str], None] = print,
     build: tuple[int, int] = (0, 1),
     cache: ShardCache | None = None,
+    window: int = 0,
 ) -> list[Source]:
     """The shards of :func:`expand` with their indexes, which are made where there are none.
 
@@ -99,21 +100,33 @@ def open_sources(
         build: (number, of): make only every ``of``-th missing index, from ``number`` on; the
             ranks share the work, and call again with the default afterwards.
         cache: for shards that cannot seek; the default one if None.
+        window: shards of each group that are read together, of which the cache has to hold two
+            windows; 0 for no such check.
 
     Raises:
-        UserError: a shard is not a readable tar, or none holds a picture.
+        UserError: a shard is not a readable tar, none holds a picture, or the cache is too small.
     """
     cache = cache or ShardCache()
     urls = [url for group, _ in groups for url in group]
     folder.mkdir(parents=True, exist_ok=True)
     number, of = build
+    streamed: list[int] = []
+
+    def make(url: str) -> Members:
+        """The index of a shard; the cache is asked as soon as can be, not once all are fetched."""
+        cache.require(streamed, window * len(groups))
+        members = _make_index(url, cache)
+        if window and not members.seekable:
+            streamed.append(members.end)
+        return members
+
     with ThreadPoolExecutor(SCANS) as pool:
         stamps = dict(zip(urls, pool.map(lambda url: stamp_of(url, cache), urls), strict=True))
         missing = [url for url in urls if _find_index(url, folder, stamps[url]) is None]
         if len(missing) > 100 and number == 0:
             say(f"reading the headers of {len(missing)} shards, once")
         mine = missing[number::of]
-        made = zip(mine, pool.map(lambda url: _make_index(url, cache), mine), strict=True)
+        made = zip(mine, pool.map(make, mine), strict=True)
         for url, members in follow(made, "shard", len(mine), say):
             members.save(_index_path(url, folder))
     if of > 1:
@@ -122,15 +135,14 @@ def open_sources(
     shards, notes = {}, []
     for url in urls:
         index, members = _find_index(url, folder, stamps[url])
-        count, size = len(members.keys), int((members.starts + members.sizes).max(initial=0))
-        shards[url] = Shard(
-            url, names[url], index, count, members.digest(), size, not members.seekable, cache
-        )
+        told = len(members.keys), members.digest(), members.end, not members.seekable
+        shards[url] = Shard(url, names[url], index, *told, cache)
         notes += [f"{url}: {note}" for note in members.notes]
     for note in notes[:SHOWN_NOTES]:
         say(note)
     if len(notes) > SHOWN_NOTES:
         say(f"... and {len(notes) - SHOWN_NOTES} more remarks of this kind")
+    cache.require([shard.size for shard in shards.values() if shard.streamed], window * len(groups))
     sources = [Source([shards[url] for url in group], weight) for group, weight in groups]
     for source in sources:
         if not source.count:

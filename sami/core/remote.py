@@ -121,10 +121,28 @@ class ShardCache:
             UserError: it cannot be read, or does not fit.
             MachineError: the network fails, or the disk is full.
         """
+        path = self.folder / f"{self._name(url)}.tar"
+        part = path.with_suffix(".part")
+        room = 0  # that it waits for before it begins anew
+        with self._writable():
+            self.folder.mkdir(parents=True, exist_ok=True)
         while True:
-            path = self.fetch(url)
-            with contextlib.suppress(FileNotFoundError):  # let go in between
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
                 return path.open("rb", buffering=0)
+            with self._writable(), locked(part) as file:  # waits for who is fetching it
+                if path.exists() or not is_named(part, file):
+                    continue
+                try:
+                    self._fill(url, file, part, room)
+                    with locked(self.folder / ".lock"):  # who counts must not find it twice
+                        part.replace(path)
+                        return path.open("rb", buffering=0)  # before it can be let go of
+                except _Crowded as error:
+                    room = error.room
+                finally:
+                    part.unlink(missing_ok=True)
+            time.sleep(PAUSE)
 
     def prefetch(self, urls: Iterable[str]) -> None:
         """Fetch shards in the background, instead of what an earlier call has not begun yet.
@@ -136,31 +154,6 @@ class ShardCache:
             self._thread = threading.Thread(target=self._fetch_ahead, daemon=True)
             self._thread.start()
 
-    def fetch(self, url: str) -> Path:
-        """Where a shard lies in the folder, once it is there. Raises as :meth:`open` does."""
-        path = self.folder / f"{self._name(url)}.tar"
-        part = path.with_suffix(".part")
-        room = 0  # that it needs for certain
-        with self._writable():
-            self.folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path)
-                return path
-            with self._writable(), locked(part) as file:  # waits for who is fetching it
-                if path.exists() or not is_named(part, file):
-                    continue
-                try:
-                    self._fill(url, file, part, room)
-                    with locked(self.folder / ".lock"):  # who counts must not find it twice
-                        part.replace(path)
-                except _Crowded as error:
-                    room = error.room
-                finally:
-                    part.unlink(missing_ok=True)
-            if room:
-                time.sleep(PAUSE)
-
     @property
     def _limit(self) -> int:
         return int(self.gigabytes * GB)
@@ -168,7 +161,7 @@ class ShardCache:
     def _fetch_ahead(self) -> None:
         while self._ahead:
             with contextlib.suppress(UserError, OSError, IndexError):
-                self.fetch(self._ahead.popleft())
+                self.open(self._ahead.popleft()).close()
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
@@ -210,6 +203,8 @@ class ShardCache:
             written, tail, damaged = 0, b"", False
             file.seek(0)
             file.truncate()
+            if room:  # or a program would be begun again and again until there is some
+                self._reserve(url, file, part, room)
             with Stream(url, self.patience) as stream:
                 self._reserve(url, file, part, max(room, stream.size or 0))
                 raw = io.BufferedReader(stream, CHUNK)
@@ -263,7 +258,7 @@ class ShardCache:
                     file.truncate(wanted)
                     return
             if part > min(others):
-                raise _Crowded(size)
+                raise _Crowded(min(2 * size, self._limit))  # twice: so it begins anew a few times
             time.sleep(PAUSE)
 
 

@@ -60,6 +60,11 @@ class Members:
         """Names the samples, wherever the shard lies."""
         return hashlib.sha256(b"\n".join(self.keys) + self.sizes.tobytes()).hexdigest()
 
+    @property
+    def end(self) -> int:
+        """Bytes up to the end of the last sample."""
+        return int((self.starts + self.sizes).max(initial=0))
+
     def save(self, path: Path) -> None:
         """As npz, atomically."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}")

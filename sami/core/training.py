@@ -136,14 +136,12 @@ def open_data(data: ShardsConfig, run: Run) -> tuple[list[Source], list[Shard]]:
         if not patterns and key == "val_shards":
             opened.append([])
             continue
-        groups = expand(patterns, f"data.{key}")
+        groups, window = expand(patterns, f"data.{key}"), data.window * (key == "shards")
         if run.processes > 1:
-            open_sources(groups, folder, run.say, part, cache=cache)
+            open_sources(groups, folder, run.say, part, cache, window)
             run.wait_for_all()
-        opened.append(open_sources(groups, folder, run.say, cache=cache))
+        opened.append(open_sources(groups, folder, run.say, cache=cache, window=window))
     train, held_out = ([one for source in found for one in source.shards] for found in opened)
-    streamed = [shard.size for shard in train if shard.streamed]
-    cache.require(streamed, data.window * len(opened[0]))
     if run.is_main and held_out and not data.allow_val_in_train:
         keys = ("data.shards", "data.val_shards")
         refuse_overlap(train, held_out, keys, "--data.allow_val_in_train true")
