@@ -7,6 +7,10 @@
 
 LATE="the time limit comes near" TAKEN="taken away, by a requeue or a cancellation"
 asked= # why the job is to end
+# Noted until there is something to ask: reading the options takes seconds, and a signal that nobody
+# waits for ends the job.
+trap 'asked=$LATE' USR1
+trap 'asked=$TAKEN' TERM
 shared= # of a sweep: the folder beside whose runs the stages are that they share
 id=${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 
@@ -98,6 +102,7 @@ ask_when_told() {
   pid=$1
   trap 'asked=$LATE; ask "$pid"' USR1
   trap 'asked=$TAKEN; ask "$pid"' TERM
+  [ -z "$asked" ] || ask "$pid"
 }
 
 # Queue this job again; it goes on where it is. A job that is no longer running was taken away: SLURM

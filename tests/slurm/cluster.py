@@ -153,6 +153,8 @@ class Cluster:
 
         def there() -> bool:
             told = self.job(number)
+            if told["JobState"] in ("FAILED", "TIMEOUT"):
+                raise RuntimeError(f"job {number} ended: {told}; {self.last_words()}")
             return (told["Restarts"], told["JobState"]) == (str(restarts), "RUNNING")
 
         self.wait(there, f"restart {restarts} of job {number}")

@@ -167,7 +167,7 @@ def test_real_time_limits(cluster, submit, shards, tmp_path):
         name: submit(deaf, tmp_path / name, step, options=options)
         for name, step in (("some", "step"), ("none", ""))
     }
-    cluster.wait(lambda: cluster.job(job)["Restarts"] != "0", "the requeue")
+    cluster.wait_for_restart(job, 1)
     cluster.call("scancel", job)
     assert "summary.json: interrupted, exit code 75" in log_of(folder, job)
     cluster.wait(lambda: cluster.job(jobs["some"])["Restarts"] != "0", "the requeue")
