@@ -20,7 +20,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from sami.core.config import require
-from sami.core.dataset import Bad, ShardsConfig, ShardSource, Validation, load_validation
+from sami.core.dataset import ShardsConfig
 from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, open_image
 from sami.core.index import Shard
@@ -32,7 +32,7 @@ from sami.core.run import Run
 from sami.core.scanning import PICTURE
 from sami.encoder import EncoderConfig, load_encoder
 from sami.probe import LabelledBatch, read_label
-from sami.validation import tell_unusable
+from sami.validation import usable_batches
 
 BATCH = 64  # pictures per forward of the evaluation
 
@@ -286,23 +286,14 @@ def evaluate(
     Args:
         samples: at most so many pictures, the first ones; None for all.
     """
-    source = ShardSource.first(shards, transform.fields, samples)
-    dataset = Validation(source, transform.decode_held_out, transform.collate)
     counts = torch.zeros(3, dtype=exact(run.device), device=run.device)  # right, among 5, pictures
-    unusable: Bad = []
     model.eval()
-    told = {"share": (run.rank, run.processes), "say": run.say}
-    for batch, bad in load_validation(dataset, BATCH, workers, run.device, **told):
-        unusable += bad
-        if batch is None:
-            continue
-        batch = batch.to(run.device)
+    for batch in usable_batches(run, shards, transform, samples, BATCH, workers):
         with run.accelerator.autocast():
             logits = model(batch.images)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
         counts += torch.stack([best[:, 0].sum(), best.sum(), best.new_ones(len(best)).sum()])
     model.train()
-    tell_unusable(run, unusable, len(source))
     right, among, pictures = run.accelerator.reduce(counts, "sum").tolist()
     require(
         pictures > 0,

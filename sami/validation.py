@@ -2,7 +2,9 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -132,17 +134,9 @@ def measure(
     Args:
         model: unwrapped.
     """
-    source = ShardSource.first(shards, transform.fields, samples)
-    dataset = Validation(source, transform.decode_held_out, transform.collate)
     sums = Sums(model.grid**2, model.head.out_features, run.device)
-    unusable: Bad = []
     model.eval()
-    loading = {"share": (run.rank, run.processes), "say": run.say}
-    for batch, bad in load_validation(dataset, BATCH, workers, run.device, **loading):
-        unusable += bad
-        if batch is None:
-            continue
-        batch = batch.to(run.device)
+    for batch in usable_batches(run, shards, transform, samples, BATCH, workers):
         target = targets(batch)
         with run.accelerator.autocast():
             prediction = model.predict(batch.student, batch.visible, batch.masked)
@@ -150,8 +144,34 @@ def measure(
     model.train()
     for tensor in sums.tensors():
         tensor.copy_(run.accelerator.reduce(tensor, "sum"))
-    tell_unusable(run, unusable, len(source))
     return sums.measures(model.loss_config.tokens)
+
+
+def usable_batches(
+    run: Run,
+    shards: list[Shard],
+    transform: Any,
+    samples: int | None,
+    batch_size: int,
+    workers: int,
+) -> Iterator[Any]:
+    """This rank's batches of the first held-out samples, on the device. Collective.
+
+    At the end it is said, once for all ranks, what was unusable.
+
+    Args:
+        transform: with ``fields``, ``decode_held_out`` and ``collate``.
+        samples: at most so many; None for all.
+    """
+    source = ShardSource.first(shards, transform.fields, samples)
+    dataset = Validation(source, transform.decode_held_out, transform.collate)
+    unusable: Bad = []
+    loading = {"share": (run.rank, run.processes), "say": run.say}
+    for batch, bad in load_validation(dataset, batch_size, workers, run.device, **loading):
+        unusable += bad
+        if batch is not None:
+            yield batch.to(run.device)
+    tell_unusable(run, unusable, len(source))
 
 
 def tell_unusable(run: Run, unusable: Bad, pictures: int) -> None:
