@@ -556,3 +556,18 @@ def test_a_run_on_remote_shards_is_the_run_on_local_ones(server, tmp_path, in_pr
     code, said = in_process(pretrain, words)
     assert code == 2 and said.count("cannot be read (the server answers 503), tried 3 times") == 1
     assert summary(tmp_path / "later")["status"] == "failed" and "index.npz" not in said
+
+
+def test_long_pauses_are_told(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(network.time, "sleep", slept.append)
+
+    def attempt():
+        raise ConnectionResetError("gone")
+
+    with pytest.raises(MachineError, match="tried 4 times"):
+        network.persist("http://host/a.tar", attempt, network.Patience(pauses=(1, 9, 27)))
+    told = capsys.readouterr().err.splitlines()
+    assert len(slept) == 3
+    assert [line.rpartition("in ")[2] for line in told] == ["9 s", "27 s"]
+    assert all(line.startswith("http://host/a.tar: ") for line in told)

@@ -11,6 +11,7 @@ import random
 import re
 import socket
 import string
+import sys
 import time
 import urllib.parse
 from collections.abc import Callable
@@ -59,6 +60,7 @@ class Patience:
 
 
 DEFAULT_PATIENCE = Patience()
+TOLD = 5  # s of a pause that is told: a log that stands still looks like a hang
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,8 @@ def persist(url: str, attempt: Callable[[], Result], patience: Patience) -> Resu
                     f"{time.monotonic() - began:.0f} s; see whether its server and the network "
                     f"are up, and {AGAIN}"
                 ) from error
+        if pause >= TOLD:
+            print(f"{url}: {reason}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
         time.sleep(pause * random.Random().uniform(0.5, 1))  # all readers at once would not help
 
 
