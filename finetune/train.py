@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
+    """Train to the end, or with ``only_check`` up to a first batch; returns the exit code."""
     # ---- What it starts from, and what it is trained on
     files, started_from = find_starts(run, cfg, STARTS)
     if cfg.encoder.checkpoint and not files["encoder.checkpoint"]:  # gone: its grid of positions

@@ -93,6 +93,7 @@ def starts_of(cfg: PretrainConfig) -> dict[str, Start]:
 
 
 def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
+    """Train to the end, or with ``only_check`` up to a first batch; returns the exit code."""
     # ---- What it starts from, and what it is trained on
     files, started_from = find_starts(run, cfg, starts_of(cfg))
     plan = plan_training(cfg.data, cfg.train, run)
