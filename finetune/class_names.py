@@ -1,7 +1,7 @@
-"""The classes of pictures: by their folders, by a file of labels, by the training set's list.
+"""The classes of images: by their folders, by a file of labels, by the training set's list.
 
 Names are joined here that a user chose twice, so here is looked for what does not fit: other case
-or Unicode form, folders that are no classes, lines of no picture.
+or Unicode form, folders that are no classes, lines of no image.
 """
 
 import csv
@@ -106,13 +106,13 @@ class Classes:
         return f"'{name}'" + (f" ('{known}' there)" if known else "")
 
     def describe(self, labels: list[int]) -> str:
-        """How many pictures each class has, in words: the first few classes and the last."""
+        """How many images each class has, in words: the first few classes and the last."""
         counts = Counter(labels)
         words = [f"{name} {counts[number]}" for number, name in enumerate(self.names)]
         if len(words) > 8:
             words = [*words[:5], f"... ({len(words) - 6} more)", words[-1]]
         empty = [name for number, name in enumerate(self.names) if not counts[number]]
-        without = f"; no picture of {_listed(empty)}" if empty else ""
+        without = f"; no image of {_listed(empty)}" if empty else ""
         return f"{len(self.names)} classes: {', '.join(words)}{without}"
 
 
@@ -125,15 +125,15 @@ def _listed(names: list[str]) -> str:
 
 
 def class_folders(files: list[str], source: Path) -> dict[str, str]:
-    """Each picture's class: the name of its first folder; empty where all lie in the source itself.
+    """Each image's class: the name of its first folder; empty where all lie in the source itself.
 
     Raises:
-        UserError: pictures both beside and inside of folders.
+        UserError: images both beside and inside of folders.
     """
     loose = [file for file in files if "/" not in file]
     require(
         not loose or len(loose) == len(files),
-        f"{source} holds pictures both in folders (classes) and beside them, such as "
+        f"{source} holds images both in folders (classes) and beside them, such as "
         f"{''.join(loose[:1])}; move the loose ones away",
     )
     return {} if loose else {file: as_text(file.split("/")[0]) for file in files}
@@ -157,7 +157,7 @@ def question_names(class_of: dict[str, str], source: Path) -> None:
     below = sorted({file.split("/")[1] for file in class_of if file.count("/") > 1})
     if len(names) == 1 and len(below) > 1:
         raise UserError(
-            f"{source} holds one folder of pictures, {names[0]}, with folders in it "
+            f"{source} holds one folder of images, {names[0]}, with folders in it "
             f"({_listed(below)}); name {source / names[0]} if those are the classes, {sure}"
         )
     twins = defaultdict(list)
@@ -179,7 +179,7 @@ def _is_level(name: str) -> bool:
 def number_classes(
     class_of: dict[str, str], known: Classes | None, from_file: bool
 ) -> tuple[Classes, list[int]]:
-    """The classes, and the number of each picture's, in the order of ``class_of``.
+    """The classes, and the number of each image's, in the order of ``class_of``.
 
     Args:
         known: the classes to number by; None: the names are put in alphabetical order.
@@ -204,18 +204,18 @@ def number_classes(
 def listed_classes(
     path: Path, files: list[str], source: Path, synsets: Path | None, known: Classes | None
 ) -> tuple[dict[str, str], int]:
-    """Each picture's class by a file of labels.
+    """Each image's class by a file of labels.
 
     Its lines are ``name class``, the same as CSV with or without a head (LOC_val_solution.csv: of
-    the prediction the first word), or, in the order of the pictures' names, a class alone. With
+    the prediction the first word), or, in the order of the images' names, a class alone. With
     ``synsets``, the devkit's meta.mat, numbers are ILSVRC2012's own; otherwise the numbers of lines
     with a name are places in the list of classes, from 0 on.
 
     Returns:
-        And how many lines belong to none of the pictures.
+        And how many lines belong to none of the images.
 
     Raises:
-        UserError: it does not tell the class of each picture.
+        UserError: it does not tell the class of each image.
     """
     names, words = _read_labels(path)
     numeric = all(re.fullmatch(r"\d{1,9}", word) for word in words)
@@ -240,22 +240,22 @@ def listed_classes(
     if names is None:
         require(
             len(words) == len(files),
-            f"--labels {path} has {len(words)} lines, in the order of the pictures' names, and "
-            f"{source} holds {len(files)} pictures; take a file with names, or all of the pictures",
+            f"--labels {path} has {len(words)} lines, in the order of the images' names, and "
+            f"{source} holds {len(files)} images; take a file with names, or all of the images",
         )
         return dict(zip(files, words, strict=True)), 0
     class_of_name: dict[str, str] = {}
     for name, word in zip(names, words, strict=True):
         first = class_of_name.setdefault(plain_path(name), word)
         require(first == word, f"--labels {path}: '{name}' is of two classes, {first} and {word}")
-    pictures = set(files)
+    images = set(files)
     found = find_files(list(class_of_name), source).files
-    class_of = {file: class_of_name[name] for name, file in found.items() if file in pictures}
+    class_of = {file: class_of_name[name] for name, file in found.items() if file in images}
     lacking = [file for file in files if file not in class_of]
     require(
         not lacking,
-        f"--labels {path} tells nothing of {len(lacking)} of the {len(files)} pictures of "
-        f"{source}, such as {''.join(lacking[:1])}; add them, or move the pictures away",
+        f"--labels {path} tells nothing of {len(lacking)} of the {len(files)} images of "
+        f"{source}, such as {''.join(lacking[:1])}; add them, or move the images away",
     )
     return class_of, len(class_of_name) - len(class_of)
 

@@ -29,21 +29,21 @@ from sami.core.order import sample_rng
 from sami.core.processes import exact
 from sami.core.reading import RawSample
 from sami.core.run import Run
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from sami.encoder import EncoderConfig, load_encoder
 from sami.probe import LabelledBatch, read_label
 from sami.validation import usable_batches
 
-BATCH = 64  # pictures per forward of the evaluation
+BATCH = 64  # images per forward of the evaluation
 
 
 @dataclass
 class LabelDataConfig(ShardsConfig):
-    """Pictures with labels: shards with .cls.
+    """Images with labels: shards with .cls.
 
     Attributes:
         classes: their number.
-        image_size: side of the picture in pixels.
+        image_size: side of the image in pixels.
     """
 
     classes: int = 1000
@@ -62,7 +62,7 @@ class AugmentConfig:
 
     Attributes:
         auto: RandAugment as timm spells it; empty for none.
-        erase: share of the pictures in which a rectangle is erased.
+        erase: share of the images in which a rectangle is erased.
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of cutmix; 0 for none.
         smoothing: of the labels.
@@ -91,7 +91,7 @@ class LabelEvalConfig:
 
     Attributes:
         every: steps between measurements; 0 for the end of the run alone.
-        samples: at most so many pictures, the first ones; null for all.
+        samples: at most so many images, the first ones; null for all.
     """
 
     every: int = 0
@@ -108,7 +108,7 @@ class LabelEvalConfig:
 class LabelTransform:
     """How samples are made; what is random follows from (seed, epoch, sample key)."""
 
-    fields: ClassVar[tuple[str, ...]] = (PICTURE, "cls")
+    fields: ClassVar[tuple[str, ...]] = (IMAGE, "cls")
 
     def __init__(self, data: LabelDataConfig, augment: AugmentConfig, seed: int) -> None:
         self.seed, self.classes = seed, data.classes
@@ -126,7 +126,7 @@ class LabelTransform:
         self.plain = create_transform(data.image_size, crop_pct=224 / 256, **common)
 
     def decode(self, sample: RawSample, epoch: int, replacement: bool) -> tuple:
-        """Key, picture [3, H, H] and label of a training sample."""
+        """Key, image [3, H, H] and label of a training sample."""
         key = f"{sample.key}/replacement" if replacement else sample.key
         rng = sample_rng(self.seed, epoch, key)
         # timm draws from all three libraries' own generators.
@@ -149,7 +149,7 @@ class LabelTransform:
         label = read_label(sample)
         if label >= self.classes:
             raise BadSample("class number is not under data.classes")
-        return sample.key, transform(open_image(sample.part(PICTURE)).decode()), label
+        return sample.key, transform(open_image(sample.part(IMAGE)).decode()), label
 
     def collate(self, items: list[tuple]) -> LabelledBatch:
         keys, images, labels = zip(*items, strict=True)
@@ -157,7 +157,7 @@ class LabelTransform:
 
 
 def _shorten(image: Image.Image) -> Image.Image:
-    """The central part of a picture longer than 8 times its width, which is all that is used of it.
+    """The central part of an image longer than 8 times its width, which is all that is used of it.
 
     timm brings the short side to 256 px before it cuts: 3000 x 1 would take 590 MB.
     """
@@ -170,7 +170,7 @@ def _shorten(image: Image.Image) -> Image.Image:
 
 
 def _guard_posterize(transform: Any) -> None:
-    """Let the magnitude at which timm keeps no bit of a picture give black, as it did.
+    """Let the magnitude at which timm keeps no bit of an image give black, as it did.
 
     "PosterizeIncreasing" keeps 4 to 0 bits; Pillow 13 refuses 0 with a ValueError, and Pillow
     before gave black, which is what timm's recipes were trained with.
@@ -261,7 +261,7 @@ class Classification(nn.Module):
         """``loss`` of a micro-batch, mixed up if that is asked for (numpy's generator decides).
 
         Neighbours are mixed with each other, so that any cut of a batch into even micro-batches
-        mixes the same pairs. timm mixes the first picture with the last, and so on inwards.
+        mixes the same pairs. timm mixes the first image with the last, and so on inwards.
         """
         if self.mixup is not None:
             inwards = torch.arange(len(images), device=images.device).view(-1, 2).T
@@ -281,12 +281,12 @@ def evaluate(
     samples: int | None,
     workers: int,
 ) -> dict[str, float]:
-    """Top-1 and top-5 in %, and how many pictures were measured. Collective.
+    """Top-1 and top-5 in %, and how many images were measured. Collective.
 
     Args:
-        samples: at most so many pictures, the first ones; None for all.
+        samples: at most so many images, the first ones; None for all.
     """
-    counts = torch.zeros(3, dtype=exact(run.device), device=run.device)  # right, among 5, pictures
+    counts = torch.zeros(3, dtype=exact(run.device), device=run.device)  # right, among 5, images
     model.eval()
     for batch in usable_batches(run, shards, transform, samples, BATCH, workers):
         with run.accelerator.autocast():
@@ -294,14 +294,14 @@ def evaluate(
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
         counts += torch.stack([best[:, 0].sum(), best.sum(), best.new_ones(len(best)).sum()])
     model.train()
-    right, among, pictures = run.accelerator.reduce(counts, "sum").tolist()
+    right, among, images = run.accelerator.reduce(counts, "sum").tolist()
     require(
-        pictures > 0,
-        "data.val_shards hold no labelled picture (.cls) under data.classes; leave them empty, or "
+        images > 0,
+        "data.val_shards hold no labelled image (.cls) under data.classes; leave them empty, or "
         "make shards with labels (tools/make_shards.py on a folder per class)",
     )
     return {
-        "top1": 100 * right / pictures,
-        "top5": 100 * among / pictures,
-        "pictures": pictures,
+        "top1": 100 * right / images,
+        "top5": 100 * among / images,
+        "pictures": images,
     }

@@ -75,7 +75,7 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
     mixed = cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
     require(
         not mixed or plan.micro_batch % 2 == 0,
-        f"augment.mixup needs an even micro-batch, and it has {plan.micro_batch} pictures; "
+        f"augment.mixup needs an even micro-batch, and it has {plan.micro_batch} images; "
         "set --train.micro_batch_size even, or --augment.mixup 0 --augment.cutmix 0",
     )
     if run.is_main:

@@ -1,4 +1,4 @@
-"""COCO-format annotations: the file, and the pictures that it names, as samples of SA-1B's layout.
+"""COCO-format annotations: the file, and the images that it names, as samples of SA-1B's layout.
 
 COCO, LVIS and what labelling tools export: ``images`` with id, file_name, width, height, and
 ``annotations`` with image_id and a segmentation (finetune/coco_masks.py).
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.coco_masks import is_normalised, to_sa1b, why_none, with_area
-from finetune.folders import count_words, find_files, plain_path, read_file, read_picture
+from finetune.folders import count_words, find_files, plain_path, read_file, read_image
 from finetune.rle import read_json
 from sami.core.errors import BadSample, UserError
 from sami.core.reading import RawSample
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 
 LEFT_OUT = "left out"  # a part of a sample: how many annotations were, by reason, as JSON
 OTHER_SIZES = "image entries of one file differ in size"
@@ -25,7 +25,7 @@ OTHER_SIZES = "image entries of one file differ in size"
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture: COCO's image entries of its file (several where a tool writes one an object)."""
+    """An image: COCO's image entries of its file (several where a tool writes one an object)."""
 
     images: list[dict[str, Any]]
     annotations: list[dict[str, Any]]
@@ -35,7 +35,7 @@ class Entry:
         """The first image entry.
 
         Raises:
-            BadSample: they do not agree on the picture's size.
+            BadSample: they do not agree on the image's size.
         """
         if len({(image["width"], image["height"]) for image in self.images}) > 1:
             raise BadSample(OTHER_SIZES)
@@ -50,7 +50,7 @@ class Entry:
 class Coco:
     """What a file of annotations holds.
 
-    ``entries`` by the name of the picture's file, as :func:`plain_name` writes it; ``left_out``
+    ``entries`` by the name of the image's file, as :func:`plain_name` writes it; ``left_out``
     counts image entries and annotations that belong to nothing, by reason.
     """
 
@@ -59,7 +59,7 @@ class Coco:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def annotated(self) -> dict[str, Entry]:
-        """The pictures with annotations, in the order of their names."""
+        """The images with annotations, in the order of their names."""
         return {name: one for name, one in sorted(self.entries.items()) if one.annotations}
 
 
@@ -67,7 +67,7 @@ def read_coco(path: Path) -> Coco:
     """Read a file of annotations.
 
     Raises:
-        UserError: not such a file; one image id for two pictures; polygons that are not in pixels.
+        UserError: not such a file; one image id for two images; polygons that are not in pixels.
     """
     data, left_out = read_file(path, "--coco", "name a JSON file"), Counter()
     try:
@@ -103,7 +103,7 @@ def _images_by_id(
     """The image entries by id, their sides whole numbers; of equal ones one.
 
     Raises:
-        UserError: one id for two pictures.
+        UserError: one id for two images.
         ValueError: none of them is usable; the first's reason.
     """
     by_id: dict[str, list[dict[str, Any]]] = {}
@@ -124,7 +124,7 @@ def _images_by_id(
         known = by_id.setdefault(identity, [])
         if known and plain_name(known[0]) != plain_name(image):
             raise UserError(
-                f"--coco {path}: image id {identity} is that of two pictures, "
+                f"--coco {path}: image id {identity} is that of two images, "
                 f"{plain_name(known[0])} and {plain_name(image)}; give each its own id (files that "
                 "were joined often number their images from 0 on each)"
             )
@@ -181,7 +181,7 @@ def _refuse_normalised(path: Path, annotations: list[Any]) -> None:
     if 2 * normalised > len(objects):
         raise UserError(
             f"--coco {path}: {normalised} of {len(objects)} polygons are in 0..1, as YOLO's labels "
-            "and FiftyOne's polylines are, and COCO's are in pixels; multiply x by the picture's "
+            "and FiftyOne's polylines are, and COCO's are in pixels; multiply x by the image's "
             "width and y by its height, or export in COCO's format"
         )
 
@@ -215,7 +215,7 @@ def _whole(value: Any) -> int | None:
 
 
 def plain_name(image: dict[str, Any]) -> str:
-    """The picture's path with forward slashes, in Unicode's composed form; "" if it has none.
+    """The image's path with forward slashes, in Unicode's composed form; "" if it has none.
 
     LVIS tells it by the address alone: the last two parts of ``coco_url``.
     """
@@ -229,9 +229,9 @@ def plain_name(image: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class CocoSource:
-    """Pictures in a folder with their annotations, as samples of SA-1B's layout.
+    """Images in a folder with their annotations, as samples of SA-1B's layout.
 
-    ``entries`` are (path below the folder, entry); ``counts`` tell of all pictures of the file.
+    ``entries`` are (path below the folder, entry); ``counts`` tell of all images of the file.
     """
 
     folder: Path
@@ -244,7 +244,7 @@ class CocoSource:
     def of(
         coco: Coco, folder: Path, most: int | None = None, keep_crowd: bool = False
     ) -> "CocoSource":
-        """Of what :func:`read_coco` found, the pictures with annotations that are there.
+        """Of what :func:`read_coco` found, the images with annotations that are there.
 
         Args:
             most: at most so many, in the order of their names.
@@ -256,7 +256,7 @@ class CocoSource:
         if not annotated:
             reasons = f" ({count_words(coco.left_out)})" if coco.left_out else ""
             raise UserError(
-                f"--coco {coco.file}: none of its {len(coco.entries)} pictures has an annotation"
+                f"--coco {coco.file}: none of its {len(coco.entries)} images has an annotation"
                 f"{reasons}; name a file whose annotations have the image_id of its images"
             )
         bare = [name for name in coco.entries if name not in annotated]
@@ -266,7 +266,7 @@ class CocoSource:
         ]
         if not entries:
             raise UserError(
-                f"{folder} holds none of the annotated pictures of {coco.file} (the first is "
+                f"{folder} holds none of the annotated images of {coco.file} (the first is "
                 f"{next(iter(annotated))}); name the folder that their file_name is relative to"
             )
         counts = {
@@ -278,13 +278,13 @@ class CocoSource:
         remarks = [f"{count} x {reason}" for reason, count in coco.left_out.items()]
         if found.moved:
             remarks.append(
-                f"{len(found.moved)} pictures were found in another folder than their file_name "
+                f"{len(found.moved)} images were found in another folder than their file_name "
                 f"says, such as {found.moved[0]}"
             )
         return CocoSource(folder, entries[:most], keep_crowd, counts, remarks)
 
     def summary(self, used: int, left_out: Counter[str], others: str) -> list[str]:
-        """What became of the file's pictures, as lines to be printed.
+        """What became of the file's images, as lines to be printed.
 
         Args:
             used: with masks.
@@ -294,7 +294,7 @@ class CocoSource:
         counts = self.counts
         rest = counts["annotated_and_found"] - used - left_out.total()
         line = (
-            f"{counts['pictures']} pictures in the JSON: {counts['found']} found in {self.folder}, "
+            f"{counts['pictures']} images in the JSON: {counts['found']} found in {self.folder}, "
             f"{used} used with their masks, {counts['pictures'] - counts['annotated']} without "
             f"annotations, {left_out.total()} left out"
         )
@@ -314,11 +314,11 @@ class CocoSource:
                 content, left_out = entry.to_sa1b(name, self.keep_crowd)
                 if not content["annotations"]:
                     raise BadSample(why_none(left_out))
-                picture = read_picture(self.folder / name)
+                image = read_image(self.folder / name)
             except BadSample as error:
                 yield RawSample(name, reason=str(error))
             else:
-                parts = {PICTURE: picture, "json": json.dumps(content).encode()}
+                parts = {IMAGE: image, "json": json.dumps(content).encode()}
                 if left_out:
                     parts[LEFT_OUT] = json.dumps(left_out).encode()
                 yield RawSample(name, parts)

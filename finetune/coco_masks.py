@@ -1,4 +1,4 @@
-"""One picture's COCO annotations into SA-1B's JSON: polygons, or run lengths as a list or a string.
+"""One image's COCO annotations into SA-1B's JSON: polygons, or run lengths as a list or a string.
 
 pycocotools draws the polygons. It trusts what it is given, and may crash: so each is looked at
 before.
@@ -21,14 +21,14 @@ MAX_COORDINATE = 1e12  # pixels; JSON's numbers may have any number of digits
 def to_sa1b(
     image: dict[str, Any], annotations: list[Any], name: str, keep_crowd: bool = False
 ) -> tuple[dict[str, Any], Counter[str]]:
-    """One picture's annotations in SA-1B's layout, and how many were left out, by reason.
+    """One image's annotations in SA-1B's layout, and how many were left out, by reason.
 
     Area, box and the point (in the middle of the longest run) are those of the mask itself;
     predicted_iou and stability_score are 1.0, for these masks are taken to be right.
 
     Args:
         image: its image entry.
-        name: of the picture in its shard.
+        name: of the image in its shard.
         keep_crowd: keep groups of objects that were marked as one (iscrowd).
     """
     height, width = image["height"], image["width"]
@@ -61,7 +61,7 @@ def to_sa1b(
 
 
 def why_none(left_out: Counter[str]) -> str:
-    """The reason of a picture without a usable mask: its most frequent one."""
+    """The reason of an image without a usable mask: its most frequent one."""
     (first, _), *_ = left_out.most_common(1) or [("no annotation", 0)]
     return f"no usable mask ({first})"
 
@@ -81,7 +81,7 @@ def _run_lengths(
     segmentation, degenerate = annotation.get("segmentation"), 0
     if isinstance(segmentation, dict):
         if segmentation.get("size") != [height, width]:
-            raise BadSample("mask size differs from the picture's")
+            raise BadSample("mask size differs from the image's")
         counts = segmentation.get("counts")
         if not isinstance(counts, (str, list)):
             raise BadSample("no segmentation")
@@ -121,18 +121,18 @@ def _why_empty(polygons: list[list[float]], height: int, width: int) -> str:
         min(p[0::2]) >= width or max(p[0::2]) <= 0 or min(p[1::2]) >= height or max(p[1::2]) <= 0
         for p in polygons
     )
-    return "polygon outside of the picture" if outside else "flat polygon, without a pixel"
+    return "polygon outside of the image" if outside else "flat polygon, without a pixel"
 
 
 def _check_polygon(polygon: Any, height: int, width: int) -> None:
-    """The library draws without asking: no odd lengths, nothing far outside of the picture."""
+    """The library draws without asking: no odd lengths, nothing far outside of the image."""
     whole = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
     if not whole or not all(type(v) in (int, float) and abs(v) < MAX_COORDINATE for v in polygon):
         raise BadSample("malformed polygon")
     x, y = np.array(polygon[0::2]), np.array(polygon[1::2])
     far = max(np.abs(x - width / 2).max() / width, np.abs(y - height / 2).max() / height)
     if far > 1.5:
-        raise BadSample("polygon far outside of the picture")
+        raise BadSample("polygon far outside of the image")
 
 
 def is_normalised(polygons: list[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Stage 2's samples: a picture of SA-1B's layout, some of its masks, and a prompt for each.
+"""Stage 2's samples: an image of SA-1B's layout, some of its masks, and a prompt for each.
 
 Masks are chosen before anything is decoded, and never painted at full size. What is random follows
 from (seed, epoch, sample key).
@@ -23,25 +23,25 @@ from sami.core.errors import BadSample
 from sami.core.images import Drawn, drawn_on, frame_of, open_image, resize_whole
 from sami.core.order import sample_rng
 from sami.core.reading import RawSample
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 
 NO_PIXEL = "no pixel at the loss's resolution"  # of an object
-UNSURE = "turned by EXIF, and its masks fit both ways: masks_drawn_on decided"  # of a picture
+UNSURE = "turned by EXIF, and its masks fit both ways: masks_drawn_on decided"  # of an image
 
 
 @dataclass
 class MaskDataConfig(ShardsConfig):
-    """Pictures and masks of stage 2: shards of SA-1B's layout.
+    """Images and masks of stage 2: shards of SA-1B's layout.
 
     Attributes:
         image_size: side of the model's input in pixels.
-        resize: square, whatever the picture's aspect, as the released model; or longest, as SAM,
+        resize: square, whatever the image's aspect, as the released model; or longest, as SAM,
             with padding that is left out of the loss.
-        masks_drawn_on: the upright picture or the stored one, where neither size nor annotation
+        masks_drawn_on: the upright image or the stored one, where neither size nor annotation
             tells on which of them masks were drawn (docs/data.md).
-        masks_per_image: at most so many objects of a picture; the knob of the GPU's memory.
-        hflip: mirror one picture in two.
-        max_area: objects that cover more than this share of the picture are left out.
+        masks_per_image: at most so many objects of an image; the knob of the GPU's memory.
+        hflip: mirror one image in two.
+        max_area: objects that cover more than this share of the image are left out.
         min_predicted_iou: objects that SA-1B's own prediction puts below are left out.
         min_stability: likewise for its stability score.
     """
@@ -69,13 +69,13 @@ class MaskDataConfig(ShardsConfig):
 
 @dataclass
 class PromptBatch(TensorBatch):
-    """A micro-batch as it leaves the loader; K is the most objects that any picture has.
+    """A micro-batch as it leaves the loader; K is the most objects that any image has.
 
     ``images`` uint8 [B, 3, H, H]; ``masks`` bool [B, K, h, h]; ``there`` bool [B, K];
-    ``inside`` bool [B, h, h], what is picture; ``points`` [B, K, 6, 2] in pixels of the input, and
+    ``inside`` bool [B, h, h], what is image; ``points`` [B, K, 6, 2] in pixels of the input, and
     ``labels`` [B, K, 6]; ``places`` [B, 2, h], x of a click on each column and y of one on each row
     of ``masks``. ``left_out``: reason and key of each object that could not be trained on;
-    ``unsure``: likewise of each picture of which data.masks_drawn_on told how its masks lie.
+    ``unsure``: likewise of each image of which data.masks_drawn_on told how its masks lie.
     """
 
     images: torch.Tensor
@@ -108,19 +108,19 @@ class PromptTransform:
     loss_size: int
     seed: int
 
-    fields: ClassVar[tuple[str, ...]] = (PICTURE, "json")
+    fields: ClassVar[tuple[str, ...]] = (IMAGE, "json")
 
     def decode(self, sample: RawSample, epoch: int, replacement: bool) -> tuple:
-        """What :meth:`collate` takes, of one sample: key, picture, inside, its objects, and what is
+        """What :meth:`collate` takes, of one sample: key, image, inside, its objects, and what is
         to be counted of it.
 
         Raises:
-            BadSample: picture or annotation cannot be used, or no mask is left.
+            BadSample: image or annotation cannot be used, or no mask is left.
         """
         data, key = self.data, f"{sample.key}/replacement" if replacement else sample.key
         rng = sample_rng(self.seed, epoch, key)
         flip = bool(rng.random() < 0.5) and data.hflip
-        encoded, info = open_image(sample.part(PICTURE)), parse_annotations(sample.part("json"))
+        encoded, info = open_image(sample.part(IMAGE)), parse_annotations(sample.part("json"))
         asked = (info.width, info.height, info.drawn_on, data.masks_drawn_on)
         drawn, unsure = drawn_on(encoded, *asked)
         size = (info.height, info.width)
@@ -129,8 +129,8 @@ class PromptTransform:
         # Full size is only ever looked at where the loss has a pixel, or a click falls.
         seen = (size[1] - 1 - columns)[::-1] if flip else columns
         chosen, reasons = self._choose(info, rows, seen, rng)
-        picture = np.zeros((data.image_size, data.image_size, 3), np.uint8)
-        picture[: frame[0], : frame[1]] = resize_whole(encoded, *frame, drawn)
+        image = np.zeros((data.image_size, data.image_size, 3), np.uint8)
+        image[: frame[0], : frame[1]] = resize_whole(encoded, *frame, drawn)
         masks = np.zeros((len(chosen), *inside.shape), bool)
         masks[:, : len(rows), : len(columns)] = np.stack([mask for _, mask in chosen])
         asked = (size, frame, data.image_size, self.prompt, rng)
@@ -138,7 +138,7 @@ class PromptTransform:
         points, labels = map(np.stack, zip(*prompts, strict=True))
         scale = np.array([frame[1] / size[1], frame[0] / size[0]])
         if flip:
-            picture[:, : frame[1]] = picture[:, : frame[1]][:, ::-1]
+            image[:, : frame[1]] = image[:, : frame[1]][:, ::-1]
             masks[:, :, : len(columns)] = masks[:, :, : len(columns)][:, :, ::-1]
             points, labels = mirror(points, labels, frame[1], scale[0])
         places = np.zeros((2, self.loss_size), np.float32)
@@ -147,11 +147,11 @@ class PromptTransform:
         counted = ([(UNSURE, sample.key)] * unsure, left_out)
         if replacement:  # or it would be counted again in its own slot
             counted = ([], [])
-        return sample.key, picture, inside, masks, points, labels, places, *counted
+        return sample.key, image, inside, masks, points, labels, places, *counted
 
     def collate(self, items: list[tuple]) -> PromptBatch:
         """A batch of what :meth:`decode` made; missing objects are empty slots."""
-        keys, pictures, inside, masks, points, labels, places, unsure, left_out = zip(
+        keys, images, inside, masks, points, labels, places, unsure, left_out = zip(
             *items, strict=True
         )
         most = max(map(len, masks))
@@ -165,7 +165,7 @@ class PromptTransform:
 
         there = np.arange(most) < np.array([len(array) for array in masks])[:, None]
         return PromptBatch(
-            images=torch.from_numpy(np.stack([p.transpose(2, 0, 1) for p in pictures])),
+            images=torch.from_numpy(np.stack([p.transpose(2, 0, 1) for p in images])),
             masks=filled(masks, False),
             there=torch.from_numpy(there),
             inside=torch.from_numpy(np.stack(inside)),
@@ -183,7 +183,7 @@ class PromptTransform:
         """Up to ``masks_per_image`` usable masks in random order, and why others were passed over.
 
         Args:
-            rows, columns: the picture's, that the loss looks at.
+            rows, columns: the image's, that the loss looks at.
 
         Returns:
             Run ends of each, and the mask where the loss looks at it, bool [h', w']. Passed over
@@ -216,16 +216,16 @@ class PromptTransform:
 def loss_pixels(
     image_size: int, loss_size: int, frame: tuple[int, int], size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the loss looks at a picture.
+    """Where the loss looks at an image.
 
     Args:
         image_size: side of the model's input.
         loss_size: side of the mask decoder's output.
-        frame: height and width that the picture has in it.
-        size: height and width of the picture itself.
+        frame: height and width that the image has in it.
+        size: height and width of the image itself.
 
     Returns:
-        The picture's rows [h'] and columns [w'] under the centres of the loss's pixels, and
+        The image's rows [h'] and columns [w'] under the centres of the loss's pixels, and
         ``inside`` bool [h, h]: which pixels of the loss have one.
     """
     centres = (np.arange(loss_size) + 0.5) * image_size / loss_size

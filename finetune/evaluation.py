@@ -3,7 +3,7 @@
 By box and by clicks drawn in the mask (EfficientSAM, section 4.3), and by clicks on what is still
 wrong, the centre first (Segment Anything, section 7.1 and appendix D.1).
 
-A box is the mask's tight one. Masks are compared at the picture's own size. Scored are the mask
+A box is the mask's tight one. Masks are compared at the image's own size. Scored are the mask
 that the model itself thinks best, and the oracle, the best of three against the truth.
 """
 
@@ -35,11 +35,11 @@ from sami.core.order import sample_rng
 from sami.core.processes import exact
 from sami.core.reading import RawSample
 from sami.core.run import Run
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from sami.validation import tell_unusable
 
 CHOICES = ("predicted", "oracle")  # which of three masks is scored
-DECODED_AT_ONCE = 64  # prompts of a picture
+DECODED_AT_ONCE = 64  # prompts of an image
 PIXELS_AT_ONCE = 2**25  # of masks that are compared together
 
 
@@ -49,8 +49,8 @@ class MaskEvalConfig:
 
     Attributes:
         every: steps between evaluations; 0 for the end of the run alone.
-        samples: at most so many pictures, the first of val_shards.
-        masks: at most so many objects of a picture.
+        samples: at most so many images, the first of val_shards.
+        masks: at most so many objects of an image.
     """
 
     every: int = 2000
@@ -65,10 +65,10 @@ class MaskEvalConfig:
 
 @dataclass
 class EvalSample:
-    """A picture to be evaluated on, with K objects.
+    """An image to be evaluated on, with K objects.
 
-    ``image`` uint8 [3, h, w], within the model's input; ``size`` the picture's own height and
-    width; ``ends`` the run ends of its masks. In pixels of the picture: ``boxes`` [K, 4],
+    ``image`` uint8 [3, h, w], within the model's input; ``size`` the image's own height and
+    width; ``ends`` the run ends of its masks. In pixels of the image: ``boxes`` [K, 4],
     ``clicks`` [draws, K, P, 2], and ``centres`` [K, 2], NaN if they were not asked for.
     ``trivial``: IoU of what needs no model, for each spec that was asked for fp64 [answers,
     K]. ``notes`` tell of each object that was left out, and whether a default told how its
@@ -116,10 +116,10 @@ class EvalSample:
 
 @dataclass(frozen=True)
 class EvalDataset(Dataset):
-    """Pictures with their objects and prompts; of those that cannot be used, the reason.
+    """Images with their objects and prompts; of those that cannot be used, the reason.
 
     Attributes:
-        masks: at most so many of a picture, drawn with ``seed``; None for all.
+        masks: at most so many of an image, drawn with ``seed``; None for all.
         drawn: where masks lie if nothing else tells, see :func:`sami.core.images.drawn_on`.
     """
 
@@ -130,7 +130,7 @@ class EvalDataset(Dataset):
     seed: int = 0
     drawn: Drawn = "upright"
 
-    fields: ClassVar[tuple[str, ...]] = (PICTURE, "json")  # what is read of a sample
+    fields: ClassVar[tuple[str, ...]] = (IMAGE, "json")  # what is read of a sample
 
     def __len__(self) -> int:
         return len(self.source)
@@ -146,7 +146,7 @@ class EvalDataset(Dataset):
         return [self[number] for number in numbers]
 
     def _prepare(self, raw: RawSample) -> EvalSample:
-        encoded, info = open_image(raw.part(PICTURE)), parse_annotations(raw.part("json"))
+        encoded, info = open_image(raw.part(IMAGE)), parse_annotations(raw.part("json"))
         size = (info.height, info.width)
         drawn, unsure = drawn_on(encoded, info.width, info.height, info.drawn_on, self.drawn)
         before = Counter(json.loads(raw.parts.get(LEFT_OUT, b"{}")))  # by the source itself
@@ -201,7 +201,7 @@ def evaluate(
 
     Returns:
         ``miou_box``, ``miou_1_click`` and ``miou_3_clicks``, each with what needs no model as
-        ``trivial_box`` and so on, ``pictures`` and ``objects``; None where nothing could be
+        ``trivial_box`` and so on, ``images`` and ``objects``; None where nothing could be
         measured.
     """
     source = ShardSource.first(shards, EvalDataset.fields, config.samples)
@@ -222,19 +222,19 @@ def evaluate(
         sums += torch.cat([iou.sum(1), iou.new_tensor([1, iou.shape[1]])])
         trivial += trivial.new_tensor(np.concatenate(sample.trivial).sum(1))
     model.train()
-    *totals, pictures, objects = run.accelerator.reduce(sums, "sum").tolist()
+    *totals, images, objects = run.accelerator.reduce(sums, "sum").tolist()
     best = [part.max().item() for part in run.accelerator.reduce(trivial, "sum").split(answers)]
     tell_unusable(run, unusable, len(source))
     noted = sum(run.gather(noted), Counter())
     if noted:
-        run.say_once(f"noted of held-out pictures: {dict(noted)}")
+        run.say_once(f"noted of held-out images: {dict(noted)}")
     words = [spec.name.replace(" ", "_") for spec in PROMPTS]
     names = [f"{kind}_{word}" for kind in ("miou", "trivial") for word in words]
     means = {
         name: total / objects if objects else None
         for name, total in zip(names, totals + best, strict=True)
     }
-    return means | {"pictures": pictures, "objects": objects}
+    return means | {"pictures": images, "objects": objects}
 
 
 @torch.no_grad()
@@ -245,7 +245,7 @@ def score(
     specs: tuple[PromptSpec, ...],
     choices: tuple[str, ...] = CHOICES,
 ) -> torch.Tensor:
-    """IoU of each object, fp64 [specs, choices, K] on the device, at the picture's size.
+    """IoU of each object, fp64 [specs, choices, K] on the device, at the image's size.
 
     Of ``centre`` specs of several lengths each is begun anew.
     """
@@ -280,7 +280,7 @@ def masks_of(
     """The masks that the model thinks best, and what it was asked, on the CPU.
 
     Returns:
-        bool [K, H, W]; points [K, P, 2] in pixels of the picture, with labels [K, P].
+        bool [K, H, W]; points [K, P, 2] in pixels of the image, with labels [K, P].
     """
     embedding = model.get_image_embeddings(sample.image.to(device)[None])
     logits, best, points, labels = _decode(model, embedding, sample, spec, slice(None))

@@ -47,7 +47,7 @@ def walk(folder: Path) -> Listing:
     Raises:
         UserError: it is not a folder, or cannot be listed.
     """
-    require(folder.is_dir(), f"{folder} is not a folder; name the one with the pictures")
+    require(folder.is_dir(), f"{folder} is not a folder; name the one with the images")
     listing = Listing([])
 
     def refuse(error: OSError) -> None:
@@ -87,30 +87,30 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM
 
 
-def find_pictures(folder: Path) -> tuple[Listing, Counter[str]]:
-    """The pictures of a folder: by their names, or, without an extension, by their content.
+def find_images(folder: Path) -> tuple[Listing, Counter[str]]:
+    """The images of a folder: by their names, or, without an extension, by their content.
 
     Returns:
         And the other files, counted by extension.
 
     Raises:
-        UserError: no folder, or no picture in it.
+        UserError: no folder, or no image in it.
     """
-    listing, others, pictures = walk(folder), Counter(), []
+    listing, others, images = walk(folder), Counter(), []
     for name in listing.files:
         extension = extension_of(name)
-        if extension in EXTENSIONS or not extension and _is_picture(folder / name):
-            pictures.append(name)
+        if extension in EXTENSIONS or not extension and _is_image(folder / name):
+            images.append(name)
         else:
             others[f".{extension}" if extension else "without an extension"] += 1
     rest = f"; {count_words(others)} other files" if others else ""
     links = f"; {len(listing.remarks)} links lead nowhere" if listing.remarks else ""
     require(
-        bool(pictures),
-        f"{folder} holds no picture ({', '.join(EXTENSIONS)}){rest}{links}; name the folder of the "
-        "pictures",
+        bool(images),
+        f"{folder} holds no image ({', '.join(EXTENSIONS)}){rest}{links}; name the folder of the "
+        "images",
     )
-    return Listing(pictures, listing.remarks), others
+    return Listing(images, listing.remarks), others
 
 
 def extension_of(name: str) -> str:
@@ -118,7 +118,7 @@ def extension_of(name: str) -> str:
     return posixpath.splitext(name)[1].lower().lstrip(".")
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     try:
         open_image(path.read_bytes())
     except BadSample:
@@ -152,8 +152,8 @@ def read_file(path: Path, option: str, remedy: str = "") -> bytes:
         ) from error
 
 
-def read_picture(path: Path) -> bytes:
-    """What the file of a picture holds.
+def read_image(path: Path) -> bytes:
+    """What the file of an image holds.
 
     Raises:
         BadSample: it is not there, or cannot be read for a reason that is its own.
@@ -220,7 +220,7 @@ def find_files(names: list[str], folder: Path, counted: Sequence[str] = ()) -> F
     Raises:
         UserError: two files for one of ``names``, or two of them for one file.
     """
-    require(folder.is_dir(), f"{folder} is not a folder; name the one with the pictures")
+    require(folder.is_dir(), f"{folder} is not a folder; name the one with the images")
     found = FoundFiles({n: n for n in names if not n.startswith("/") and (folder / n).is_file()})
     lacking = [name for name in names if name not in found.files]
     others = [name for name in counted if name.startswith("/") or not (folder / name).is_file()]

@@ -1,7 +1,7 @@
 """What stage 2 minimises (Segment Anything, appendix A): focal and dice 20 : 1, and IoU by MSE.
 
 Of the masks of a prompt only the one with the lowest mask loss is trained; the IoU head is trained
-on all of them. The mean is over the objects of a picture and then over pictures, so that a
+on all of them. The mean is over the objects of an image and then over images, so that a
 batch gives the same loss however it is cut into micro-batches.
 """
 
@@ -49,7 +49,7 @@ class MaskTargets:
     """What the objects of a batch look like at the loss's resolution.
 
     ``masks`` bool [B, K, h, w]; ``there`` bool [B, K], whether the slot holds an object;
-    ``inside`` bool [B, h, w], what is picture and not padding, or None for all.
+    ``inside`` bool [B, h, w], what is image and not padding, or None for all.
     """
 
     masks: torch.Tensor
@@ -159,6 +159,6 @@ def _weight(kind: str) -> float:
 
 
 def _mean(values: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Over the objects [B, K] of each picture, then over pictures."""
+    """Over the objects [B, K] of each image, then over images."""
     values = torch.where(there, values, 0.0)  # what stands in an empty slot has no gradient either
     return (values.sum(1) / there.sum(1).clamp(min=1)).mean()

@@ -5,7 +5,7 @@ appendix A of Segment Anything): GELU, a GroupNorm of one group in the upscaling
 the first self-attention, and in the second block the prompts' own embedding is added to the tokens
 for good. Attention is fused.
 
-Prompts of one picture share its image tokens until the first block has changed them, so these are
+Prompts of one image share its image tokens until the first block has changed them, so these are
 [B, 1, N, D] there and projected once for all prompts.
 """
 
@@ -65,7 +65,7 @@ class MLP(nn.Module):
 
 
 class TwoWayBlock(nn.Module):
-    """Tokens attend to each other, then to the picture; the picture attends to them."""
+    """Tokens attend to each other, then to the image; the image attends to them."""
 
     def __init__(self, width: int, first: bool, dropout: float) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class TwoWayBlock(nn.Module):
 
 
 class TwoWayTransformer(nn.Module):
-    """Two blocks and a last look at the picture."""
+    """Two blocks and a last look at the image."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class MaskDecoder(PredictorMasks):
         """All four masks of prompts; :mod:`finetune.sam_head` has those of SAM's own head.
 
         Args:
-            embeddings: of pictures, [B, C, h, w].
+            embeddings: of images, [B, C, h, w].
             points: [B, Q, P, 2] in pixels of the model's square input; behind the sixth they are
                 dropped.
             labels: [B, Q, P]: 1 click, 2 and 3 corners of a box, -1 none.
@@ -184,7 +184,7 @@ class MaskDecoder(PredictorMasks):
         sparse_prompt_embeddings: torch.Tensor,
         dense_prompt_embeddings: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All four masks [Q, 4, 4h, 4w] of one picture, and their predicted IoU [Q, 4]."""
+        """All four masks [Q, 4, 4h, 4w] of one image, and their predicted IoU [Q, 4]."""
         logits, iou = self.decode(image_embeddings, image_pe, sparse_prompt_embeddings[None])
         return logits[0], iou[0]
 
@@ -194,17 +194,17 @@ class MaskDecoder(PredictorMasks):
         """All four masks.
 
         Args:
-            embedding: of the pictures, [B, D, h, w].
+            embedding: of the images, [B, D, h, w].
             image_pe: [1, D, h, w].
             prompts: tokens [B, Q, P, D].
 
         Returns:
             Logits [B, Q, 4, 4h, 4w] and predicted IoU [B, Q, 4].
         """
-        pictures, count = prompts.shape[:2]
+        images, count = prompts.shape[:2]
         height, width = embedding.shape[2:]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([own.expand(pictures, count, -1, -1), prompts], dim=2)
+        tokens = torch.cat([own.expand(images, count, -1, -1), prompts], dim=2)
         image, image_pe = (
             rearrange(x, "b d h w -> b 1 (h w) d").to(tokens.dtype) for x in (embedding, image_pe)
         )

@@ -25,16 +25,16 @@ PAPER = {  # by data set
         "SAM": {"box": 78.9, "1 click": 59.8, "3 clicks": 75.2},
     },
 }
-# Pictures and annotations, crowds among them, by which a file of annotations is recognised.
+# Images and annotations, crowds among them, by which a file of annotations is recognised.
 DATA_SETS = {"COCO val2017": (5_000, 36_781), "LVIS v1 val": (19_809, 244_707)}
 
 
 @dataclass
 class Measured:
-    """What was found on a set of pictures.
+    """What was found on a set of images.
 
-    ``iou``: of each picture fp64 [specs, choices, K]; ``areas``: of each picture [K], in
-    pixels; ``trivial``: of each picture, for each spec, fp64 [answers, K].
+    ``iou``: of each image fp64 [specs, choices, K]; ``areas``: of each image [K], in
+    pixels; ``trivial``: of each image, for each spec, fp64 [answers, K].
     """
 
     specs: tuple[PromptSpec, ...]
@@ -43,7 +43,7 @@ class Measured:
     trivial: list[list[np.ndarray]] = field(default_factory=list)
 
     def add(self, iou: np.ndarray, areas: np.ndarray, trivial: list[np.ndarray]) -> None:
-        """One picture."""
+        """One image."""
         self.iou.append(iou)
         self.areas.append(areas)
         self.trivial.append(trivial)
@@ -53,14 +53,14 @@ class Measured:
 
         The mean is over objects. Random draws of one prompt are averaged for each object first;
         ``draws`` has the mean of each. The interval is that of 95 % of 1,000 bootstrap samples of
-        pictures: objects of one picture are not independent. A prompt's last row, its choice one of
+        images: objects of one image are not independent. A prompt's last row, its choice one of
         TRIVIAL, needs no model; of the discs it has the radius that is best for these objects,
-        ``radius``, as a share of the side of a square with the picture's area.
+        ``radius``, as a share of the side of a square with the image's area.
         """
         groups: dict[str, list[int]] = {}
         for number, spec in enumerate(self.specs):
             groups.setdefault(spec.name, []).append(number)
-        pictures = np.repeat(np.arange(len(self.areas)), [len(areas) for areas in self.areas])
+        images = np.repeat(np.arange(len(self.areas)), [len(areas) for areas in self.areas])
         areas = np.concatenate(self.areas)
         iou = np.concatenate(self.iou, 2)
         weights = resample(len(self.areas), seed)
@@ -70,7 +70,7 @@ class Measured:
             for size, (least, most) in SIZES.items():
                 within = (areas >= least) & (areas < most)
                 values = iou.mean(0)[within]
-                by_size[size] = mean(values, pictures[within], weights)
+                by_size[size] = mean(values, images[within], weights)
             draws = iou.mean(1).tolist()
             return {"prompt": name, "choice": choice, "miou": by_size, "draws": draws}
 
@@ -86,24 +86,24 @@ class Measured:
         return rows
 
 
-def resample(pictures: int, seed: int) -> np.ndarray:
-    """How often each picture is in each bootstrap sample, int [RESAMPLED, pictures]."""
+def resample(images: int, seed: int) -> np.ndarray:
+    """How often each image is in each bootstrap sample, int [RESAMPLED, images]."""
     rng = np.random.default_rng(seed)
-    return rng.multinomial(pictures, np.full(pictures, 1 / pictures), size=RESAMPLED)
+    return rng.multinomial(images, np.full(images, 1 / images), size=RESAMPLED)
 
 
-def mean(values: np.ndarray, pictures: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+def mean(values: np.ndarray, images: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
     """The mean of objects with its interval; ``mean``, ``low`` and ``high`` are None without any.
 
     Args:
         values: [K].
-        pictures: of which picture each is, [K].
+        images: of which image each is, [K].
         weights: of :func:`resample`.
     """
     if len(values) == 0:
         return {"mean": None, "low": None, "high": None, "objects": 0}
     count = weights.shape[1]
-    sums, sizes = (np.bincount(pictures, w, minlength=count) for w in (values, None))
+    sums, sizes = (np.bincount(images, w, minlength=count) for w in (values, None))
     drawn = weights @ sizes
     means = (weights @ sums)[drawn > 0] / drawn[drawn > 0]
     low, high = np.quantile(means, (0.025, 0.975))
@@ -115,7 +115,7 @@ def mean(values: np.ndarray, pictures: np.ndarray, weights: np.ndarray) -> dict[
     }
 
 
-def data_set(pictures: int, annotations: int) -> str | None:
-    """The data set of the paper's with so many pictures and annotations; None if it is none."""
-    found = (name for name, sizes in DATA_SETS.items() if sizes == (pictures, annotations))
+def data_set(images: int, annotations: int) -> str | None:
+    """The data set of the paper's with so many images and annotations; None if it is none."""
+    found = (name for name, sizes in DATA_SETS.items() if sizes == (images, annotations))
     return next(found, None)

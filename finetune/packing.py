@@ -1,6 +1,6 @@
-"""Pictures into shards: what tools/make_shards.py writes, one tar after the other.
+"""Images into shards: what tools/make_shards.py writes, one tar after the other.
 
-What is written can be read: a picture's bytes are copied where shards take its kind, other kinds
+What is written can be read: an image's bytes are copied where shards take its kind, other kinds
 become PNG without a loss, and what cannot is left out by its reason.
 """
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from finetune.coco import Entry
 from finetune.coco_masks import why_none
-from finetune.folders import as_text, extension_of, read_picture
+from finetune.folders import as_text, extension_of, read_image
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import BadSample, UserError, not_written
@@ -29,7 +29,7 @@ from sami.core.images import (
     IMAGE_EXTENSIONS,
     TURNS,
     Drawn,
-    Picture,
+    EncodedImage,
     decoding,
     drawn_on,
     open_image,
@@ -41,8 +41,8 @@ GUESSED = "are turned by EXIF and their masks fit both ways: taken as drawn on t
 LOSSLESS = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")  # Pillow's modes that PNG holds
 
 
-class SourcePicture(NamedTuple):
-    """A picture to be written: its path below the source and what comes with it."""
+class SourceImage(NamedTuple):
+    """An image to be written: its path below the source and what comes with it."""
 
     path: str
     label: int = -1  # none
@@ -51,7 +51,7 @@ class SourcePicture(NamedTuple):
 
 @dataclass(frozen=True)
 class How:
-    """What the pictures of a call have in common.
+    """What the images of a call have in common.
 
     Attributes:
         source: the folder that their paths are relative to.
@@ -66,29 +66,29 @@ class How:
 
 @dataclass
 class Written:
-    """What became of some pictures.
+    """What became of some images.
 
     ``bad`` (path, reason) of those left out; ``masks`` left out of the others, by reason; ``noted``
     what was done to some, by what it was.
     """
 
-    pictures: int = 0
+    images: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
     masks: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: "Written") -> None:
-        self.pictures += other.pictures
+        self.images += other.images
         self.bad += other.bad
         self.masks += other.masks
         self.noted += other.noted
 
 
-def pack_shard(how: How, path: Path, first: int, pictures: list[SourcePicture]) -> Written:
+def pack_shard(how: How, path: Path, first: int, images: list[SourceImage]) -> Written:
     """One tar, under another name until it is whole and on the disk.
 
     Args:
-        first: the number that the first picture is called by.
+        first: the number that the first image is called by.
 
     Raises:
         UserError: a file cannot be read or written, for a reason that is not in its data.
@@ -97,12 +97,12 @@ def pack_shard(how: How, path: Path, first: int, pictures: list[SourcePicture]) 
     try:
         with temporary.open("wb") as file:
             with wds.TarWriter(file, mtime=0) as writer:
-                for number, picture in enumerate(pictures, first):
+                for number, image in enumerate(images, first):
                     try:
-                        writer.write(pack_sample(how, picture, f"{number:08d}", written))
-                        written.pictures += 1
+                        writer.write(pack_sample(how, image, f"{number:08d}", written))
+                        written.images += 1
                     except BadSample as error:
-                        written.bad.append((picture.path, str(error)))
+                        written.bad.append((image.path, str(error)))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -111,17 +111,17 @@ def pack_shard(how: How, path: Path, first: int, pictures: list[SourcePicture]) 
     return written
 
 
-def pack_sample(how: How, picture: SourcePicture, key: str, written: Written) -> dict[str, Any]:
-    """A picture's members; what was left out of it, or done to it, is added to ``written``.
+def pack_sample(how: How, image: SourceImage, key: str, written: Written) -> dict[str, Any]:
+    """An image's members; what was left out of it, or done to it, is added to ``written``.
 
     Raises:
         BadSample: it cannot be used.
         UserError: it cannot be read, for a reason that is not in its data.
     """
-    data, entry = read_picture(how.source / picture.path), picture.entry
+    data, entry = read_image(how.source / image.path), image.entry
     encoded, drawn, unsure = open_image(data), "upright", False
     orientation = encoded.orientation  # Pillow forgets a TIFF's once it is loaded
-    with decoding("damaged picture"):
+    with decoding("damaged image"):
         Image.open(io.BytesIO(data), formats=FORMATS).verify()
     if entry is not None:
         size = entry.image["width"], entry.image["height"]
@@ -130,7 +130,7 @@ def pack_sample(how: How, picture: SourcePicture, key: str, written: Written) ->
         written.masks += left_out
         if not content["annotations"]:
             raise BadSample(why_none(left_out))
-    extension, note = extension_of(picture.path), ""
+    extension, note = extension_of(image.path), ""
     if extension not in IMAGE_EXTENSIONS:
         named = f"as .{extension}" if extension else "without an extension"
         extension = COPIED.get(encoded.format, "png")
@@ -144,23 +144,23 @@ def pack_sample(how: How, picture: SourcePicture, key: str, written: Written) ->
         if orientation != 1:
             content["image"]["drawn_on"] = drawn  # decided here, once
         sample["json"] = json.dumps(content).encode()
-    elif picture.label >= 0:
-        sample["cls"] = picture.label
-    guess = f"{GUESSED} {drawn} picture (--masks-drawn-on)"
+    elif image.label >= 0:
+        sample["cls"] = image.label
+    guess = f"{GUESSED} {drawn} image (--masks-drawn-on)"
     written.noted.update([note] * bool(note) + [guess] * unsure)
     return sample
 
 
-def as_png(encoded: Picture, drawn: Drawn) -> bytes:
-    """A picture as PNG, every value as it was, turned as asked; of several frames the first.
+def as_png(encoded: EncodedImage, drawn: Drawn) -> bytes:
+    """An image as PNG, every value as it was, turned as asked; of several frames the first.
 
     Raises:
-        BadSample: PNG does not hold such values, or the picture is damaged.
+        BadSample: PNG does not hold such values, or the image is damaged.
     """
     image, orientation, tiff = encoded.image, encoded.orientation, encoded.format == "TIFF"
     bits = np.max(image.tag_v2.get(258, 1)) if tiff else 8
     inverse = tiff and image.tag_v2.get(262) == 0
-    with decoding("damaged picture"):
+    with decoding("damaged image"):
         image.load()
         if image.mode == "I" and 0 <= image.getextrema()[0] <= image.getextrema()[1] < 65536:
             image = image.convert("I;16")
@@ -180,12 +180,12 @@ def as_png(encoded: Picture, drawn: Drawn) -> bytes:
 # ---- The plan of a folder
 
 
-def stamp(source: Path, pictures: list[SourcePicture]) -> str:
+def stamp(source: Path, images: list[SourceImage]) -> str:
     """Changes when one of the files does: by their sizes and times, not their content."""
     digest = hashlib.sha256()
-    for picture in pictures:
+    for image in images:
         try:
-            status = os.stat(source / picture.path)
+            status = os.stat(source / image.path)
             digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
         except FileNotFoundError:
             digest.update(b"gone\n")
@@ -199,12 +199,12 @@ def claim(
 
     Args:
         plan: what the shards are made of, in short, and how.
-        shards: of each one's file name the :func:`stamp` of its pictures.
+        shards: of each one's file name the :func:`stamp` of its images.
         classes: the classes' names; empty for none.
 
     Raises:
         UserError: it holds shards of another plan, or of other classes (of another --prefix), or
-            pictures changed since they were written into it, or it cannot be written. Nothing is
+            images changed since they were written into it, or it cannot be written. Nothing is
             written then.
     """
     file = out / f"{prefix}.plan.json"
@@ -217,18 +217,18 @@ def claim(
         raise UserError(
             f"{file} is damaged; delete it and the shards of --prefix {prefix}"
         ) from error
-    names = {"listing": "the pictures, their labels or annotations", "pictures": "their number"}
+    names = {"listing": "the images, their labels or annotations", "pictures": "their number"}
     changed = [names.get(n, n) for n in plan if plan[n] != found.get(n, plan[n])]
     require(
         not changed or not any(out.glob(f"{prefix}-*.tar")),
-        f"{out} holds shards made of other pictures or with other options ({', '.join(changed)} "
+        f"{out} holds shards made of other images or with other options ({', '.join(changed)} "
         f"differ); use another OUT or --prefix, or delete {prefix}-*.tar there to make them anew",
     )
     before = found.get("stamps", {})
     stale = [n for n, now in shards.items() if before.get(n, now) != now and (out / n).exists()]
     require(
         not stale,
-        f"pictures in {len(stale)} of the finished shards in {out} changed since they were "
+        f"images in {len(stale)} of the finished shards in {out} changed since they were "
         f"written (other sizes or times): delete {', '.join(stale[:5])}"
         f"{' ...' if len(stale) > 5 else ''}, and the same command writes them anew; or use "
         "another OUT",
@@ -281,10 +281,10 @@ def unclaim(out: Path, prefix: str, shards: list[Path], own_classes: bool) -> No
         (out / CLASSES).unlink(missing_ok=True)
 
 
-def listing(pictures: list[SourcePicture]) -> str:
-    """Changes with the pictures' paths, labels or annotations."""
+def listing(images: list[SourceImage]) -> str:
+    """Changes with the images' paths, labels or annotations."""
     rows = []
-    for path, label, entry in pictures:
-        images = entry and (entry.images if len(entry.images) > 1 else entry.images[0])
-        rows.append((as_text(path), label, images, entry.annotations if entry else []))
+    for path, label, entry in images:
+        listed = entry and (entry.images if len(entry.images) > 1 else entry.images[0])
+        rows.append((as_text(path), label, listed, entry.annotations if entry else []))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

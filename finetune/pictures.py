@@ -1,4 +1,4 @@
-"""Pictures for a person: what was to be found, and what each prompt found."""
+"""Images for a person: what was to be found, and what each prompt found."""
 
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from sami.core.run import Run
 
 SIDE = 560  # pixels of a panel's longer side
 COLUMNS, GAP, STRIP, HEAD, DPI = 3, 12, 26, 64, 100  # panels in a row; pixels
-MOST = len(OBJECTS)  # objects of a picture: more would share their colours
-PICTURES = 4  # that are drawn while training
+MOST = len(OBJECTS)  # objects of an image: more would share their colours
+IMAGES = 4  # that are drawn while training
 OUTLINE = 2  # pixels
 SHOWN = PROMPTS[:2]  # box and one click
 KEY = (
@@ -35,9 +35,9 @@ KEY = (
 
 
 def draw_shown(run: Run, model: Sam, shards: list[Shard], step: int, drawn: Drawn) -> None:
-    """Masks by box and by click on the first few pictures, as ``pictures/masks-<step>.png``."""
+    """Masks by box and by click on the first few images, as ``pictures/masks-<step>.png``."""
     path = run.dir / "pictures" / f"masks-{step:07d}.png"
-    source = ShardSource.first(shards, EvalDataset.fields, PICTURES)
+    source = ShardSource.first(shards, EvalDataset.fields, IMAGES)
     found = EvalDataset(source, model.shape, masks=8, drawn=drawn)
     shown = [sample for sample in found if isinstance(sample, EvalSample)]
     if shown:
@@ -45,7 +45,7 @@ def draw_shown(run: Run, model: Sam, shards: list[Shard], step: int, drawn: Draw
         with run.accelerator.autocast():
             draw_masks(path, model, shown, run.device, f"{run.dir.name}, step {step}")
         model.train()
-        run.picture(path, step)
+        run.image(path, step)
 
 
 def draw_masks(path: Path, *what: Any) -> None:
@@ -55,18 +55,18 @@ def draw_masks(path: Path, *what: Any) -> None:
 
 def figure_of(
     model: Sam,
-    pictures: list[EvalSample],
+    images: list[EvalSample],
     device: torch.device,
     title: str,
     specs: tuple[PromptSpec, ...] = SHOWN,
 ) -> Figure:
-    """Of each picture the true masks, and the masks by each kind of prompt.
+    """Of each image the true masks, and the masks by each kind of prompt.
 
     A panel's pixels are pixels of the PNG.
     """
     columns = min(COLUMNS, 1 + len(specs))
     rows = -(-(1 + len(specs)) // columns)
-    sizes = [_panel(sample.size) for sample in pictures]
+    sizes = [_panel(sample.size) for sample in images]
     width = columns * (SIDE + GAP) + GAP
     height = HEAD + sum(rows * (size[0] + STRIP + GAP) for size in sizes)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
@@ -74,7 +74,7 @@ def figure_of(
     figure.text(GAP / width, 1 - 14 / height, plain(title), fontsize=13, va="center")
     figure.text(GAP / width, 1 - 40 / height, KEY, fontsize=9, va="center", wrap=True)
     top = HEAD
-    for sample, size in zip(pictures, sizes, strict=True):
+    for sample, size in zip(images, sizes, strict=True):
         axes = []
         for place in range(1 + len(specs)):
             row, column = divmod(place, columns)
@@ -82,18 +82,18 @@ def figure_of(
             bottom = height - top - row * (size[0] + STRIP + GAP) - STRIP - size[0]
             place = (left / width, bottom / height, size[1] / width, size[0] / height)
             axes.append(figure.add_axes(place))
-        _draw_picture(axes, model, sample, size, device, specs)
+        _draw_image(axes, model, sample, size, device, specs)
         top += rows * (size[0] + STRIP + GAP)
     return figure
 
 
 def _panel(size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a picture's panel."""
+    """Height and width of an image's panel."""
     height, width = (max(1, round(side * SIDE / max(size))) for side in size)
     return height, width
 
 
-def _draw_picture(
+def _draw_image(
     axes: list[Axes],
     model: Sam,
     sample: EvalSample,
@@ -101,7 +101,7 @@ def _draw_picture(
     device: torch.device,
     specs: tuple[PromptSpec, ...],
 ) -> None:
-    """Fill a picture's panels: the truth, and then each kind of prompt."""
+    """Fill an image's panels: the truth, and then each kind of prompt."""
     frame = model.shape.frame(*sample.size)
     image = sample.image[:, : frame[0], : frame[1]].permute(1, 2, 0).numpy()
     image = resize_array(image, *size)
@@ -140,7 +140,7 @@ def _show(axis: Axes, image: np.ndarray, masks: np.ndarray, title: str) -> None:
 def _on_panel(
     points: torch.Tensor, full: tuple[int, int], size: tuple[int, int], half: float = 0.5
 ) -> np.ndarray:
-    """Pixels x, y of the picture as pixels of its panel: a pixel's middle on a pixel's middle."""
+    """Pixels x, y of the image as pixels of its panel: a pixel's middle on a pixel's middle."""
     scale = np.array([size[1] / full[1], size[0] / full[0]])
     return (points.numpy() + half) * scale - 0.5
 

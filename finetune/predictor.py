@@ -1,7 +1,7 @@
 """How segment_anything's predictor calls a prompt encoder and a mask decoder, for both heads.
 
-The predictor embeds prompts before a mask decoder has seen the picture's embedding. Where pictures
-are stretched to a square, prompts can only be placed when the picture's shape is known, so that
+The predictor embeds prompts before a mask decoder has seen the image's embedding. Where images
+are stretched to a square, prompts can only be placed when the image's shape is known, so that
 tokens wait for it: the embedding that a mask decoder is given tells it.
 """
 
@@ -14,9 +14,9 @@ Points = tuple[torch.Tensor, torch.Tensor]  # coordinates [Q, P, 2] and labels [
 
 
 class Unplaced(torch.Tensor):
-    """Tokens of prompts whose picture has a shape that is not known yet; see :func:`placed`.
+    """Tokens of prompts whose image has a shape that is not known yet; see :func:`placed`.
 
-    As they are they are those of a square picture. ``place`` makes those of any other from its
+    As they are they are those of a square image. ``place`` makes those of any other from its
     frame. What is computed from them is Unplaced too and has no ``place``: it can be looked at, and
     no mask is made of it.
     """
@@ -25,24 +25,24 @@ class Unplaced(torch.Tensor):
 
 
 def placed(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    """Tokens for the picture that an embedding is of; those that do not wait for one as they are.
+    """Tokens for the image that an embedding is of; those that do not wait for one as they are.
 
     Raises:
-        ValueError: the embedding does not tell the picture's shape.
+        ValueError: the embedding does not tell the image's shape.
     """
     if not isinstance(tokens, Unplaced):
         return tokens
     frame, place = getattr(embedding, "frame", None), getattr(tokens, "place", None)
     if frame is None:
         raise ValueError(
-            "these features do not tell the shape of their picture, which resize square needs to "
+            "these features do not tell the shape of their image, which resize square needs to "
             "place prompts (a copy, another device or NumPy loses it); set the image again, or "
             "restore them with model.with_size(features, original_size)"
         )
     if place is None:
         raise ValueError(
             "these prompt embeddings were computed on, and resize square cannot place them in the "
-            "picture any more; give the mask decoder what the prompt encoder returned"
+            "image any more; give the mask decoder what the prompt encoder returned"
         )
     return place(frame)
 
@@ -52,7 +52,7 @@ class PredictorPrompts(nn.Module):
 
     Attributes:
         image_size: side of the model's square input in pixels.
-        square: pictures fill the input whatever their shape.
+        square: images fill the input whatever their shape.
     """
 
     image_size: int
@@ -67,7 +67,7 @@ class PredictorPrompts(nn.Module):
     def forward(
         self, points: Points | None, boxes: torch.Tensor | None, masks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts of one picture, in pixels of it as the predictor's ResizeLongestSide makes it.
+        """Prompts of one image, in pixels of it as the predictor's ResizeLongestSide makes it.
 
         Args:
             points: coordinates [Q, P, 2] and labels [Q, P], any type of number.
@@ -75,8 +75,8 @@ class PredictorPrompts(nn.Module):
             masks: logits of earlier masks, where the head takes them.
 
         Returns:
-            Sparse [Q, P, D] and dense embeddings; where pictures are stretched to a square, sparse
-            ones for a square picture, which the mask decoder takes to where they lie in its own.
+            Sparse [Q, P, D] and dense embeddings; where images are stretched to a square, sparse
+            ones for a square image, which the mask decoder takes to where they lie in its own.
 
         Raises:
             ValueError: prompts that the head does not take, or shapes that do not fit.
@@ -117,7 +117,7 @@ class PredictorMasks(nn.Module):
         dense_prompt_embeddings: torch.Tensor,
         multimask_output: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks of prompts [Q, P, D] in one picture [1, D, h, w].
+        """Masks of prompts [Q, P, D] in one image [1, D, h, w].
 
         Without ``multimask_output`` it is mask 0 if that was trained, otherwise the mask of 1..3
         with the highest predicted IoU.
@@ -126,7 +126,7 @@ class PredictorMasks(nn.Module):
             Logits [Q, 3 or 1, 4h, 4w] and predicted IoU [Q, 3 or 1], fp32.
 
         Raises:
-            ValueError: prompts that the picture of this embedding cannot place.
+            ValueError: prompts that the image of this embedding cannot place.
         """
         tokens = placed(sparse_prompt_embeddings, image_embeddings)
         if len(tokens) == 0:
@@ -146,20 +146,20 @@ class PredictorMasks(nn.Module):
 
 
 def rescale(
-    points: torch.Tensor, to: int | tuple[int, int], picture: tuple[int, int]
+    points: torch.Tensor, to: int | tuple[int, int], image: tuple[int, int]
 ) -> torch.Tensor:
-    """Points [..., 2] in pixels of a picture to pixels of the same at another size, in fp32.
+    """Points [..., 2] in pixels of an image to pixels of the same at another size, in fp32.
 
     x becomes x * s, as in all released code: an index stays one of a pixel's upper left corner, and
     the prompt encoder adds half a pixel of the input.
 
     Args:
         to: wanted height and width in pixels, or both in one.
-        picture: height and width in pixels.
+        image: height and width in pixels.
     """
     height, width = (to, to) if isinstance(to, int) else to
     x, y = points.float().unbind(-1)
-    return torch.stack([x * (width / picture[1]), y * (height / picture[0])], -1)
+    return torch.stack([x * (width / image[1]), y * (height / image[0])], -1)
 
 
 def check_given(points: Points | None, boxes: torch.Tensor | None) -> None:

@@ -20,8 +20,8 @@ PADDING, BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3  # labe
 class Positions(PositionEmbeddingRandom):
     """segment-anything's random Fourier features, in fp32 whatever autocast or the model's type.
 
-    In bf16 a coordinate of a 1024-px picture would be off by up to four pixels, and one frequency
-    by as much across the picture.
+    In bf16 a coordinate of a 1024-px image would be off by up to four pixels, and one frequency
+    by as much across the image.
     """
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Positions":

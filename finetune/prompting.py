@@ -4,7 +4,7 @@ For training a box or clicks, as SAM draws them (appendix A), from the run lengt
 resolution, so that a first prompt follows from (seed, epoch, key). Correction clicks depend on what
 was predicted alone; training and evaluation share them.
 
-A click is the index of a pixel of the picture times the scale to the model's input, as in released
+A click is the index of a pixel of the image times the scale to the model's input, as in released
 code; a box counts in edges of pixels times the same scale.
 """
 
@@ -57,7 +57,7 @@ def draw_prompt(
 
     Args:
         ends: the mask's run ends.
-        size: height and width of the picture.
+        size: height and width of the image.
         frame: height and width that it has within the input.
         image_size: side of the input.
     """
@@ -80,7 +80,7 @@ def noisy_box(
 
     Args:
         box: x0, y0, x1, y1 in pixels.
-        size: height and width of the picture in pixels; corners stay within.
+        size: height and width of the image in pixels; corners stay within.
 
     Returns:
         [2, 2]: the corners' x and y, the upper left first.
@@ -101,7 +101,7 @@ class PromptSpec:
         kind: box; random, clicks drawn uniformly in the mask; centre, a click farthest from the
             mask's boundary, and each later one likewise in what is still wrong.
         clicks: how many.
-        draw: which of a picture's random draws. Fewer clicks are the first of more.
+        draw: which of an image's random draws. Fewer clicks are the first of more.
     """
 
     kind: Literal["box", "random", "centre"]
@@ -155,7 +155,7 @@ def correction_clicks(
         places: [B, 2, n], x of a click on each column and y of one on each row.
         background: whether pixels wrongly taken for the object may be clicked (label 0); without,
             only missed ones are.
-        inside: bool [B, h, w], what is picture; None for all.
+        inside: bool [B, h, w], what is image; None for all.
 
     Returns:
         Points [B, K, 1, 2] as ``places`` has them, and labels [B, K, 1]; -1 and -1 where nothing is

@@ -27,12 +27,12 @@ def _filled(points: np.ndarray, labels: list[int]) -> tuple[np.ndarray, np.ndarr
 def mirror(
     points: np.ndarray, labels: np.ndarray, width: float, pixel: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts [K, 6, 2] of the mirrored picture; a box's corners change sides.
+    """Prompts [K, 6, 2] of the mirrored image; a box's corners change sides.
 
-    Clicks are at the left edge of a pixel of the picture, box corners are edges.
+    Clicks are at the left edge of a pixel of the image, box corners are edges.
 
     Args:
-        width: of the picture, as the points count.
+        width: of the image, as the points count.
         pixel: likewise of one of its pixels.
     """
     result = points.astype(np.float32)
@@ -58,7 +58,7 @@ def append_clicks(
 def depths(regions: torch.Tensor) -> torch.Tensor:
     """How far each pixel of regions, bool [..., h, w], is from the nearest that is not of them.
 
-    What lies outside of the picture is of no region (Segment Anything, appendix D.1).
+    What lies outside of the image is of no region (Segment Anything, appendix D.1).
 
     Returns:
         fp32 [..., h, w] in pixels, 0 outside of the region.
@@ -80,7 +80,7 @@ def _depths_by_scipy(regions: torch.Tensor) -> torch.Tensor:
 
 
 def _depths_on_device(regions: torch.Tensor) -> torch.Tensor:
-    """[N, h, w]: along the rows, then over all rows in reach, each a step of the whole picture."""
+    """[N, h, w]: along the rows, then over all rows in reach, each a step of the whole image."""
     height, width = regions.shape[1:]
     x = torch.arange(width, device=regions.device)
     before = torch.where(regions, -1, x).cummax(2).values

@@ -15,7 +15,7 @@ from sami.core.tables import Results
 from sami.sweepfile import Run
 from sami.sweeps import Sweep, read, seconds_of
 
-IMAGENET = "ImageNet"  # known by its 50,000 validation pictures and 1,000 classes
+IMAGENET = "ImageNet"  # known by its 50,000 validation images and 1,000 classes
 PERCENT = ("top1", "top5", "knn", "linear")  # measures of summary.json that are in %
 
 
@@ -78,10 +78,10 @@ class Reader:
         folder = self.sweep.folder(run, self.sweep.split(where, "measures")[0])
         if self.is_evaluation(where):
             return read(folder / "evaluation.json").get("data")
-        pictures = (read(folder / "summary.json").get("evaluation") or {}).get("pictures")
+        images = (read(folder / "summary.json").get("evaluation") or {}).get("pictures")
         with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
             config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            return IMAGENET if (pictures, config["data"]["classes"]) == (50_000, 1_000) else None
+            return IMAGENET if (images, config["data"]["classes"]) == (50_000, 1_000) else None
         return None
 
     def unit(self, name: str) -> str:

@@ -39,11 +39,11 @@ class EncodedMask:
 
 @dataclass
 class Annotations:
-    height: int  # of the picture, in pixels; every mask has the same
+    height: int  # of the image, in pixels; every mask has the same
     width: int
     masks: list[EncodedMask]
     left_out: Counter[str] = field(default_factory=Counter)  # annotations that are no such mask
-    drawn_on: Drawn | None = None  # the picture that the masks lie on, if the file says it
+    drawn_on: Drawn | None = None  # the image that the masks lie on, if the file says it
 
     def decoded(
         self, masks: list[EncodedMask], rng: np.random.Generator, left_out: Counter[str]
@@ -61,7 +61,7 @@ class Annotations:
 
 
 def parse_annotations(data: bytes) -> Annotations:
-    """The JSON of one SA-1B picture, its types and sizes checked, its masks not decoded.
+    """The JSON of one SA-1B image, its types and sizes checked, its masks not decoded.
 
     ``area`` and ``bbox`` may be missing or null, as from COCO exports (None); ``predicted_iou`` and
     ``stability_score`` may be missing (1.0), and null is no score. ``image`` may have ``drawn_on``,
@@ -93,7 +93,7 @@ def parse_annotations(data: bytes) -> Annotations:
 
 
 def most_frequent(left_out: Counter[str]) -> str:
-    """The reason of a picture without a usable mask: the one that most of its objects have."""
+    """The reason of an image without a usable mask: the one that most of its objects have."""
     return left_out.most_common(1)[0][0] if left_out else "no usable mask"
 
 
@@ -215,7 +215,7 @@ def _mask(entry: Any, height: int, width: int) -> EncodedMask:
     if len(size) != 2 or not all(type(side) is int for side in size):
         raise BadSample(FOREIGN)
     if size != [height, width]:
-        raise BadSample("mask size differs from the picture's")
+        raise BadSample("mask size differs from the image's")
     counts = _get(segmentation, "counts", str | list)
     bbox = None if entry.get("bbox") is None else _get(entry, "bbox", list)
     if bbox is not None and len(bbox) != 4:

@@ -85,7 +85,7 @@ class RunFolder:
         info = [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
         return [step for step, _ in info], [value for _, value in info]
 
-    def pictures(self, most: int) -> list[tuple[str, Path]]:
+    def images(self, most: int) -> list[tuple[str, Path]]:
         """What was drawn while training, first to last, ``most`` of them, evenly; and after it."""
         drawn = sorted(self.path.glob("pictures/*.png"))
         count = min(most, len(drawn))
@@ -96,7 +96,7 @@ class RunFolder:
 
     @property
     def numbers(self) -> dict[str, tuple[float, str, str]]:
-        """A run's main numbers: value, interval over pictures, and what needs no model."""
+        """A run's main numbers: value, interval over images, and what needs no model."""
         found: dict[str, tuple[float, str, str]] = {}
         if self.evaluation:
             rows = self.evaluation["results"]
@@ -105,7 +105,7 @@ class RunFolder:
                 needs_none = next((info[prompt, c] for c in TRIVIAL if (prompt, c) in info), None)
                 if choice == "predicted" and one["mean"] is not None:
                     low, high = percent(one["low"]), percent(one["high"])
-                    span = f"95 % of pictures' resamples {low}-{high}"
+                    span = f"95 % of images' resamples {low}-{high}"
                     without = f"without a model {percent(needs_none['mean'])}" if needs_none else ""
                     found[f"mIoU in % by {prompt}"] = (100 * one["mean"], span, without)
             return found
@@ -121,16 +121,16 @@ class RunFolder:
         if info.get("top1") is not None:
             share, count = info["top1"] / 100, info["pictures"]
             half = 196 * (share * (1 - share) / count) ** 0.5
-            span = f"± {half:.1f}, the 95 % interval of {count:.0f} pictures"
+            span = f"± {half:.1f}, the 95 % interval of {count:.0f} images"
             found["top-1 in %"] = (info["top1"], span, "")
         return found
 
-    def _when(self, picture: Path) -> str:
-        """The step, and the epoch where the run knows its epochs, of a picture's name."""
-        step = int(picture.stem.rpartition("-")[2])
-        pictures = (self.summary.get("data") or {}).get("pictures")
+    def _when(self, image: Path) -> str:
+        """The step, and the epoch where the run knows its epochs, of an image's name."""
+        step = int(image.stem.rpartition("-")[2])
+        images = (self.summary.get("data") or {}).get("pictures")
         batch = self.config.get("train.batch_size")
-        epoch = f", epoch {step * batch / pictures:.3g}" if pictures and batch else ""
+        epoch = f", epoch {step * batch / images:.3g}" if images and batch else ""
         return f"step {step}{epoch}"
 
 

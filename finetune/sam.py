@@ -34,7 +34,7 @@ class ModelShape:
     Attributes:
         encoder: the image encoder.
         decoder: the prompt encoder and mask decoder: efficientsam, or SAM's own.
-        resize: square, the whole input whatever the picture's aspect, as released; longest, as SAM
+        resize: square, the whole input whatever the image's aspect, as released; longest, as SAM
             resizes, the rest is padding on the right and below.
         single_mask: whether mask 0 is trained.
     """
@@ -60,7 +60,7 @@ class ModelShape:
         return 4 * self.grid
 
     def frame(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in pixels that a picture has within the model's input."""
+        """Height and width in pixels that an image has within the model's input."""
         return frame_of(self.image_size, self.resize, height, width)
 
     def header(self) -> dict[str, Any]:
@@ -117,39 +117,39 @@ class Sam(nn.Module):
     def forward(
         self, images: torch.Tensor, points: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Three masks for each prompt, at the pictures' size.
+        """Three masks for each prompt, at the images' size.
 
         Args:
             images: [B, 3, H, W], integers in 0..255 or floating point in 0..1.
-            points: [B, Q, P, 2], x and y in pixels of these pictures, any type of number.
+            points: [B, Q, P, 2], x and y in pixels of these images, any type of number.
             labels: [B, Q, P]: 1 click, 2 and 3 corners of a box, -1 none.
 
         Returns:
             Logits [B, Q, 3, H, W] and predicted IoU [B, Q, 3], unsorted.
 
         Raises:
-            ValueError: shapes that do not belong together, or pictures without a pixel.
+            ValueError: shapes that do not belong together, or images without a pixel.
         """
         size = tuple(images.shape[2:])
         embeddings = self.get_image_embeddings(images)
         return self.predict_masks(embeddings, points, labels, True, *size, *size)
 
     def get_image_embeddings(self, images: torch.Tensor) -> torch.Tensor:
-        """Embeddings of pictures, which are resized as for training: antialiased bilinear.
+        """Embeddings of images, which are resized as for training: antialiased bilinear.
 
-        The released code does not antialias; the two differ where a picture is made smaller.
+        The released code does not antialias; the two differ where an image is made smaller.
 
         Args:
             images: [B, 3, H, W], integers in 0..255 or floating point in 0..1.
 
         Returns:
-            [B, 256, h, w]; they tell the shape of their pictures, see :meth:`with_size`.
+            [B, 256, h, w]; they tell the shape of their images, see :meth:`with_size`.
 
         Raises:
-            ValueError: no pictures of three channels, or without a pixel.
+            ValueError: no images of three channels, or without a pixel.
         """
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
-            raise ValueError(f"pictures {tuple(images.shape)}; give [B, 3, H, W] with pixels")
+            raise ValueError(f"images {tuple(images.shape)}; give [B, 3, H, W] with pixels")
         size = tuple(images.shape[2:])
         if not images.dtype.is_floating_point:
             images = images.float() / 255
@@ -157,7 +157,7 @@ class Sam(nn.Module):
         return self.with_size(self.image_encoder(self._prepared(images)), size)
 
     def with_size(self, embeddings: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
-        """Embeddings [B, 256, h, w] that tell the shape of their pictures (restored ones, say).
+        """Embeddings [B, 256, h, w] that tell the shape of their images (restored ones, say).
 
         With ``resize: square`` SamPredictor's prompts cannot be placed without. The note stays with
         this very tensor, through torch.save too, but not with what is computed or copied from it.
@@ -184,7 +184,7 @@ class Sam(nn.Module):
 
         Args:
             embeddings: [B, 256, h, w].
-            points: [B, Q, P, 2] in pixels of a picture of ``input_h`` x ``input_w``, any type of
+            points: [B, Q, P, 2] in pixels of an image of ``input_h`` x ``input_w``, any type of
                 number; EfficientSAM drops those behind the sixth.
             labels: [B, Q, P]: 1 click, 2 and 3 corners of a box, -1 none, and for SAM's own
                 decoder 0 for the background.
@@ -222,9 +222,9 @@ class Sam(nn.Module):
         input_w: int,
         masks: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All four masks, as :meth:`predict_low_resolution`, of points in pixels of a picture."""
+        """All four masks, as :meth:`predict_low_resolution`, of points in pixels of an image."""
         if min(input_h, input_w) < 1:
-            raise ValueError(f"a picture of {input_h} x {input_w} pixels has no place for prompts")
+            raise ValueError(f"an image of {input_h} x {input_w} pixels has no place for prompts")
         scaled = rescale(points, self.shape.frame(input_h, input_w), (input_h, input_w))
         if not self.takes_background:
             scaled = keep_unused(points, scaled)
@@ -263,12 +263,12 @@ class Sam(nn.Module):
                 f"points {tuple(points.shape)} with labels {tuple(labels.shape)}; give "
                 "[B, Q, P, 2] with [B, Q, P]"
             )
-        pictures, prompts = labels.shape[:2]
-        if pictures != len(embeddings):
-            raise ValueError(f"points for {pictures} pictures, embeddings of {len(embeddings)}")
-        if pictures == 0 or prompts == 0:
+        images, prompts = labels.shape[:2]
+        if images != len(embeddings):
+            raise ValueError(f"points for {images} images, embeddings of {len(embeddings)}")
+        if images == 0 or prompts == 0:
             height, width = (4 * side for side in embeddings.shape[2:])
-            logits = embeddings.new_zeros(pictures, prompts, 4, height, width)
+            logits = embeddings.new_zeros(images, prompts, 4, height, width)
             return logits, logits[..., 0, 0]
         points, labels = points.float(), labels.long()
         return self.mask_decoder.predict(self.prompt_encoder, embeddings, points, labels, masks)
@@ -283,10 +283,10 @@ class Sam(nn.Module):
         """What SamPredictor resized, [1, 3, H, W] in 0..255, as the encoder takes it.
 
         Raises:
-            ValueError: a picture without a pixel.
+            ValueError: an image without a pixel.
         """
         if 0 in x.shape:
-            raise ValueError(f"a picture of {tuple(x.shape)} has no pixels")
+            raise ValueError(f"an image of {tuple(x.shape)} has no pixels")
         frame, images = tuple(x.shape[2:]), x.float() / 255
         if self.shape.resize == "square":
             images = self._resized(images, (self.shape.image_size,) * 2)
@@ -295,40 +295,40 @@ class Sam(nn.Module):
     def postprocess_masks(
         self, masks: torch.Tensor, input_size: tuple[int, int], original_size: tuple[int, int]
     ) -> torch.Tensor:
-        """Logits [Q, M, 4h, 4w] at the size of the picture, [Q, M, H, W]."""
+        """Logits [Q, M, 4h, 4w] at the size of the image, [Q, M, H, W]."""
         return self.resize_logits(masks.unsqueeze(0), original_size, original_size)[0]
 
     # -- geometry -----------------------------------------------------------------------------
 
     def _resized(self, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Pictures at another size, antialiased as those of training and evaluation are."""
+        """Images at another size, antialiased as those of training and evaluation are."""
         if tuple(images.shape[2:]) == size:
             return images
         return F.interpolate(images, size, mode="bilinear", antialias=True)
 
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures in 0..1 normalised, with zeros on the right and below, as the encoder's type."""
+        """Images in 0..1 normalised, with zeros on the right and below, as the encoder's type."""
         size, images = self.shape.image_size, self.image_encoder.normalise(images)
         images = F.pad(images, (0, size - images.shape[3], 0, size - images.shape[2]))
         return images.to(next(self.image_encoder.parameters()).dtype)
 
     def resize_logits(
-        self, logits: torch.Tensor, picture: tuple[int, int], size: tuple[int, int]
+        self, logits: torch.Tensor, image: tuple[int, int], size: tuple[int, int]
     ) -> torch.Tensor:
-        """Logits [B, Q, M, 4h, 4w] of a picture at another size, without its padding.
+        """Logits [B, Q, M, 4h, 4w] of an image at another size, without its padding.
 
         Args:
-            picture: height and width of the picture in pixels.
+            image: height and width of the image in pixels.
             size: wanted height and width.
         """
         if 0 in size:
-            raise ValueError(f"masks of {size[0]} x {size[1]} pixels: the picture is empty")
+            raise ValueError(f"masks of {size[0]} x {size[1]} pixels: the image is empty")
         prompts = logits.shape[:2]
         logits = logits.flatten(0, 1)
         if self.shape.resize == "longest":
             full = self.shape.image_size
             logits = F.interpolate(logits, (full, full), mode="bilinear", align_corners=False)
-            height, width = self.shape.frame(*picture)
+            height, width = self.shape.frame(*image)
             logits = F.interpolate(
                 logits[..., :height, :width], size, mode="bilinear", align_corners=False
             )
@@ -338,7 +338,7 @@ class Sam(nn.Module):
 
 
 def _keep_frame(encoder: nn.Module, given: tuple[torch.Tensor], embedding: torch.Tensor) -> None:
-    """What a prepared picture tells of its shape, its embedding tells too (a forward hook).
+    """What a prepared image tells of its shape, its embedding tells too (a forward hook).
 
     Not in a compiled step of training, which asks for no shape: torch would warn of gradients.
     """

@@ -1,4 +1,4 @@
-"""SAM's own prompt encoder and mask decoder (``decoder.kind: sam``), for many pictures at once.
+"""SAM's own prompt encoder and mask decoder (``decoder.kind: sam``), for many images at once.
 
 Modules, names, weights and function are segment-anything's. SAM appends one token that is not a
 point to prompts without a box and none to others, so that prompts of different lengths cannot share
@@ -21,7 +21,7 @@ MASK_CHANNELS = 16  # of the mask prompt's first layers
 
 
 class SamPromptEncoder(PredictorPrompts, PackagePrompts):
-    """segment-anything's, for models that stretch pictures to a square too."""
+    """segment-anything's, for models that stretch images to a square too."""
 
     def __init__(self, width: int, grid: int, image_size: int, square: bool = False) -> None:
         """``grid``: side of the image embedding, in tokens."""
@@ -91,7 +91,7 @@ class SamMaskDecoder(PredictorMasks, PackageMasks):
             masks: logits [B, Q, 4h, 4w] of earlier masks as prompts; None for none.
         """
         positions = prompt_encoder.get_dense_pe()
-        pictures = []
+        images = []
         for number, embedding in enumerate(embeddings):
             order, found = [], []
             for rows, clicks, box in _groups(points[number], labels[number]):
@@ -100,15 +100,15 @@ class SamMaskDecoder(PredictorMasks, PackageMasks):
                 found.append(self.predict_masks(embedding.unsqueeze(0), positions, *prompts))
                 order.append(rows)
             back = torch.cat(order).argsort()
-            pictures.append([torch.cat(parts)[back] for parts in zip(*found, strict=True)])
-        logits, iou = (torch.stack(parts) for parts in zip(*pictures, strict=True))
+            images.append([torch.cat(parts)[back] for parts in zip(*found, strict=True)])
+        logits, iou = (torch.stack(parts) for parts in zip(*images, strict=True))
         return logits, iou
 
 
 def _groups(
     points: torch.Tensor, labels: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, Points | None, torch.Tensor | None]]:
-    """Prompts [Q, P] of one picture by their number of clicks and whether they have a box.
+    """Prompts [Q, P] of one image by their number of clicks and whether they have a box.
 
     Yields:
         Which prompts [G]; their clicks [G, c, 2] with labels [G, c]; their boxes [G, 4] or None.

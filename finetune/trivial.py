@@ -1,13 +1,13 @@
 """What scores without a model: a box as its own mask, and a disc of constant size at the clicks.
 
-A score says something by how far it is above these. In the picture's own pixels, from run lengths.
+A score says something by how far it is above these. In the image's own pixels, from run lengths.
 """
 
 import numpy as np
 
 from finetune.rle import area, box
 
-# Of the disc, as shares of the side of a square with the picture's area; the best one is taken.
+# Of the disc, as shares of the side of a square with the image's area; the best one is taken.
 RADII = 0.01 * 2 ** (np.arange(11) / 2)
 
 

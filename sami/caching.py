@@ -27,7 +27,7 @@ from sami.core.locks import locked
 from sami.core.network import is_url
 from sami.core.paths import exists, is_file
 from sami.core.reading import read_samples
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from sami.features import Cache
 from sami.teacher import TeacherConfig
 
@@ -318,7 +318,7 @@ def check_sums(
 
 
 def estimate_bytes(shards: list[Shard], cache: Cache, looked_at: int = 200) -> int:
-    """Bytes of the shards that will be written, from the shapes of some pictures.
+    """Bytes of the shards that will be written, from the shapes of some images.
 
     Raises:
         UserError: none of these can be used.
@@ -327,13 +327,13 @@ def estimate_bytes(shards: list[Shard], cache: Cache, looked_at: int = 200) -> i
     share = -(-looked_at // len(shards))
     for shard in shards[:looked_at]:
         rows = np.unique(np.linspace(0, shard.count - 1, min(share, shard.count)).astype(int))
-        for sample in read_samples(shard, rows, (PICTURE,)):
+        for sample in read_samples(shard, rows, (IMAGE,)):
             with contextlib.suppress(BadSample):
-                size = open_image(sample.part(PICTURE)).upright
+                size = open_image(sample.part(IMAGE)).upright
                 sizes.append(cache.bytes_of(*size) + OVERHEAD)
-    require(bool(sizes), f"{shards[0].url}: none of the pictures that were looked at can be used")
-    pictures = sum(shard.count for shard in shards)
-    return int(pictures * np.mean(sizes)) + sum(Path(shard.url).stat().st_size for shard in shards)
+    require(bool(sizes), f"{shards[0].url}: none of the images that were looked at can be used")
+    images = sum(shard.count for shard in shards)
+    return int(images * np.mean(sizes)) + sum(Path(shard.url).stat().st_size for shard in shards)
 
 
 def require_room(folder: Path, needed: int) -> None:

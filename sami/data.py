@@ -1,4 +1,4 @@
-"""Stage 1's samples: one region of a picture at the student's and the teacher's size, and a mask.
+"""Stage 1's samples: one region of an image at the student's and the teacher's size, and a mask.
 
 Region, flip and mask are drawn from (seed, epoch, sample key) and from nothing else.
 """
@@ -15,7 +15,7 @@ from sami.core.dataset import ShardsConfig, TensorBatch
 from sami.core.images import Box, cut, open_image
 from sami.core.order import sample_rng
 from sami.core.reading import RawSample
-from sami.core.scanning import PICTURE, TEACHER
+from sami.core.scanning import IMAGE, TEACHER
 from sami.features import Cache, FeatureBatch, from_bytes, region_weights
 from sami.grids import IMAGE_SIZE
 from sami.masking import MaskConfig, draw_mask, keep_part
@@ -23,12 +23,12 @@ from sami.masking import MaskConfig, draw_mask, keep_part
 
 @dataclass
 class DataConfig(ShardsConfig):
-    """Pictures of stage 1.
+    """Images of stage 1.
 
     Attributes:
-        image_size: side of the student's picture in pixels.
-        crop_scale: smallest and largest area of the random region, as a share of the picture.
-        hflip: mirror one picture in two.
+        image_size: side of the student's image in pixels.
+        crop_scale: smallest and largest area of the random region, as a share of the image.
+        hflip: mirror one image in two.
     """
 
     image_size: int = IMAGE_SIZE
@@ -66,7 +66,7 @@ class CropBatch(TensorBatch):
     """A micro-batch as it leaves the loader.
 
     ``student`` uint8 [B, 3, H, H]; ``teacher`` uint8 [B, 3, S, S], or None where the student's
-    picture serves (the same size) or there is no teacher; ``visible`` [B, V] and ``masked``
+    image serves (the same size) or there is no teacher; ``visible`` [B, V] and ``masked``
     [B, M] patch numbers; ``features`` cached ones, or None; ``keys`` of the samples, with the
     names of their shards.
     """
@@ -110,13 +110,13 @@ class CropTransform:
     @property
     def fields(self) -> tuple[str, ...]:
         """What is read of a sample."""
-        return (PICTURE,) if self.cache is None else (PICTURE, TEACHER)
+        return (IMAGE,) if self.cache is None else (IMAGE, TEACHER)
 
     def decode(self, sample: RawSample, epoch: int, replacement: bool) -> tuple:
         """What :meth:`collate` takes, of one training sample.
 
         Raises:
-            BadSample: the picture cannot be used.
+            BadSample: the image cannot be used.
         """
         key = f"{sample.key}/replacement" if replacement else sample.key
         return self._make(sample, lambda size: self.draw(epoch, key, size))
@@ -130,10 +130,10 @@ class CropTransform:
 
         Args:
             key: with the name of the shard, so that it is unique in the data set.
-            size: width and height of the upright picture in pixels.
+            size: width and height of the upright image in pixels.
         """
         rng = sample_rng(self.seed, epoch, key)
-        # First: the mask does not depend on the picture's size.
+        # First: the mask does not depend on the image's size.
         visible, masked = draw_mask(self.mask, self.grid, rng)
         flip = bool(rng.random() < 0.5) and self.hflip
         box = random_region(*size, self.crop_scale, rng)
@@ -160,8 +160,8 @@ class CropTransform:
     def _make(self, sample: RawSample, draw: Callable[[tuple[int, int]], Draw]) -> tuple:
         """Key, student's view uint8 [H, H, 3], teacher's view uint8 [S, S, 3] or None, the draw,
         and the cached features with the crop's weights, or None."""
-        picture = open_image(sample.part(PICTURE))
-        size, cached = picture.upright, None
+        image = open_image(sample.part(IMAGE))
+        size, cached = image.upright, None
         drawn = draw(size)
         if self.cache is not None:
             stored = from_bytes(sample.part(TEACHER), self.cache, size)
@@ -170,7 +170,7 @@ class CropTransform:
         sizes = [self.student_size]
         if self.teacher_size not in (None, self.student_size):
             sizes.append(self.teacher_size)
-        cuts = cut(picture, drawn.box, sizes, drawn.flip)
+        cuts = cut(image, drawn.box, sizes, drawn.flip)
         return sample.key, cuts[0], cuts[1] if len(cuts) > 1 else None, drawn, cached
 
 

@@ -38,7 +38,7 @@ class EncoderConfig:
             stage 2 also a model (model.safetensors or its run folder, released .pt, SAM's .pth);
             null or empty for none.
         grid: side of the grid that positions are stored for; null for the checkpoint's own, and
-            without one for the pictures' in stage 1 and the released model's 14 in stage 2.
+            without one for the images' in stage 1 and the released model's 14 in stage 2.
     """
 
     name: str = "vit_ti"

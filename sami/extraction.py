@@ -1,4 +1,4 @@
-"""A teacher over shards, once per picture: what ``tools/cache_teacher.py`` runs.
+"""A teacher over shards, once per image: what ``tools/cache_teacher.py`` runs.
 
 A shard is written under another name and renamed when it is whole; then the manifest, which several
 processes share under a lock, gets its checksum. So whatever kills a process costs it one shard.
@@ -27,7 +27,7 @@ from sami.core.images import open_image, resize_whole
 from sami.core.index import Shard
 from sami.core.locks import is_named, locked
 from sami.core.reading import RawSample, read_samples, read_whole
-from sami.core.scanning import PICTURE, TEACHER, split_name
+from sami.core.scanning import IMAGE, TEACHER, split_name
 from sami.features import Cache, QuantizedFeatures, from_bytes, pack, quantise, to_bytes
 from sami.teacher import Teacher
 
@@ -40,10 +40,10 @@ TOLERANCE = 0.03  # relative difference within which features count as recompute
 
 @dataclass
 class FeatureExtractor:
-    """A teacher and how it is run over pictures.
+    """A teacher and how it is run over images.
 
     Attributes:
-        batch: pictures per forward.
+        batch: images per forward.
         workers: threads that decode.
         fixed: always give it whole batches, which a compiled teacher needs.
     """
@@ -72,37 +72,37 @@ class FeatureExtractor:
         there.record()
         return stored, there
 
-    def extract(self, pictures: list[np.ndarray]) -> torch.Tensor:
-        """Features [B, C, s, s] of pictures as :func:`extract_whole` takes them."""
-        fill = [pictures[-1]] * (self.batch - len(pictures)) if self.fixed else []
+    def extract(self, images: list[np.ndarray]) -> torch.Tensor:
+        """Features [B, C, s, s] of images as :func:`extract_whole` takes them."""
+        fill = [images[-1]] * (self.batch - len(images)) if self.fixed else []
         bf16 = self.cache.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return extract_whole(self.teacher, pictures + fill)[: len(pictures)]
+            return extract_whole(self.teacher, images + fill)[: len(images)]
 
 
 @torch.no_grad()
-def extract_whole(teacher: Teacher, pictures: Sequence[np.ndarray]) -> torch.Tensor:
-    """The teacher's features of whole pictures, each padded to the same square.
+def extract_whole(teacher: Teacher, images: Sequence[np.ndarray]) -> torch.Tensor:
+    """The teacher's features of whole images, each padded to the same square.
 
     Args:
-        pictures: uint8 [h, w, 3] each, at what :meth:`Cache.input_size` says. Padded on the right
+        images: uint8 [h, w, 3] each, at what :meth:`Cache.input_size` says. Padded on the right
             and below after normalisation, as SAM does.
 
     Returns:
         [B, C, s, s] with s = image_size / patch size, in the teacher's precision.
     """
     device, side = teacher.normalise.mean.device, teacher.image_size
-    canvas = torch.zeros(len(pictures), 3, side, side, dtype=torch.uint8)
-    inside = torch.zeros(len(pictures), 1, side, side, dtype=torch.bool)
-    for number, picture in enumerate(pictures):
-        height, width = picture.shape[:2]
-        canvas[number, :, :height, :width] = torch.from_numpy(picture).permute(2, 0, 1)
+    canvas = torch.zeros(len(images), 3, side, side, dtype=torch.uint8)
+    inside = torch.zeros(len(images), 1, side, side, dtype=torch.bool)
+    for number, image in enumerate(images):
+        height, width = image.shape[:2]
+        canvas[number, :, :height, :width] = torch.from_numpy(image).permute(2, 0, 1)
         inside[number, :, :height, :width] = True
     return teacher.features(teacher.normalise(canvas.to(device)) * inside.to(device))
 
 
 def describe_preprocessing(teacher: Teacher) -> dict[str, Any]:
-    """What happens to a picture before the teacher, for a reader of the manifest."""
+    """What happens to an image before the teacher, for a reader of the manifest."""
     mean, std = (
         [round(255 * value, 4) for value in tensor.double().flatten().tolist()]
         for tensor in (teacher.normalise.mean, teacher.normalise.std)
@@ -113,22 +113,22 @@ def describe_preprocessing(teacher: Teacher) -> dict[str, Any]:
 
 
 def prepare(data: bytes, cache: Cache) -> tuple[tuple[int, int], np.ndarray]:
-    """A picture's upright width and height, and its pixels as the teacher sees them.
+    """An image's upright width and height, and its pixels as the teacher sees them.
 
     Raises:
         BadSample: it cannot be used.
     """
-    picture = open_image(data)
-    return picture.upright, resize_whole(picture, *cache.input_size(*picture.upright))
+    image = open_image(data)
+    return image.upright, resize_whole(image, *cache.input_size(*image.upright))
 
 
 def cache_shard(
     extractor: FeatureExtractor, source: Shard, path: Path, advance: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Write one shard with its features; samples whose picture cannot be used are left out.
+    """Write one shard with its features; samples whose image cannot be used are left out.
 
     Args:
-        advance: called with the pictures and the bytes that were added.
+        advance: called with the images and the bytes that were added.
 
     Returns:
         What the manifest tells of it.
@@ -206,7 +206,7 @@ def _decoded(extractor: FeatureExtractor, source: Shard, left_out: Counter[str])
     """Key, members, size and pixels of the samples that can be used, decoded ahead in threads."""
 
     def load(members: dict[str, bytes]) -> tuple[tuple[int, int], np.ndarray]:
-        name = next((name for name in members if (split_name(name) or "  ")[1] == PICTURE), None)
+        name = next((name for name in members if (split_name(name) or "  ")[1] == IMAGE), None)
         if name is None:
             raise BadSample("cut off in shard")
         return prepare(members[name], extractor.cache)
@@ -277,7 +277,7 @@ def verify(
             "command without --verify",
         )
         for batch in _batched(
-            ((sample,) for sample in read_samples(shard, some, (PICTURE, TEACHER))), extractor.batch
+            ((sample,) for sample in read_samples(shard, some, (IMAGE, TEACHER))), extractor.batch
         ):
             samples = [sample for (sample,) in batch]
             read = (_read_back(extractor.cache, path, sample) for sample in samples)
@@ -304,7 +304,7 @@ def _read_back(
 ) -> tuple[tuple[tuple[int, int], np.ndarray], QuantizedFeatures]:
     """A cached sample's size and pixels, and its features."""
     try:
-        size, pixels = prepare(sample.part(PICTURE), cache)
+        size, pixels = prepare(sample.part(IMAGE), cache)
         return (size, pixels), from_bytes(sample.part(TEACHER), cache, size)
     except BadSample as error:
         raise UserError(

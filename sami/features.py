@@ -1,7 +1,7 @@
-"""A teacher's features of whole pictures, stored in the shards: the format, written and read.
+"""A teacher's features of whole images, stored in the shards: the format, written and read.
 
-``tools/cache_teacher.py`` writes ``<key>.teacher.npz`` beside each picture: what the teacher makes
-of the whole upright picture, without the padding, as int8 with a scale per channel or as fp16.
+``tools/cache_teacher.py`` writes ``<key>.teacher.npz`` beside each image: what the teacher makes
+of the whole upright image, without the padding, as int8 with a scale per channel or as fp16.
 Training reads it, and cuts each crop's target out of it (:func:`axis_weights`), on the device.
 """
 
@@ -36,13 +36,13 @@ class Cache:
     Attributes:
         name, sha256, random, layer: the teacher's, as :func:`sami.teacher.describe_teacher` has
             them.
-        image_size: the longest side in pixels of the picture that it saw.
+        image_size: the longest side in pixels of the image that it saw.
         patch_size: the teacher's, in pixels.
         channels: of the features.
-        grid: cells of the stored map on the picture's longest side.
-        dtype: int8, with a scale per channel and picture, or fp16.
+        grid: cells of the stored map on the image's longest side.
+        dtype: int8, with a scale per channel and image, or fp16.
         precision: that the teacher computed in, fp32 or bf16.
-        resize: how the teacher wants a whole picture, see :mod:`sami.encoders.protocol`.
+        resize: how the teacher wants a whole image, see :mod:`sami.encoders.protocol`.
     """
 
     name: str
@@ -77,29 +77,29 @@ class Cache:
         return self.image_size // self.patch_size // self.grid
 
     def input_size(self, width: int, height: int) -> tuple[int, int]:
-        """Height and width in pixels that the teacher sees a picture at."""
+        """Height and width in pixels that the teacher sees an image at."""
         return frame_of(self.image_size, self.resize, height, width)
 
     def extent(self, width: int, height: int) -> tuple[float, float]:
-        """Rows and columns of cells that a picture covers; the last ones perhaps in part."""
+        """Rows and columns of cells that an image covers; the last ones perhaps in part."""
         rows, columns = self.input_size(width, height)
         cell = self.patch_size * self.pool
         return rows / cell, columns / cell
 
     def cells(self, width: int, height: int) -> tuple[int, int]:
-        """Rows and columns that are stored of a picture: those that it covers."""
+        """Rows and columns that are stored of an image: those that it covers."""
         rows, columns = self.extent(width, height)
         return int(np.ceil(rows)), int(np.ceil(columns))
 
     def bytes_of(self, width: int, height: int) -> int:
-        """What a picture's values and scale take."""
+        """What an image's values and scale take."""
         rows, columns = self.cells(width, height)
         return self.channels * (rows * columns * np.dtype(DTYPES[self.dtype]).itemsize + 4)
 
 
 @dataclass(frozen=True)
 class QuantizedFeatures:
-    """A picture's features: ``values`` [C, h, w] int8 or fp16, and ``scale`` fp32 [C]."""
+    """An image's features: ``values`` [C, h, w] int8 or fp16, and ``scale`` fp32 [C]."""
 
     values: np.ndarray
     scale: np.ndarray
@@ -109,8 +109,8 @@ def quantise(features: torch.Tensor, cache: Cache, size: tuple[int, int]) -> lis
     """What is stored of a teacher's output, on its device, without waiting for it.
 
     Args:
-        features: [C, s, s], of the picture padded to a square.
-        size: width and height of the picture itself in pixels.
+        features: [C, s, s], of the image padded to a square.
+        size: width and height of the image itself in pixels.
 
     Returns:
         values [C, h, w], scale fp32 [C], and whether all is finite, and small enough for fp16.
@@ -154,7 +154,7 @@ def from_bytes(data: bytes, cache: Cache, size: tuple[int, int]) -> QuantizedFea
     """The inverse of :func:`to_bytes`.
 
     Args:
-        size: width and height of the upright picture.
+        size: width and height of the upright image.
 
     Raises:
         BadSample: cut short, damaged, not finite, or of another shape than ``cache`` tells.
@@ -214,7 +214,7 @@ def region_weights(
     """Weights of the stored rows and columns for a crop, each fp32 [out, grid], 0 where none is.
 
     Args:
-        size: width and height of the upright picture in pixels.
+        size: width and height of the upright image in pixels.
         box: the crop in its pixels: left, top, right, bottom.
         flip: mirror left and right.
     """

@@ -32,7 +32,7 @@ class CrossDecoderConfig:
         depth: number of blocks.
         heads: attention heads per block.
         predict_fraction: share of the masked tokens that is predicted and scored in a training
-            step, drawn anew for each picture; the others are neither queries, keys nor values
+            step, drawn anew for each image; the others are neither queries, keys nor values
             (CrossMAE, arXiv 2401.14391, section 3.3). 1 is the paper's.
     """
 
@@ -180,12 +180,12 @@ class CrossDecoder(Decoder):
         """Encoder output [B, 1 + V, D] (class token first, left out here) to [B, V + M, width].
 
         The result is in image order; with fewer than all masked tokens [B, M], as if the others
-        were not part of the picture. One norm closes both streams, so that the head, which serves
+        were not part of the image. One norm closes both streams, so that the head, which serves
         both, sees them on one scale.
         """
         anchors = self.embed(encoded[:, self.class_tokens :])
         memory = anchors + gather_tokens(self.positions.expand(len(encoded), -1, -1), visible)
-        tokens, rows = (self.mask_token + self.positions)[0], masked  # all pictures share them
+        tokens, rows = (self.mask_token + self.positions)[0], masked  # all images share them
         for block in self.blocks:
             tokens, rows = block(tokens, memory, rows), None
         return self.norm(restore_order(anchors, tokens, visible, masked))

@@ -1,4 +1,4 @@
-"""Pictures for a person: masked input, target and reconstruction side by side."""
+"""Images for a person: masked input, target and reconstruction side by side."""
 
 import contextlib
 from pathlib import Path
@@ -18,12 +18,12 @@ from sami.data import CropBatch, CropTransform
 from sami.model import MaskedReconstruction
 from sami.targets import Target
 
-SHOWN = 4  # pictures in a picture
-SIDE = 4.0  # inches of a picture, 400 pixels
+SHOWN = 4  # rows of a figure
+SIDE = 4.0  # inches of an image, 400 pixels
 
 
 def load_shown(shards: list[Shard], transform: CropTransform) -> CropBatch | None:
-    """The few pictures that are drawn while training: the first usable ones."""
+    """The few images that are drawn while training: the first usable ones."""
     items, total = [], sum(shard.count for shard in shards)
     for sample in read_range(shards, range(min(10 * SHOWN, total)), transform.fields):
         with contextlib.suppress(BadSample):
@@ -56,7 +56,7 @@ def draw_shown(
     path = run.dir / "pictures" / f"reconstruction-{step:07d}.png"
     title, patch = f"{run.dir.name}, step {step}", batch.student.shape[-1] // model.grid
     draw_reconstruction(path, batch.student, batch.masked, target, prediction, patch, kind, title)
-    run.picture(path, step)
+    run.image(path, step)
 
 
 def pca_basis(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -93,14 +93,14 @@ def pca_colours(
 
 
 def hide(images: torch.Tensor, masked: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Pictures [B, 3, H, H] in 0..1 with the masked patches [B, M] in grey."""
+    """Images [B, 3, H, H] in 0..1 with the masked patches [B, M] in grey."""
     patches = patchify(images, patch_size).clone()
     patches.scatter_(1, masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1]), 0.5)
     return unpatchify(patches, patch_size)
 
 
 def pixels_back(patches: torch.Tensor, images: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Normalised pixels [B, N, C] as pictures in 0..1, with each true patch's mean and spread."""
+    """Normalised pixels [B, N, C] as images in 0..1, with each true patch's mean and spread."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     true = patchify((images - mean) / std, patch_size)
     restored = patches * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
@@ -108,7 +108,7 @@ def pixels_back(patches: torch.Tensor, images: torch.Tensor, patch_size: int) ->
 
 
 def explained(target: torch.Tensor, prediction: torch.Tensor, masked: torch.Tensor) -> list[float]:
-    """Of each picture, how much of its masked tokens' variance about their mean is predicted.
+    """Of each image, how much of its masked tokens' variance about their mean is predicted.
 
     1 is a perfect reconstruction, 0 that of one vector for all; it may be below.
 
@@ -137,7 +137,7 @@ def figure_of(
     target_kind: str,
     title: str,
 ) -> Figure:
-    """A row per picture with input, masked input, target and reconstruction.
+    """A row per image with input, masked input, target and reconstruction.
 
     Features are shown as PCA colours in one basis, fitted on the teacher's; pixels as pixels.
 
@@ -165,7 +165,7 @@ def figure_of(
         )
     hidden = masked.shape[1] / target.shape[1]
     columns = [
-        ("picture", rearrange(images, "b c h w -> b h w c")),
+        ("image", rearrange(images, "b c h w -> b h w c")),
         (
             f"what the student sees: {100 * (1 - hidden):.0f} %",
             rearrange(hide(images, masked, patch_size), "b c h w -> b h w c"),
@@ -175,14 +175,14 @@ def figure_of(
     figure = new_figure(SIDE * len(columns), (SIDE + 0.3) * len(images) + 0.9)
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     shares = explained(target, prediction, masked) if hidden else [None] * len(images)
-    for column, (name, pictures) in enumerate(columns):
-        for row, picture in enumerate(pictures):
+    for column, (name, cells) in enumerate(columns):
+        for row, cell in enumerate(cells):
             heading = name
             if column == len(columns) - 1 and shares[row] is not None:
                 heading = f"{name}: {100 * shares[row]:.0f} %"
             axes[row][column].set_title(heading, fontsize=13)
-            axes[row][column].imshow(picture.numpy(), interpolation="nearest")
+            axes[row][column].imshow(cell.numpy(), interpolation="nearest")
             axes[row][column].set_axis_off()
-    below = "%: of the variance of this picture's masked tokens, how much is predicted; 0 is their "
+    below = "%: of the variance of this image's masked tokens, how much is predicted; 0 is their "
     figure.suptitle(f"{plain(title)}\n{key}\n{below}mean.", fontsize=13)
     return figure

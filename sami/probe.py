@@ -1,7 +1,7 @@
 """What a pretrained encoder knows of labels it has not seen: k-NN and a linear probe.
 
 Quick measures for during and after stage 1, on shards with .cls, of the mean of the patch tokens of
-each picture's central square. They rank encoders; the paper's numbers are those of finetuning
+each image's central square. They rank encoders; the paper's numbers are those of finetuning
 (finetune/classify.py).
 """
 
@@ -22,11 +22,11 @@ from sami.core.index import Shard
 from sami.core.labels import check_names, require_labels
 from sami.core.reading import RawSample
 from sami.core.run import Run
-from sami.core.scanning import PICTURE, parse_label
+from sami.core.scanning import IMAGE, parse_label
 from sami.data import centre_square
 from sami.encoders.protocol import ImageEncoder
 
-BATCH = 64  # pictures per forward
+BATCH = 64  # images per forward
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of k-NN, as DINO has them (arXiv 2104.14294, appendix F.2)
 STEPS, DECAY = 200, 1e-4  # of the linear probe: full batches, L2 on its weights
 
@@ -47,13 +47,13 @@ def labelled_squares(shards: list[Shard], numbers: np.ndarray, size: int) -> Val
         numbers: of the samples in the shards laid end to end, ascending.
         size: in pixels.
     """
-    source = ShardSource(shards, (PICTURE, "cls"), numbers)
+    source = ShardSource(shards, (IMAGE, "cls"), numbers)
     return Validation(source, partial(_decode, size=size), _collate)
 
 
 def _decode(sample: RawSample, size: int) -> tuple[np.ndarray, int]:
-    picture = open_image(sample.part(PICTURE))
-    square = cut(picture, centre_square(*picture.upright), [size], False)[0]
+    image = open_image(sample.part(IMAGE))
+    square = cut(image, centre_square(*image.upright), [size], False)[0]
     return square, read_label(sample)
 
 
@@ -178,7 +178,7 @@ def compare(
         UserError: no labels.
     """
     for name, (_, labels) in (("training", bank), ("held-out", queries)):
-        require(len(labels) > 0, f"the {name} shards hold no picture with a usable label (.cls)")
+        require(len(labels) > 0, f"the {name} shards hold no image with a usable label (.cls)")
     return {"knn": knn_accuracy(*bank, *queries), "linear": linear_accuracy(*bank, *queries)}
 
 
@@ -190,10 +190,10 @@ def probe(
     samples: int,
     workers: int,
 ) -> dict[str, float]:
-    """Top-1 of both on held-out pictures, in %. Collective: the ranks share the pictures.
+    """Top-1 of both on held-out images, in %. Collective: the ranks share the images.
 
     Args:
-        samples: at most so many training pictures make the bank; of held_out likewise.
+        samples: at most so many training images make the bank; of held_out likewise.
 
     Raises:
         UserError: no labels.

@@ -78,7 +78,7 @@ class LiveTeacher(Target):
 
 
 class CachedTeacher(Target):
-    """The features of whole pictures stand in the shards, and are cut out for each crop."""
+    """The features of whole images stand in the shards, and are cut out for each crop."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache, self.channels = cache, cache.channels

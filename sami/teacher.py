@@ -29,14 +29,14 @@ class TeacherConfig:
         checkpoint: the official .pth; a run folder of stage 2, or its model.safetensors, with
             custom, which then takes its shape from there (likewise a released EfficientSAM's
             .pt); or random, which a run reports loudly.
-        image_size: side in pixels of the picture that the teacher sees.
+        image_size: side in pixels of the image that the teacher sees.
         layer: neck, 256 channels; trunk, the last block's output at the encoder's width.
         pool: how its grid is brought to the student's. area averages (torch's adaptive average
             pooling); bilinear is antialiased.
-        cached: the features of the whole pictures stand in the shards (tools/cache_teacher.py),
+        cached: the features of the whole images stand in the shards (tools/cache_teacher.py),
             and a crop's target is cut out of them; the teacher itself is not loaded. checkpoint
             is then only compared, and may be left out.
-        attention: of the blocks that see the whole picture: sdpa, with all pairs' relative
+        attention: of the blocks that see the whole image: sdpa, with all pairs' relative
             positions as a mask in memory; flex, FlexAttention, without it, for a GPU.
         width: of custom.
         depth: of custom.
@@ -87,9 +87,9 @@ class TeacherConfig:
 
 
 class Teacher(nn.Module):
-    """From pictures to features: frozen, without gradients, in eval mode whatever happens.
+    """From images to features: frozen, without gradients, in eval mode whatever happens.
 
-    Channels, stride, normalisation and how a whole picture is brought into the square are its
+    Channels, stride, normalisation and how a whole image is brought into the square are its
     encoder's own.
     """
 
@@ -110,7 +110,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Features of pictures of any shape up to ``image_size``.
+        """Features of images of any shape up to ``image_size``.
 
         Args:
             images: [B, 3, H, W], uint8 or 0..1. Shorter sides are padded on the right and below
@@ -122,7 +122,7 @@ class Teacher(nn.Module):
         height, width = images.shape[2:]
         if max(height, width) > self.image_size:
             raise ValueError(
-                f"pictures of {height}x{width} pixels are larger than teacher.image_size "
+                f"images of {height}x{width} pixels are larger than teacher.image_size "
                 f"{self.image_size}"
             )
         images = F.pad(

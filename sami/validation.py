@@ -18,7 +18,7 @@ from sami.data import CropTransform
 from sami.model import MaskedReconstruction, token_errors
 from sami.targets import Target
 
-BATCH = 32  # pictures per forward
+BATCH = 32  # images per forward
 
 
 @dataclass
@@ -27,8 +27,8 @@ class ValidationConfig:
 
     Attributes:
         every: steps between measurements; 0 for the end of the run alone.
-        samples: at most so many pictures, the first of val_shards.
-        probe: at most so many labelled pictures (.cls) of data.shards, and of val_shards, for k-NN
+        samples: at most so many images, the first of val_shards.
+        probe: at most so many labelled images (.cls) of data.shards, and of val_shards, for k-NN
             and a linear probe of the encoder (val_knn, val_linear); 0 for none.
     """
 
@@ -43,7 +43,7 @@ class ValidationConfig:
 
 
 class Sums:
-    """What the measure needs of the pictures, so that batches and ranks can be added up.
+    """What the measure needs of the images, so that batches and ranks can be added up.
 
     Group 0 is the visible, group 1 the masked tokens; all in fp64, where the device has it.
     """
@@ -54,7 +54,7 @@ class Sums:
 
         self.loss, self.error, self.square = zeros(2), zeros(2), zeros(2)
         self.target, self.count = zeros(2, tokens, channels), zeros(2, tokens)
-        self.cosine, self.pictures = zeros(), zeros()
+        self.cosine, self.images = zeros(), zeros()
 
     def add(
         self, prediction: torch.Tensor, target: torch.Tensor, masked: torch.Tensor, kind: str
@@ -75,15 +75,15 @@ class Sums:
             self.target[group] += (target * weight.unsqueeze(-1)).sum(0)
             self.count[group] += weight.sum(0)
         self.cosine += F.cosine_similarity(prediction, target, dim=-1).mean(-1).sum()
-        self.pictures += len(target)
+        self.images += len(target)
 
     def measures(self, tokens: str = "all") -> dict[str, float | None]:
         """The measures by name.
 
         ``loss`` is in the kind that is trained, over the tokens that are trained (``tokens``);
         ``r2`` is 1 - squared error / squared error of the best constant map: the target's mean
-        over these pictures at each position. ``r2_masked`` is the same over masked tokens only.
-        None stands for what is not a number, such as r2 of a single picture.
+        over these images at each position. ``r2_masked`` is the same over masked tokens only.
+        None stands for what is not a number, such as r2 of a single image.
         """
         count = self.count.sum(1)
         mean = self.target.sum(0) / self.count.sum(0).clamp(min=1).unsqueeze(-1)  # [N, C]
@@ -93,8 +93,8 @@ class Sums:
         constant += (self.count * mean.square().mean(-1)).sum(1)
         result = {
             "loss": (self.loss.sum() / count.sum()) if tokens == "all" else self.loss[1] / count[1],
-            "cosine": self.cosine / self.pictures,
-            "pictures": self.pictures,
+            "cosine": self.cosine / self.images,
+            "pictures": self.images,
             "r2": 1 - self.error.sum() / constant.sum(),
         }
         for group, name in enumerate(("visible", "masked")):
@@ -113,7 +113,7 @@ class Sums:
             self.target,
             self.count,
             self.cosine,
-            self.pictures,
+            self.images,
         ]
 
 
@@ -127,9 +127,9 @@ def measure(
     samples: int,
     workers: int,
 ) -> dict[str, float | None]:
-    """Measures over the first ``samples`` held-out pictures, the same on all ranks.
+    """Measures over the first ``samples`` held-out images, the same on all ranks.
 
-    Collective. Unusable pictures are left out; ``pictures`` tells how many were measured.
+    Collective. Unusable images are left out; ``images`` tells how many were measured.
 
     Args:
         model: unwrapped.
@@ -174,17 +174,17 @@ def usable_batches(
     tell_unusable(run, unusable, len(source))
 
 
-def tell_unusable(run: Run, unusable: Bad, pictures: int) -> None:
-    """Say, once, how many held-out pictures of all ranks are unusable and why. Collective.
+def tell_unusable(run: Run, unusable: Bad, images: int) -> None:
+    """Say, once, how many held-out images of all ranks are unusable and why. Collective.
 
     Args:
         unusable: of this rank.
-        pictures: that were asked for, of all ranks.
+        images: that were asked for, of all ranks.
     """
     gathered = [one for part in run.gather(unusable) for one in part]
     if gathered:
         counts = dict(Counter(reason for reason, _ in gathered))
         run.say_once(
-            f"{len(gathered)} of {pictures} held-out pictures unusable: {counts}, the first is "
+            f"{len(gathered)} of {images} held-out images unusable: {counts}, the first is "
             f"{gathered[0][1]}"
         )

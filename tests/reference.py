@@ -82,7 +82,7 @@ def interleaved(parts):
 def next_click(missed, taken):
     """The deepest pixel of what was missed or wrongly taken: x, y, label; None if there is none.
 
-    Depth is the distance to the nearest pixel that is not of the region, or outside of the picture.
+    Depth is the distance to the nearest pixel that is not of the region, or outside of the image.
     """
     best, click = 0.0, None
     for region, label in ((taken, 0), (missed, 1)):

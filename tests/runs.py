@@ -36,16 +36,16 @@ def write_shards(
     corrupt: int = 0,
     detail: int = 5,
 ) -> str:
-    """Shards of smooth random pictures, the first ``corrupt`` cut short; returns their pattern."""
+    """Shards of smooth random images, the first ``corrupt`` cut short; returns their pattern."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for number, count in enumerate(counts):
         with wds.TarWriter(str(folder / f"s-{number:03d}.tar")) as writer:
             for item in range(count):
                 coarse = rng.integers(0, 256, (detail, detail, 3), dtype=np.uint8)
-                picture = Image.fromarray(coarse).resize((90, 75), Image.Resampling.BICUBIC)
+                image = Image.fromarray(coarse).resize((90, 75), Image.Resampling.BICUBIC)
                 buffer = io.BytesIO()
-                picture.save(buffer, "JPEG")
+                image.save(buffer, "JPEG")
                 data = buffer.getvalue()
                 if number == 0 and item < corrupt:
                     data = data[: len(data) // 2]

@@ -3,7 +3,7 @@
 python -m tests.soak [--kills 100] [--processes 1] [--workers 1] [--seed 0] [--folder runs/soak]
 
 The kills (SIGKILL to all processes at once) fall into the start of a run, into training, and into
-the writing of checkpoints; some of the pictures are damaged. Equal means every number of
+the writing of checkpoints; some of the images are damaged. Equal means every number of
 metrics.jsonl but the clock's, the bytes of the exported encoder, and the counts in summary.json.
 Exit code 0 if equal, 1 if not.
 """

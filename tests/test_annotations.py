@@ -12,7 +12,7 @@ from finetune.evaluation import EvalDataset, EvalSample
 from finetune.rle import FOREIGN, MISFIT, parse_annotations
 from sami.core.errors import BadSample
 from sami.core.reading import RawSample
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from tests.test_data_stage2 import HEIGHT, WIDTH, discs, maker, raw
 from tests.test_evaluation import SHAPE, Given, paint
 from tests.test_rle import JSON
@@ -25,7 +25,7 @@ for entry in TOLD["annotations"]:
     entry |= {"predicted_iou": 0.9, "stability_score": 0.95, "bbox": [0.0, 0.0, 9.0, 9.0], "id": 3}
 HUGE = "9" * 400  # no float holds it
 LONGER = "9" * 5000  # and this one Python does not read
-OTHER_SIZE = "mask size differs from the picture's"
+OTHER_SIZE = "mask size differs from the image's"
 
 
 def document(text, at=2):
@@ -160,9 +160,9 @@ def test_whatever_one_holds_the_others_are_found(data):
     assert rest <= trained and rest <= judged_on and len(noted) <= 4 - len(rest)
 
 
-def test_what_is_wrong_with_the_picture_itself_stays_bad():
+def test_what_is_wrong_with_the_image_itself_stays_bad():
     for change in ({"image": {"height": HEIGHT}}, {"annotations": {}}, {"image": None}):
-        sample = RawSample("a", {PICTURE: b"", "json": json.dumps(TOLD | change).encode()})
+        sample = RawSample("a", {IMAGE: b"", "json": json.dumps(TOLD | change).encode()})
         with pytest.raises(BadSample, match=f"^{FOREIGN}$"):
             parse_annotations(sample.part("json"))
     told = copy.deepcopy(TOLD)

@@ -1,4 +1,4 @@
-"""Pictures of every aspect up to 65,535 : 1 go through every path, right or bad by reason."""
+"""Images of every aspect up to 65,535 : 1 go through every path, right or bad by reason."""
 
 import json
 
@@ -18,7 +18,7 @@ from finetune.sam import ModelShape, Sam
 from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, frame_of, open_image
 from sami.core.reading import RawSample
-from sami.core.scanning import PICTURE, TEACHER
+from sami.core.scanning import IMAGE, TEACHER
 from sami.data import CropTransform
 from sami.encoders.protocol import EncoderShape
 from sami.extraction import extract_whole, prepare
@@ -63,7 +63,7 @@ def sample_of(width, height, **parts):
     told = {"image": {"height": height, "width": width}}
     told["annotations"] = [{"segmentation": coded(mask)}]
     more = {"json": json.dumps(told).encode(), "cls": b"1"}
-    return RawSample("s/a", {PICTURE: data, **more, **parts}), mask
+    return RawSample("s/a", {IMAGE: data, **more, **parts}), mask
 
 
 def every_size(test):
@@ -109,7 +109,7 @@ def test_cached_features(teacher, grid):
     more = [tuple(int(v) for v in np.exp(rng.uniform(0, 9, 2))) for _ in range(12)]
     for width, height in [*EXTREME, *more]:
         sample, _ = sample_of(width, height)
-        size, pixels = prepare(sample.parts[PICTURE], cache)
+        size, pixels = prepare(sample.parts[IMAGE], cache)
         assert size == (width, height) and pixels.shape[:2] == cache.input_size(width, height)
         stored = pack(quantise(extract_whole(teacher, [pixels])[0], cache, size))
         sample.parts[TEACHER] = to_bytes(stored)
@@ -137,7 +137,7 @@ def test_stage_two(size):
         seen = loss_pixels(64, 16, frame, (height, width))[2].any()
         for boxes in (0.0, 1.0):
             views = maker(resize=resize, boxes=boxes, hflip=True)
-            if max(size) == 1:  # its only mask covers the whole picture
+            if max(size) == 1:  # its only mask covers the whole image
                 with pytest.raises(BadSample, match="^no usable mask$"):
                     views.decode(sample, 0, False)
                 continue
@@ -145,8 +145,8 @@ def test_stage_two(size):
                 with pytest.raises(BadSample, match=f"^{NO_PIXEL}$"):
                     views.decode(sample, 0, False)
                 continue
-            _, picture, inside, masks, points, labels, *_ = views.decode(sample, 0, False)
-            red = picture[2::4, 2::4, 0] > 128
+            _, image, inside, masks, points, labels, *_ = views.decode(sample, 0, False)
+            red = image[2::4, 2::4, 0] > 128
             assert (red == masks[0])[inside].mean() >= 0.9 and np.isfinite(points).all()
             assert masks[0].any() and (labels >= 0).any()
             assert points[labels >= 0].max() <= 64
@@ -160,7 +160,7 @@ def models():
 
 @pytest.mark.parametrize("resize", ["square", "longest"])
 def test_evaluation(models, resize, tmp_path):
-    """Scores are IoUs, and the pictures of it are drawn."""
+    """Scores are IoUs, and the images of it are drawn."""
     promptings = (*PROMPTS, *PromptSpec.parse("centre-2", 1))
     rng = np.random.default_rng(1)
     more = [tuple(int(v) for v in np.exp(rng.uniform(0, 6, 2))) for _ in range(6)]
@@ -192,22 +192,22 @@ def test_classification_and_probe(size):
         LabelDataConfig(image_size=32), AugmentConfig(auto="", erase=0.0), seed=0
     )
     for decode in (samples.decode_held_out, lambda s: samples.decode(s, 0, False)):
-        _, picture, label = decode(sample)
-        assert picture.shape == (3, 32, 32) and label == 1
-        pixels = (picture.permute(1, 2, 0).numpy() * STD + MEAN) * 255
+        _, image, label = decode(sample)
+        assert image.shape == (3, 32, 32) and label == 1
+        pixels = (image.permute(1, 2, 0).numpy() * STD + MEAN) * 255
         assert between(pixels)
     square = labelled_squares([], np.zeros(0, int), 32).decode(sample)[0]
     assert square.shape == (32, 32, 3) and between(square)
 
 
-def test_classifications_central_part_is_the_same_in_long_pictures():
+def test_classifications_central_part_is_the_same_in_long_images():
     """What is cut away before timm resizes lies outside of what it keeps."""
     samples = LabelTransform(LabelDataConfig(image_size=32), AugmentConfig(), seed=0)
     rng = np.random.default_rng(0)
     for width, height in ((1200, 100), (100, 1200), (801, 100)):
         coarse = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)
         data = encode(Image.fromarray(coarse).resize((width, height)))
-        sample = RawSample("a", {PICTURE: data, "cls": b"0"})
+        sample = RawSample("a", {IMAGE: data, "cls": b"0"})
         found = samples.decode_held_out(sample)[1]
         whole = samples.plain(open_image(data).decode())
         assert (found - whole).abs().max() < 0.05
@@ -218,6 +218,6 @@ def test_long_jpegs(size):
     """They can be read at a reduced size, but not below one pixel."""
     data, _ = halves(*size, kind="JPEG")
     views = CropTransform(0, 32, 48, 4, MaskConfig(ratio=0.75), (0.2, 1.0), True)
-    sample = RawSample("a", {PICTURE: data})
+    sample = RawSample("a", {IMAGE: data})
     assert between(views.decode_held_out(sample)[1])
     views.decode(sample, 0, False)

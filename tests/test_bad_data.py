@@ -24,7 +24,7 @@ from sami.core.errors import BadSample, UserError
 from sami.core.index import index_beside, open_sources
 from sami.core.order import Order
 from sami.core.reading import RawSample, read_range
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from sami.data import CropTransform, centre_square
 from sami.masking import MaskConfig
 from tests.runs import LIMIT, arguments, command, kill, run, start, summary, wait_for, write_shards
@@ -61,10 +61,10 @@ def png(width, height, rows=b"", interlaced=False):
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
-def interlaced_png(picture):
+def interlaced_png(image):
     """What Pillow reads and cannot write; of [H, W, 3]."""
-    rows = [row for y, x, down, across in ADAM7 for row in picture[y::down, x::across]]
-    height, width, _ = picture.shape
+    rows = [row for y, x, down, across in ADAM7 for row in image[y::down, x::across]]
+    height, width, _ = image.shape
     return png(width, height, b"".join(b"\0" + row.tobytes() for row in rows), True)
 
 
@@ -78,7 +78,7 @@ JPEG = encode(COLOUR, "JPEG")
 TURNED = encode(COLOUR, "JPEG", exif=turned(6))
 UPRIGHT = COLOUR.transpose(Image.Transpose.ROTATE_270)
 PALETTE = COLOUR.convert("P")
-# Encoded, and the picture that it is.
+# Encoded, and the image that it is.
 GOOD = {
     "baseline.jpg": (JPEG, COLOUR),
     "progressive.jpg": (encode(COLOUR, "JPEG", progressive=True), COLOUR),
@@ -100,18 +100,18 @@ GOOD = {
     "really_a_bmp.jpg": (encode(COLOUR, "BMP"), COLOUR),
     "really_a_tiff.jpg": (encode(COLOUR, "TIFF", compression="tiff_lzw"), COLOUR),
     "turned_tiff.jpg": (encode(COLOUR, "TIFF", exif=turned(6)), UPRIGHT),
-    "several_pictures.jpg": (encode(COLOUR, "MPO", save_all=True, append_images=[COLOUR]), COLOUR),
+    "several_images.jpg": (encode(COLOUR, "MPO", save_all=True, append_images=[COLOUR]), COLOUR),
     "one_pixel.png": (encode(COLOUR.resize((1, 1)), "PNG"), COLOUR.resize((1, 1))),
 }
 BAD = {
-    "cut.jpg": (JPEG[: len(JPEG) // 2], "damaged picture"),
-    "text.jpg": (b"this is no picture", "not a picture"),
-    "text_again.png": (b"this is no picture", "not a picture"),
+    "cut.jpg": (JPEG[: len(JPEG) // 2], "damaged image"),
+    "text.jpg": (b"this is no image", "not an image"),
+    "text_again.png": (b"this is no image", "not an image"),
     "empty.jpg": (b"", "empty file"),
     "huge.png": (png(20_000, 20_000), "too many pixels"),
     "large.jpg": (huge_jpeg(10_001), "too many pixels"),
-    "no_pixels.png": (png(50, 50), "damaged picture"),
-    "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+    "no_pixels.png": (png(50, 50), "damaged image"),
+    "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
 }
 REASONS = Counter(reason for _, reason in BAD.values())
 
@@ -130,29 +130,29 @@ def samples_of(path, folder, say=lambda text: None):
     """All samples of a shard, indexed anew."""
     shutil.rmtree(folder, ignore_errors=True)
     (source,) = open_sources([([str(path)], None)], folder, say)
-    return list(read_range(source.shards, range(source.count), (PICTURE, "json")))
+    return list(read_range(source.shards, range(source.count), (IMAGE, "json")))
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
-    """A shard with one picture of each kind, 30 in all."""
+    """A shard with one image of each kind, 30 in all."""
     members = {name: data for name, (data, _) in (GOOD | BAD).items()}
     return write_tar(tmp_path_factory.mktemp("zoo") / "zoo.tar", members)
 
 
 def test_each_kind_loads_right_or_has_its_reason():
-    """What is good shows the central square of the picture it was made of."""
-    for name, (data, picture) in GOOD.items():
-        key, *views, _, _ = VIEWS.decode_held_out(RawSample(name, {PICTURE: data}))
+    """What is good shows the central square of the image it was made of."""
+    for name, (data, image) in GOOD.items():
+        key, *views, _, _ = VIEWS.decode_held_out(RawSample(name, {IMAGE: data}))
         assert key == name
-        square = picture.convert("RGB").crop(centre_square(*picture.size))
+        square = image.convert("RGB").crop(centre_square(*image.size))
         for view, side in zip(views, (32, 48), strict=True):
             assert view.shape == (side, side, 3) and view.dtype == np.uint8
             expected = np.asarray(square.resize((side, side), Image.Resampling.BICUBIC))
             assert np.abs(view.astype(int) - expected).mean() < 6, name  # a GIF's palette costs 4
     for name, (data, reason) in BAD.items():
         with pytest.raises(BadSample, match=f"^{reason}$"):
-            VIEWS.decode(RawSample(name, {PICTURE: data}), 0, False)
+            VIEWS.decode(RawSample(name, {IMAGE: data}), 0, False)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -176,7 +176,7 @@ def test_too_many_bad_samples_end_the_run(zoo, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
     assert re.search(r"\d of (15|30) samples were bad", done.stderr)
-    for words in ("'not a picture': ", "data.max_bad_fraction 0.1", "step-"):
+    for words in ("'not an image': ", "data.max_bad_fraction 0.1", "step-"):
         assert words in done.stderr
     told = summary(tmp_path)
     assert told["status"] == "failed" and told["exit_code"] == 2
@@ -330,7 +330,7 @@ def test_a_shard_that_vanishes_with_its_index(four, tmp_path):
         lambda: Training(
             order, CropTransform(0, 32, 48, 4, MaskConfig(ratio=0.75), (0.2, 1.0), True)
         ).__getitems__(range(2)),
-        lambda: list(read_range(source.shards, range(4), (PICTURE,))),
+        lambda: list(read_range(source.shards, range(4), (IMAGE,))),
     ):
         with pytest.raises(UserError, match="a.tar.index.npz, the index of .*a.tar, is gone"):
             use()
@@ -346,7 +346,7 @@ def test_annotations_of_a_shard(tmp_path):
     cases = {
         "good": (told([3, 2], [1, 5]), None),
         "misfit": (told([3, 2], [1, 4]), "run lengths do not fit their size"),
-        "size": (told([2, 3], [1, 5]), "mask size differs from the picture's"),
+        "size": (told([2, 3], [1, 5]), "mask size differs from the image's"),
         "text": (b"{", "annotation is not JSON"),
         "missing": (None, "no json member"),
     }
@@ -420,11 +420,11 @@ def use(sample):
 @pytest.mark.slow
 @FUZZ
 @given(data=mutated(), neighbour=st.sampled_from(list(GOOD)))
-def test_mutated_pictures(data, neighbour, tmp_path_factory):
+def test_mutated_images(data, neighbour, tmp_path_factory):
     """No error but BadSample, no warning, no hang; the good one that follows it is the same."""
-    folder, good = tmp_path_factory.getbasetemp() / "pictures", GOOD[neighbour][0]
+    folder, good = tmp_path_factory.getbasetemp() / "images", GOOD[neighbour][0]
     path = write_tar(folder / "a.tar", {"p0.jpg": data, "p1.jpg": good})
-    expected = use(RawSample("a/p1", {PICTURE: good}))
+    expected = use(RawSample("a/p1", {IMAGE: good}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first, second = samples_of(path, folder / "index")
@@ -447,7 +447,7 @@ def samples_or_refusal(path):
 
 def whole_samples(numbers):
     """What some of the four samples are when they are whole."""
-    return {f"a/p{n}": {PICTURE: FOUR[f"p{n}.jpg"], "json": FOUR[f"p{n}.json"]} for n in numbers}
+    return {f"a/p{n}": {IMAGE: FOUR[f"p{n}.jpg"], "json": FOUR[f"p{n}.json"]} for n in numbers}
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from sami import caching, extraction
 from sami.caching import read_manifest, sha256_of
 from sami.core.errors import UserError
 from sami.core.reading import read_range
-from sami.core.scanning import PICTURE, TEACHER
+from sami.core.scanning import IMAGE, TEACHER
 from sami.data import CropTransform
 from sami.encoder import build_encoder
 from sami.extraction import extract_whole
@@ -60,7 +60,7 @@ def files(pattern):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Shards of 13 (2 damaged), 9 and 17 pictures, and the cache of them."""
+    """Shards of 13 (2 damaged), 9 and 17 images, and the cache of them."""
     folder = tmp_path_factory.mktemp("cache")
     shards = files(write_shards(folder / "shards", corrupt=2))
     assert cache_teacher(words(shards, folder / "out")) == 0
@@ -117,11 +117,11 @@ def test_members_stay_and_features_are_the_teachers(tmp_path):
     assert (cache.grid, cache.pool, cache.channels, cache.dtype) == (8, 1, 256, "fp16")
     teacher = load_teacher(TeacherConfig("custom", "random", SIZE, width=32, depth=1))
     (shards,) = opened(str(out / "*.tar"), tmp_path)
-    for sample in read_range(shards.shards, range(3), (PICTURE, TEACHER)):
-        picture = Image.open(io.BytesIO(sample.part(PICTURE)))
-        expected = teacher(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None])[0]
-        stored = from_bytes(sample.part(TEACHER), cache, picture.size)
-        rows, columns = (-(-side // 16) for side in (picture.height, picture.width))
+    for sample in read_range(shards.shards, range(3), (IMAGE, TEACHER)):
+        image = Image.open(io.BytesIO(sample.part(IMAGE)))
+        expected = teacher(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])[0]
+        stored = from_bytes(sample.part(TEACHER), cache, image.size)
+        rows, columns = (-(-side // 16) for side in (image.height, image.width))
         assert stored.values.shape == (256, rows, columns)
         found = torch.from_numpy(stored.values.astype(np.float32))
         torch.testing.assert_close(found, expected[:, :rows, :columns], atol=2e-3, rtol=1e-3)
@@ -149,7 +149,7 @@ def test_the_manifest(made):
         "s-001.tar": 9,
         "s-002.tar": 17,
     }
-    assert told["shards"]["s-000.tar"]["left_out"] == {"damaged picture": 2}
+    assert told["shards"]["s-000.tar"]["left_out"] == {"damaged image": 2}
     for name, shard in told["shards"].items():
         assert shard["sha256"] == sha256_of(out / name)
     assert told["preprocessing"]["mean"] == [123.675, 116.28, 103.53]
@@ -196,7 +196,7 @@ def test_dry_run_writes_nothing(made, tmp_path, capsys):
     shards, out = made
     assert cache_teacher(words(shards, tmp_path / "out", "--dry-run")) == 0
     said = capsys.readouterr().out
-    assert "39 pictures in 3 shards: about" in said and not (tmp_path / "out").exists()
+    assert "39 images in 3 shards: about" in said and not (tmp_path / "out").exists()
     estimate = float(said.split("about ")[1].split(" GB")[0]) * 1e9
     real = sum(path.stat().st_size for path in out.glob("*.tar"))
     assert abs(estimate / real - 1) < 0.2
@@ -205,8 +205,8 @@ def test_dry_run_writes_nothing(made, tmp_path, capsys):
 def test_verify(made, copied, in_process, capsys):
     shards, _ = made
     assert cache_teacher(words(shards, copied, "--verify")) == 0
-    assert "3 shards have their checksums; 8 of 37 pictures computed" in capsys.readouterr().out
-    # Two pictures' features exchanged, with a checksum that fits: it takes a teacher to see that.
+    assert "3 shards have their checksums; 8 of 37 images computed" in capsys.readouterr().out
+    # Two images' features exchanged, with a checksum that fits: it takes a teacher to see that.
     path = copied / "s-001.tar"
     with tarfile.open(path) as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar}
@@ -251,7 +251,7 @@ def test_a_dry_run_needs_no_weights(made, tmp_path, capsys, checkpoint):
     assert cache_teacher(dry) == 0
     said = capsys.readouterr().out
     assert "--checkpoint is not there yet: counted and timed with random weights" in said
-    assert "39 pictures in 3 shards: about" in said and "RANDOM" not in said
+    assert "39 images in 3 shards: about" in said and "RANDOM" not in said
     assert not (tmp_path / "out").exists()
 
 
@@ -317,23 +317,23 @@ def test_a_teacher_that_gives_nan(made, tmp_path, in_process, monkeypatch):
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-def test_whole_pictures_see_no_padding():
-    """Batched with others of other shapes, a picture gets what it gets alone."""
+def test_whole_images_see_no_padding():
+    """Batched with others of other shapes, an image gets what it gets alone."""
     teacher = load_teacher(TeacherConfig("custom", "random", SIZE, width=32, depth=1))
     rng = np.random.default_rng(0)
     shapes = [(128, 60), (77, 128), (128, 128)]
-    pictures = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
-    together = extract_whole(teacher, pictures)
-    for picture, one in zip(pictures, together, strict=True):
-        alone = teacher(torch.from_numpy(picture).permute(2, 0, 1)[None])[0]
+    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    together = extract_whole(teacher, images)
+    for image, one in zip(images, together, strict=True):
+        alone = teacher(torch.from_numpy(image).permute(2, 0, 1)[None])[0]
         torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-4)
 
 
 # -- reading ----------------------------------------------------------------------------------
 
 
-def test_the_target_of_a_whole_picture_is_what_the_teacher_gives(tmp_path):
-    """Square pictures at the teacher's own size: no resizing on either way, so one target."""
+def test_the_target_of_a_whole_image_is_what_the_teacher_gives(tmp_path):
+    """Square images at the teacher's own size: no resizing on either way, so one target."""
     rng = np.random.default_rng(0)
     (tmp_path / "s").mkdir()
     with wds.TarWriter(str(tmp_path / "s" / "a.tar")) as writer:
@@ -366,17 +366,17 @@ def test_the_target_of_a_whole_picture_is_what_the_teacher_gives(tmp_path):
         return targets, transform, batch
 
     live, fresh, batch = targets_and_batch()
-    assert fresh.fields == (PICTURE,) and fresh.teacher_size == SIZE and not live.info.get("cached")
+    assert fresh.fields == (IMAGE,) and fresh.teacher_size == SIZE and not live.info.get("cached")
     expected = live(batch)
     torch.testing.assert_close(expected, to_grid(teacher(batch.teacher_view), 4, "area"))
     config.teacher.cached = True
     targets, stored, batch = targets_and_batch()
-    assert stored.fields == (PICTURE, TEACHER) and stored.teacher_size is None
+    assert stored.fields == (IMAGE, TEACHER) and stored.teacher_size is None
     assert targets.channels == live.channels == 256 and targets.info["cached"]
     torch.testing.assert_close(targets(batch), expected, atol=1e-3, rtol=1e-3)
     config.target.kind, config.teacher.cached = "pixels", False
     targets, pixels, batch = targets_and_batch()
-    assert (pixels.fields, pixels.teacher_size, targets.info) == ((PICTURE,), None, None)
+    assert (pixels.fields, pixels.teacher_size, targets.info) == ((IMAGE,), None, None)
     assert targets.channels == 768
     assert torch.equal(targets(batch), pixel_target(student.normalise(batch.student), 16))
 

@@ -40,7 +40,7 @@ def chain(monkeypatch, in_process):
 
 
 def test_the_chain(chain, tmp_path, monkeypatch, in_process):
-    drawn = draw(tmp_path / "scenes", "--shards", "1", "--pictures", "8")
+    drawn = draw(tmp_path / "scenes", "--shards", "1", "--images", "8")
     shards = drawn.stdout.split(": ")[-1].strip()
     out = tmp_path / "out"
     code, error = chain(["run", "all"], out, shards, "--jobs", "2")

@@ -73,10 +73,10 @@ def test_check_looks_at_everything_and_leaves_nothing(entry, scenes, tmp_path, c
     assert code == 0, error
     lines = said.splitlines()
     assert lines[0] == "the configuration: every field is valid"
-    assert any(line.startswith("data.shards: 1 shard(s), 8 pictures, ") for line in lines)
-    assert "data.val_shards: 1 shard(s), 8 pictures" in lines
+    assert any(line.startswith("data.shards: 1 shard(s), 8 images, ") for line in lines)
+    assert "data.val_shards: 1 shard(s), 8 images" in lines
     size = 8 if entry == "pretrain" else 4
-    assert f"a first batch: {size} pictures read and decoded" in lines
+    assert f"a first batch: {size} images read and decoded" in lines
     assert lines[-1].startswith("not checked: ") and f"{tmp_path / 'run'}" in lines[-1]
     told = "teacher: custom, sha256 " if entry == "pretrain" else "decoder: efficientsam, from"
     assert told in said
@@ -114,10 +114,10 @@ def test_check_counts_what_is_bad(tmp_path, call):
     words = arguments(tmp_path / "run", shards, **{"data.max_bad_fraction": 1})
     code, said, _ = call("pretrain", [*words, "--check"])
     assert code == 0
-    assert "a first batch: 6 pictures read and decoded; left out: 2 damaged picture" in said
+    assert "a first batch: 6 images read and decoded; left out: 2 damaged image" in said
     shards = write_shards(tmp_path / "all", (12,), corrupt=12)
     code, _, error = call("pretrain", [*arguments(tmp_path / "run", shards), "--check"])
-    assert code == 2 and "none of the first 8 pictures of data.shards can be used" in error
+    assert code == 2 and "none of the first 8 images of data.shards can be used" in error
     shards = write_shards(tmp_path / "bare", (8,))  # no masks in them, and no labels
     for entry in ("finetune", "classify"):
         code, _, error = call(entry, [*small(entry, tmp_path / "run", shards), "--check"])
@@ -131,7 +131,7 @@ def test_check_reads_a_cache_without_its_checksums(tmp_path, call):
     words = arguments(tmp_path / "run", shards, **{"teacher.cached": True, "teacher.heads": 2})
     code, said, error = call("pretrain", [*words, "--check"])
     assert code == 0, error
-    assert "a first batch: 8 pictures" in said and "reading 1 cached" not in said
+    assert "a first batch: 8 images" in said and "reading 1 cached" not in said
 
 
 def test_check_is_done_by_one_process(tmp_path, call, monkeypatch):
@@ -195,14 +195,14 @@ def test_what_a_configuration_needs(tmp_path):
 
 
 def test_the_readmes_first_look(tmp_path, call, monkeypatch):
-    """Its commands, with fewer pictures and steps."""
+    """Its commands, with fewer images and steps."""
     lines = [line for line in readme_commands() if "data/try" in line or "try.yaml" in line]
     drawing, training = [shlex.split(line) for line in lines[:-1]], shlex.split(lines[-1])
     monkeypatch.chdir(tmp_path)
     for words in drawing:
         assert words[:2] == ["python", "tools/make_toy_shards.py"]
         script = [sys.executable, str(ROOT / words[1]), str(tmp_path / words[2]), *words[3:]]
-        done = run([*script, "--pictures", "32", "--workers", "1"])
+        done = run([*script, "--images", "32", "--workers", "1"])
         assert done.returncode == 0, done.stderr
     assert len(drawing) == 2 and training[:2] == ["python", "sami/pretrain.py"]
     few = ["--train.steps=2", "--run.save_every=2", "--run.picture_every=2", "--run.device=cpu"]

@@ -67,7 +67,7 @@ def test_colours_are_learnt_and_the_file_is_timms(shards, tmp_path, in_process):
     assert told["evaluation"]["top1"] == 100 and told["evaluation"]["pictures"] == 24
     assert told["bad_samples"] == {
         "no cls member": told["bad_samples"]["no cls member"],
-        "not a picture": told["bad_samples"]["not a picture"],
+        "not an image": told["bad_samples"]["not an image"],
     }
     assert (tmp_path / "run" / "classifier.safetensors").exists()
 
@@ -165,7 +165,7 @@ def test_the_first_update_counts_and_the_rate_is_timms(shards, tmp_path, in_proc
 
 
 @pytest.mark.parametrize("auto", ["rand-m10-inc1", "rand-m10", "original", "v0", "augmix-m10"])
-def test_a_picture_without_bits_is_black(auto):
+def test_a_image_without_bits_is_black(auto):
     """timm asks Pillow for 0 bits; releases before 13 gave black, 13 raises."""
     found = []
 

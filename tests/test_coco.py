@@ -18,7 +18,7 @@ from finetune.rle import decode_counts, parse_annotations, sample
 from sami.core.errors import BadSample, UserError
 from sami.core.exits import run_entry
 from sami.core.reading import read_range
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from tests.runs import opened
 from tests.test_evaluation import SHAPE
 from tools.make_shards import main
@@ -113,13 +113,13 @@ def test_each_kind_of_segmentation():
         ({"segmentation": [[], [1, 2]]}, "malformed polygon"),
         ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "malformed polygon"),
         ({"segmentation": [SQUARE, "x"]}, "malformed polygon"),
-        ({"segmentation": [[0, 0, 1e9, 0, 1e9, 1e9]]}, "polygon far outside of the picture"),
+        ({"segmentation": [[0, 0, 1e9, 0, 1e9, 1e9]]}, "polygon far outside of the image"),
         ({"segmentation": [[0, 0, 10**400, 0, 5, 5]]}, "malformed polygon"),
         ({"segmentation": [[3, 3, 3, 3, 3, 3]]}, "flat polygon, without a pixel"),
         ({"segmentation": [[3, 3, 9, 3, 20, 3]]}, "flat polygon, without a pixel"),
-        ({"segmentation": [[-9, 3, -3, 3, -5, 20]]}, "polygon outside of the picture"),
-        ({"segmentation": [[61, 3, 70, 3, 66, 20]]}, "polygon outside of the picture"),
-        ({"segmentation": [[5, 41, 9, 41, 9, 50]]}, "polygon outside of the picture"),
+        ({"segmentation": [[-9, 3, -3, 3, -5, 20]]}, "polygon outside of the image"),
+        ({"segmentation": [[61, 3, 70, 3, 66, 20]]}, "polygon outside of the image"),
+        ({"segmentation": [[5, 41, 9, 41, 9, 50]]}, "polygon outside of the image"),
         ({"segmentation": [[0.1, 0.2, 0.9, 0.2, 0.5, 0.8]]}, "polygon in 0..1, not in pixels"),
         ({"segmentation": [[0, 0, 1, 0, 1, 1, 0, 1]]}, "polygon in 0..1, not in pixels"),
         ({"segmentation": compressed(np.zeros((HEIGHT, WIDTH), np.uint8))}, "empty mask"),
@@ -133,7 +133,7 @@ def test_each_kind_of_segmentation():
         ),
         (
             {"segmentation": {"size": [WIDTH, HEIGHT], "counts": [WIDTH * HEIGHT]}},
-            "mask size differs from the picture's",
+            "mask size differs from the image's",
         ),
     ],
 )
@@ -164,8 +164,8 @@ def test_what_is_no_coco_file(tmp_path):
 
 @pytest.fixture
 def coco(tmp_path):
-    """Nine pictures in a folder, eight of them annotated, three with something wrong."""
-    folder = tmp_path / "pictures" / "below"
+    """Nine images in a folder, eight of them annotated, three with something wrong."""
+    folder = tmp_path / "images" / "below"
     folder.mkdir(parents=True)
     images, annotations = [], []
     for number in range(10):
@@ -181,10 +181,10 @@ def coco(tmp_path):
                 entry = {"id": 10 * number + part, "image_id": 100 + number}
                 annotations.append(entry | {"segmentation": compressed(blob(10 * number + part))})
     annotations += [{"image_id": 100, "segmentation": [SQUARE], "iscrowd": 1}]
-    (folder / "4.jpg").write_bytes(b"no picture")
+    (folder / "4.jpg").write_bytes(b"no image")
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations}))
-    return tmp_path / "pictures", path
+    return tmp_path / "images", path
 
 
 @pytest.fixture
@@ -205,18 +205,18 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
 
 
-def test_shards_of_annotated_pictures(coco, make, tmp_path):
+def test_shards_of_annotated_images(coco, make, tmp_path):
     source, path = coco
     done = make(source, tmp_path / "out", path, "--shard-size", "3")
     assert done.returncode == 0, done.stderr
     for words in (
-        "10 pictures in the JSON: 9 found in ",
+        "10 images in the JSON: 9 found in ",
         ", 6 used with their masks, 1 without annotations, 2 left out {",
         "; 1 of those with annotations are not there",
-        "left out: below/3.jpg: annotation of another picture size",
-        "left out: below/4.jpg: not a picture",
+        "left out: below/3.jpg: annotation of another image size",
+        "left out: below/4.jpg: not an image",
         "masks left out in all: {'crowd': 1}",
-        "6 pictures, with masks, 3 shard(s)",
+        "6 images, with masks, 3 shard(s)",
     ):
         assert words in done.stdout, done.stdout
     found = {}
@@ -252,10 +252,10 @@ def test_goes_on_after_a_kill_and_refuses_other_annotations(coco, make, tmp_path
     told["annotations"].pop()
     path.write_text(json.dumps(told))
     done = make(source, tmp_path / "out", path, *words)
-    assert done.returncode == 2 and "made of other pictures" in done.stderr
+    assert done.returncode == 2 and "made of other images" in done.stderr
     (tmp_path / "empty").mkdir()
     done = make(tmp_path / "empty", tmp_path / "other", path)
-    assert done.returncode == 2 and "holds none of the annotated pictures" in done.stderr
+    assert done.returncode == 2 and "holds none of the annotated images" in done.stderr
 
 
 def write(tmp_path, images, annotations, **more):
@@ -271,7 +271,7 @@ def write(tmp_path, images, annotations, **more):
 
 
 def drawn(folder, *names):
-    """Pictures of the annotations' size, each of its own colour."""
+    """Images of the annotations' size, each of its own colour."""
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         colour = (10 * number, 90, 200 - 10 * number)
@@ -291,7 +291,7 @@ NFC, NFD = "caf\u00e9", "cafe\u0301"
         ("sub\\a.png", "sub/a.png"),
         ("C:\\data\\sub\\a.png", "sub/a.png"),
         ("val2017/a.png", "a.png"),
-        ("/home/somebody/pictures/sub/a.png", "sub/a.png"),
+        ("/home/somebody/images/sub/a.png", "sub/a.png"),
         ("a.png", "sub/deep/a.png"),
         ("images/a.png", "other/a.png"),
         (f"{NFC}/a.png", f"{NFD}/a.png"),
@@ -307,12 +307,12 @@ NFC, NFD = "caf\u00e9", "cafe\u0301"
     ],
 )
 def test_a_name_finds_its_file(tmp_path, make, name, file):
-    folder = drawn(tmp_path / "pictures", file, "far/away/z.png", ".hidden/a.png")
+    folder = drawn(tmp_path / "images", file, "far/away/z.png", ".hidden/a.png")
     path = write(tmp_path, [image(1, name)], None)
     (found,) = CocoSource.of(read_coco(path), folder).read([0])
-    assert found.parts[PICTURE] == (folder / file).read_bytes()
+    assert found.parts[IMAGE] == (folder / file).read_bytes()
     done = make(folder, tmp_path / "out", path)
-    assert done.returncode == 0 and "1 pictures, with masks" in done.stdout
+    assert done.returncode == 0 and "1 images, with masks" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_a_name_finds_its_file(tmp_path, make, name, file):
     ],
 )
 def test_what_could_be_two_is_refused(tmp_path, make, names, files, says):
-    folder = drawn(tmp_path / "pictures", *files)
+    folder = drawn(tmp_path / "images", *files)
     path = write(tmp_path, [image(n, name) for n, name in enumerate(names)], None)
     done = make(folder, tmp_path / "out", path)
     assert done.returncode == 2 and says in done.stderr
@@ -347,7 +347,7 @@ def test_the_longest_common_end_decides(tmp_path):
 
 def test_a_file_named_twice_has_all_its_masks(tmp_path, make):
     """One entry an object, as some tools write it; and other ways to write the same name."""
-    folder = drawn(tmp_path / "pictures", "sub/a.png", f"sub/{NFC}.png")
+    folder = drawn(tmp_path / "images", "sub/a.png", f"sub/{NFC}.png")
     images = [image(1, "sub/a.png"), image(2, "sub\\a.png"), image("3", "./sub/a.png")]
     images += [image(4, f"sub/{NFC}.png"), image(5, f"sub/{NFD}.png")]
     path = write(tmp_path, images, None)
@@ -361,11 +361,11 @@ def test_a_file_named_twice_has_all_its_masks(tmp_path, make):
         for entry in entries:
             assert np.array_equal(full(entry), blob(entry["id"]))
     done = make(folder, tmp_path / "out", path)
-    assert "2 pictures in the JSON: 2 found in" in done.stdout
+    assert "2 images in the JSON: 2 found in" in done.stdout
 
 
 def test_entries_of_one_file_that_differ_in_size(tmp_path, make):
-    folder = drawn(tmp_path / "pictures", "a.png", "b.png")
+    folder = drawn(tmp_path / "images", "a.png", "b.png")
     images = [image(1, "a.png"), image(2, "a.png") | {"width": 61}, image(3, "b.png")]
     done = make(folder, tmp_path / "out", write(tmp_path, images, None))
     reason = "image entries of one file differ in size"
@@ -378,9 +378,9 @@ def test_entries_of_one_file_that_differ_in_size(tmp_path, make):
 
 
 @pytest.mark.parametrize("second", [1, "1", 1.0, " 1"])
-def test_one_id_for_two_pictures_is_refused(tmp_path, second):
+def test_one_id_for_two_images_is_refused(tmp_path, second):
     images = [image(1, "a.png"), image(7, "c.png"), image(second, "b.png")]
-    says = r"^--coco \S+: image id 1 is that of two pictures, a.png and b.png; give each"
+    says = r"^--coco \S+: image id 1 is that of two images, a.png and b.png; give each"
     with pytest.raises(UserError, match=says):
         read_coco(write(tmp_path, images, []))
 
@@ -403,7 +403,7 @@ def test_ids_as_text_and_as_numbers(tmp_path, of_image, of_annotation):
 
 
 def test_what_belongs_to_nothing_is_counted(tmp_path, make):
-    folder = drawn(tmp_path / "pictures", "a.png")
+    folder = drawn(tmp_path / "images", "a.png")
     mask = {"segmentation": compressed(blob(1))}
     images = [
         image(1, "a.png"),
@@ -436,30 +436,30 @@ def test_what_belongs_to_nothing_is_counted(tmp_path, make):
     }
     assert len(told.entries["a.png"].annotations) == 3
     done = make(folder, tmp_path / "out", path)
-    assert "1 pictures in the JSON: 1 found in" in done.stdout
+    assert "1 images in the JSON: 1 found in" in done.stdout
     for reason, count in told.left_out.items():
         assert f"in the JSON: {count} x {reason}" in done.stdout
 
 
-def test_pictures_without_annotations_are_found_like_the_others(tmp_path, make):
-    folder = drawn(tmp_path / "pictures", "x/a.png", "x/b.png", f"{NFD}.png", "C.png", "z.png")
+def test_images_without_annotations_are_found_like_the_others(tmp_path, make):
+    folder = drawn(tmp_path / "images", "x/a.png", "x/b.png", f"{NFD}.png", "C.png", "z.png")
     names = ["q/x/a.png", "q/x/b.png", f"{NFC}.png", "c.png", "r/x/a.png", "not there.png"]
     images = [image(number, name) for number, name in enumerate(names)]
     path = write(tmp_path, images, [{"image_id": 0, "segmentation": [SQUARE]}])
     done = make(folder, tmp_path / "out", path)
-    words = "6 pictures in the JSON: 4 found in "  # r/x/a.png would be another's file
+    words = "6 images in the JSON: 4 found in "  # r/x/a.png would be another's file
     assert words in done.stdout and "1 used with their masks, 5 without annotations" in done.stdout
 
 
-def test_a_file_without_a_picture_that_is_annotated(tmp_path, make):
-    folder = drawn(tmp_path / "pictures", "a.png")
+def test_a_file_without_a_image_that_is_annotated(tmp_path, make):
+    folder = drawn(tmp_path / "images", "a.png")
     annotations = [{"image_id": 7, "segmentation": [SQUARE]}] * 2
     for given, says in (
         (annotations, "has an annotation (2 annotation of an unknown image_id); name a file"),
         ([], "has an annotation; name a file"),
     ):
         done = make(folder, tmp_path / "out", write(tmp_path, [image(1, "a.png")], given))
-        assert done.returncode == 2 and f"none of its 1 pictures {says}" in done.stderr
+        assert done.returncode == 2 and f"none of its 1 images {says}" in done.stderr
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -477,14 +477,14 @@ def test_a_polygon_of_fewer_than_3_points_leaves_the_others(tmp_path, part, plac
     small = [[x / WIDTH if n % 2 == 0 else x / HEIGHT for n, x in enumerate(SQUARE)], part]
     _, left_out = Entry(entry.images, [{"segmentation": small}]).to_sa1b("a.png")
     assert left_out == {NORMALISED: 1}
-    folder = drawn(tmp_path / "pictures", "a.png")
+    folder = drawn(tmp_path / "images", "a.png")
     path = write(tmp_path, entry.images, [{"image_id": 1, "segmentation": parts}])
     (judged,) = EvalDataset(CocoSource.of(read_coco(path), folder), SHAPE)
     assert len(judged.ends) == 1 and judged.notes == [f"left out: {DEGENERATE}"]
 
 
 def test_evaluation_tells_which_masks_were_left_out(tmp_path):
-    folder = drawn(tmp_path / "pictures", "a.png", "b.png")
+    folder = drawn(tmp_path / "images", "a.png", "b.png")
     annotations = [
         {"image_id": number, "segmentation": told, "iscrowd": crowd}
         for number in (1, 2)
@@ -500,14 +500,14 @@ def test_evaluation_tells_which_masks_were_left_out(tmp_path):
 
 @pytest.mark.parametrize("share", [1.0, 0.75, 0.25])
 def test_polygons_in_0_to_1(tmp_path, make, share):
-    folder = drawn(tmp_path / "pictures", "a.png")
+    folder = drawn(tmp_path / "images", "a.png")
     small = [[x / WIDTH if n % 2 == 0 else x / HEIGHT for n, x in enumerate(SQUARE)]]
     annotations = [
         {"image_id": 1, "segmentation": small if n < 8 * share else [SQUARE]} for n in range(8)
     ]
     done = make(folder, tmp_path / "out", write(tmp_path, [image(1, "a.png")], annotations))
     if share > 0.5:
-        assert done.returncode == 2 and "multiply x by the picture's width" in done.stderr
+        assert done.returncode == 2 and "multiply x by the image's width" in done.stderr
         assert f"{int(8 * share)} of 8 polygons are in 0..1" in done.stderr
     else:
         assert done.returncode == 0 and "{'polygon in 0..1, not in pixels': 2}" in done.stdout
@@ -520,7 +520,7 @@ def test_what_is_no_crowd(told):
 
 
 def test_crowds_can_be_kept(tmp_path, make):
-    folder = drawn(tmp_path / "pictures", "a.png")
+    folder = drawn(tmp_path / "images", "a.png")
     annotations = [
         {"image_id": 1, "iscrowd": 1, "segmentation": runs_of(blob(5))},
         {"image_id": 1, "iscrowd": 1, "segmentation": compressed(blob(6))},
@@ -533,7 +533,7 @@ def test_crowds_can_be_kept(tmp_path, make):
     done = make(folder, tmp_path / "out", path, "--keep-crowd")
     assert done.returncode == 0, done.stderr
     (source,) = opened(f"{tmp_path}/out/*.tar", tmp_path)
-    (sample,) = read_range(source.shards, range(1), (PICTURE, "json"))
+    (sample,) = read_range(source.shards, range(1), (IMAGE, "json"))
     entries = json.loads(sample.parts["json"])["annotations"]
     assert [np.array_equal(full(e), blob(n)) for e, n in zip(entries, (5, 6), strict=True)]
     done = make(folder, tmp_path / "out", path)
@@ -541,7 +541,7 @@ def test_crowds_can_be_kept(tmp_path, make):
 
 
 def test_nothing_with_masks_ends_with_the_reasons(tmp_path, make):
-    folder = drawn(tmp_path / "pictures", *(f"{n}.png" for n in range(5)))
+    folder = drawn(tmp_path / "images", *(f"{n}.png" for n in range(5)))
     bad = [
         {"segmentation": runs_of(blob(0)), "iscrowd": 1},
         {"segmentation": [[3, 3, 9, 3, 20, 3]]},
@@ -552,30 +552,30 @@ def test_nothing_with_masks_ends_with_the_reasons(tmp_path, make):
     annotations = [{"image_id": n} | one for n, one in enumerate(bad)]
     path = write(tmp_path, [image(n, f"{n}.png") for n in range(5)], annotations)
     done = make(folder, tmp_path / "out", path)
-    assert done.returncode == 2 and "none of the 5 pictures" in done.stderr
+    assert done.returncode == 2 and "none of the 5 images" in done.stderr
     for reason in (
         "1 crowd",
         "1 flat polygon, without a pixel",
         "1 no segmentation, a box only",
-        "1 polygon outside of the picture",
+        "1 polygon outside of the image",
         "1 malformed polygon",
     ):
         assert reason in done.stderr.split("; masks: ")[1]
 
 
 @pytest.mark.parametrize("name", ["a.bmp", "a.tif", "a.gif", "a"])
-def test_pictures_of_other_kinds_keep_their_masks(tmp_path, make, name):
-    folder = tmp_path / "pictures"
+def test_images_of_other_kinds_keep_their_masks(tmp_path, make, name):
+    folder = tmp_path / "images"
     folder.mkdir()
     kind = {"a.bmp": "BMP", "a.tif": "TIFF", "a.gif": "GIF", "a": "JPEG"}[name]
     Image.linear_gradient("L").resize((WIDTH, HEIGHT)).save(folder / name, kind)
     done = make(folder, tmp_path / "out", write(tmp_path, [image(1, name)], None))
     assert done.returncode == 0, done.stderr
     (source,) = opened(f"{tmp_path}/out/*.tar", tmp_path)
-    (sample,) = read_range(source.shards, range(1), (PICTURE, "json"))
+    (sample,) = read_range(source.shards, range(1), (IMAGE, "json"))
     pixels = [
         np.asarray(Image.open(io.BytesIO(data)).convert("L"))
-        for data in (sample.parts[PICTURE], (folder / name).read_bytes())
+        for data in (sample.parts[IMAGE], (folder / name).read_bytes())
     ]
     assert np.array_equal(*pixels)
     told = json.loads(sample.parts["json"])
@@ -585,9 +585,9 @@ def test_pictures_of_other_kinds_keep_their_masks(tmp_path, make, name):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("on", ["upright", "stored"])
-def test_a_turned_tiff_becomes_the_picture_that_its_masks_lie_on(tmp_path, make, orientation, on):
+def test_a_turned_tiff_becomes_the_image_that_its_masks_lie_on(tmp_path, make, orientation, on):
     """PNG has no orientation: the pixels are written the way round that the annotation has them."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     exif = Image.Exif()
@@ -602,8 +602,8 @@ def test_a_turned_tiff_becomes_the_picture_that_its_masks_lie_on(tmp_path, make,
     done = make(folder, tmp_path / "out", path, "--masks-drawn-on", on)
     assert done.returncode == 0, done.stderr
     (source,) = opened(f"{tmp_path}/out/*.tar", tmp_path)
-    (sample,) = read_range(source.shards, range(1), (PICTURE, "json"))
-    found = np.asarray(Image.open(io.BytesIO(sample.parts[PICTURE])))
+    (sample,) = read_range(source.shards, range(1), (IMAGE, "json"))
+    found = np.asarray(Image.open(io.BytesIO(sample.parts[IMAGE])))
     with Image.open(folder / "a.tif") as stored:
         upright = np.asarray(stored)
     assert np.array_equal(found, upright if on == "upright" else pixels)
@@ -611,7 +611,7 @@ def test_a_turned_tiff_becomes_the_picture_that_its_masks_lie_on(tmp_path, make,
 
 
 def test_a_number_that_python_does_not_read_costs_its_annotation(tmp_path, make):
-    folder = drawn(tmp_path / "pictures", "a.png")
+    folder = drawn(tmp_path / "images", "a.png")
     path = write(
         tmp_path,
         [image(1, "a.png")],

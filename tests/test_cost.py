@@ -93,17 +93,17 @@ def test_by_hand():
 
 def test_what_it_prints(capsys):
     path = ROOT / "configs/pretrain/sami_ti_cached.yaml"
-    words = [str(path), "--pictures", "1000000", "--card", "H100", "--share", "0.5"]
+    words = [str(path), "--images", "1000000", "--card", "H100", "--share", "0.5"]
     assert main([*words, "--data.epoch_samples", "8192", "--train.epochs", "10"]) == 0
     said = capsys.readouterr().out
-    assert "20 steps of 4096 pictures" in said
-    # 8192 pictures x 2 x 2833.01e9 / (0.5 x 989e12) / 3600, once and not ten times
+    assert "20 steps of 4096 images" in said
+    # 8192 images x 2 x 2833.01e9 / (0.5 x 989e12) / 3600, once and not ten times
     told = " ".join(said.split())
     assert "sam_vit_h, 1024 px" in told and "0.0261" in said and "(once" in said
     assert max(map(len, said.splitlines())) <= 80
     # 24 x 32 cells of 256 bytes and 256 scales of 4: 197,632 bytes
-    assert "32 x 32 int8       198 kB a picture,      1.6 GB" in said
-    assert main([str(ROOT / "configs/finetune/efficient_sam_s.yaml"), "--pictures", "1000"]) == 0
+    assert "32 x 32 int8       198 kB an image,      1.6 GB" in said
+    assert main([str(ROOT / "configs/finetune/efficient_sam_s.yaml"), "--images", "1000"]) == 0
     assert "mask decoder, 64 prompts" in " ".join(capsys.readouterr().out.split())
 
 
@@ -130,9 +130,9 @@ def test_bad_words(in_process, words, says):
 def test_classification(capsys):
     """A ViT-Ti over all 197 tokens, by hand; and its 1000 classes."""
     config = str(ROOT / "configs/classify/sami_ti.yaml")
-    assert main([config, "--pictures", "1024", "--train.epochs", "10"]) == 0
+    assert main([config, "--images", "1024", "--train.epochs", "10"]) == 0
     said = capsys.readouterr().out
-    assert "10 steps of 1024 pictures" in said and "1000 classes" in said
+    assert "10 steps of 1024 images" in said and "1000 classes" in said
     entry, told = resolve(Path(config), [])
     encoder, head = find_parts(entry, told)
     tokens, width = 197, 192

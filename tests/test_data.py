@@ -56,7 +56,7 @@ def test_masks_are_uniform_and_fresh():
 
 
 def test_another_strategy_is_a_function(monkeypatch):
-    """Half of the patches at the left stay, whatever the picture; the order does not matter."""
+    """Half of the patches at the left stay, whatever the image; the order does not matter."""
 
     def left(config, grid, rng):
         numbers = np.arange(grid * grid)
@@ -178,7 +178,7 @@ def test_held_out_samples_that_are_bad(tmp_path):
         ["s-001/p0005"],
     ]
     assert [key for _, bad in found for _, key in bad] == [f"s-000/p000{n}" for n in (0, 1, 3, 4)]
-    assert {reason for _, bad in found for reason, _ in bad} == {"damaged picture"}
+    assert {reason for _, bad in found for reason, _ in bad} == {"damaged image"}
 
 
 def test_real_photographs(photos, tmp_path):
@@ -189,7 +189,7 @@ def test_real_photographs(photos, tmp_path):
     dataset = Validation(source, views.decode_held_out, views.collate)
     found = [batch for batch, _ in load_validation(dataset, 10, 0, CPU)]
     assert sum(len(batch.keys) for batch in found) == 30
-    for batch in found:  # both views are of one picture: shrunk, the large one is the small one
+    for batch in found:  # both views are of one image: shrunk, the large one is the small one
         small = torch.nn.functional.interpolate(batch.teacher_view.float(), (224, 224), mode="area")
         assert (small - batch.student.float()).abs().mean() < 6
 

@@ -16,7 +16,7 @@ from sami.core.dataset import Training
 from sami.core.errors import BadSample
 from sami.core.order import Order
 from sami.core.reading import RawSample
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from tests.runs import ROOT, opened
 from tests.test_toy_shards import draw
 
@@ -34,7 +34,7 @@ def discs(count=5, height=HEIGHT, width=WIDTH, seed=0):
 
 
 def raw(masks, key="a/b", size=(HEIGHT, WIDTH), **more):
-    """A picture whose red is x and whose green is y, and masks."""
+    """An image whose red is x and whose green is y, and masks."""
     y, x = np.mgrid[: size[0], : size[1]]
     pixels = np.stack([x * 2, y * 3, 0 * x], -1).astype(np.uint8)
     buffer = io.BytesIO()
@@ -45,7 +45,7 @@ def raw(masks, key="a/b", size=(HEIGHT, WIDTH), **more):
         told = {"size": told["size"], "counts": told["counts"].decode()}
         entries.append({"segmentation": told, "area": int(mask.sum())} | more)
     told = {"image": {"height": size[0], "width": size[1]}, "annotations": entries}
-    return RawSample(key, {PICTURE: buffer.getvalue(), "json": json.dumps(told).encode()})
+    return RawSample(key, {IMAGE: buffer.getvalue(), "json": json.dumps(told).encode()})
 
 
 def maker(**options):
@@ -77,8 +77,8 @@ def test_masks_and_prompts_belong_to_their_objects(resize, hflip):
     expected = [mask[np.ix_(rows, columns)] for mask in masks]
     mirrored = [mask[:, ::-1][np.ix_(rows, columns)] for mask in masks]
     for epoch in range(40):
-        _, picture, inside, found, points, labels, *_ = views.decode(raw(masks), epoch, False)
-        flipped = picture[5, 60, 0] < picture[5, 3, 0]  # red is x
+        _, image, inside, found, points, labels, *_ = views.decode(raw(masks), epoch, False)
+        flipped = image[5, 60, 0] < image[5, 3, 0]  # red is x
         flips += flipped
         assert found.shape == (5, 16, 16) and not found[:, ~inside].any()
         for mask, where, label in zip(found, points, labels, strict=True):
@@ -151,9 +151,9 @@ def test_what_is_bad():
     cases = {
         "run lengths do not fit their size": good.parts | {"json": json.dumps(told).encode()},
         "annotation is not JSON": good.parts | {"json": b"{"},
-        "no json member": {PICTURE: good.parts[PICTURE]},
-        "not a picture": good.parts | {PICTURE: b"x"},
-        "annotation of another picture size": good.parts
+        "no json member": {IMAGE: good.parts[IMAGE]},
+        "not an image": good.parts | {IMAGE: b"x"},
+        "annotation of another image size": good.parts
         | {"json": raw(list(discs(2, 50, 60)), size=(50, 60)).parts["json"]},
     }
     for reason, parts in cases.items():
@@ -184,7 +184,7 @@ def specks(height=HEIGHT, width=WIDTH):
 
 
 def test_objects_without_a_pixel_of_loss_are_left_out_and_counted():
-    """Their truth would be an empty mask, which nothing in the picture tells apart."""
+    """Their truth would be an empty mask, which nothing in the image tells apart."""
     seen, *unseen = specks()
     whole = list(discs(3))
     views = maker()
@@ -218,7 +218,7 @@ def test_objects_without_a_pixel_of_loss_are_left_out_and_counted():
 
 @pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (2, 900)])
 @pytest.mark.parametrize("resize", ["square", "longest"])
-def test_a_picture_may_be_a_line(size, resize):
+def test_a_image_may_be_a_line(size, resize):
     views = maker(resize=resize)
     sample = raw([(np.arange(size[0] * size[1]) < 1500).reshape(size)], size=size)
     try:
@@ -235,7 +235,7 @@ def test_mirrored_prompts():
     once, _ = mirror(points, labels, 10, 1)
     assert once.tolist() == [[[2, 5], [8, 9], [-1, -1]], [[5, 7], [-1, -1], [-1, -1]]]
     assert np.array_equal(mirror(once, labels, 10, 1)[0], points)
-    # the same for a picture of 20 pixels in these 10: index 8 becomes 11
+    # the same for an image of 20 pixels in these 10: index 8 becomes 11
     assert mirror(points.astype(int), labels, 10, 0.5)[0][1, 0].tolist() == [5.5, 7]
 
 
@@ -253,7 +253,7 @@ def test_the_stream_of_both_stages(tmp_path):
     assert len(set(keys)) == 10
 
 
-def test_real_pictures(tmp_path):
+def test_real_images(tmp_path):
     real = ROOT.parent / "shared/data/sa1b_layout/train/sa_000000.tar"
     if not real.exists():
         pytest.skip("the real tars (../shared/data/sa1b_layout) are not here")
@@ -262,7 +262,7 @@ def test_real_pictures(tmp_path):
     (source,) = opened(str(real), tmp_path)
     views = maker(image_size=256)
     for sample in read_range(source.shards, range(8), PromptTransform.fields):
-        _, picture, _, masks, *_ = views.decode(sample, 0, False)
+        _, image, _, masks, *_ = views.decode(sample, 0, False)
         told = json.loads(sample.parts["json"])
         size = told["image"]["height"], told["image"]["width"]
         rows, columns, _ = loss_pixels(256, 64, (256, 256), size)
@@ -270,5 +270,5 @@ def test_real_pictures(tmp_path):
             coco_mask.decode(entry["segmentation"])[np.ix_(rows, columns)].astype(bool).tobytes()
             for entry in told["annotations"]
         ]
-        assert picture.std() > 5 and all(mask.tobytes() in painted for mask in masks)
+        assert image.std() > 5 and all(mask.tobytes() in painted for mask in masks)
         assert len(masks) <= len(painted)

@@ -16,7 +16,7 @@ from sami.core.dataset import HandsOver, MicroBatches, ShardSource, Training, Va
 from sami.core.errors import BadSample, UserError
 from sami.core.index import Source
 from sami.core.order import Order
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from sami.data import CropTransform
 from sami.masking import MaskConfig
 from sami.probe import labelled_squares
@@ -31,10 +31,10 @@ LAYOUTS = [(1, 0, 12), (1, 1, 6), (2, 1, 3), (1, 3, 2), (2, 2, 1), (3, 0, 4)]
 class Keys:
     """Samples reduced to their keys."""
 
-    fields = (PICTURE,)
+    fields = (IMAGE,)
 
     def decode(self, sample, epoch, replacement):
-        if len(sample.part(PICTURE)) < 10:
+        if len(sample.part(IMAGE)) < 10:
             raise BadSample("too short")
         return sample.key, epoch, replacement
 
@@ -136,7 +136,7 @@ def test_each_shard_of_a_window_is_opened_once(tmp_path, monkeypatch):
 
 
 def spoilt(sources, folder):
-    """Sources in which some pictures are damaged, and the same whole: a window, and single ones."""
+    """Sources in which some images are damaged, and the same whole: a window, and single ones."""
     shards = {}
     for name, corrupt in (("good", 0), ("bad", 5)):
         pattern = write_shards(folder / name, (6, 6, 8), corrupt=corrupt)
@@ -153,7 +153,7 @@ def test_a_bad_sample_is_replaced_by_its_position_alone(tmp_path, layout):
     replaced = 0
     for good, bad in zip(found["good"], found["bad"], strict=True):
         ((good, none),), ((bad, told),) = good, bad
-        assert not none and {reason for reason, _ in told} <= {"damaged picture"}
+        assert not none and {reason for reason, _ in told} <= {"damaged image"}
         places = [place for place, key in enumerate(good.keys) if key in bad_keys]
         assert [key for _, key in told] == [good.keys[place] for place in places]
         for place, key in enumerate(good.keys):
@@ -247,10 +247,10 @@ def test_eight_workers_within_256_files(tmp_path):
 def test_samples_of_shards_laid_end_to_end(sources):
     shards = sources[0].shards
     everything = [f"{s.name}/p{n:04d}" for s in shards for n in range(s.count)]
-    source = ShardSource.first(shards, (PICTURE,), 100)
+    source = ShardSource.first(shards, (IMAGE,), 100)
     assert len(source) == 46
     assert [s.key for s in source.read(range(46))] == everything
-    few = ShardSource(shards, (PICTURE,), np.array([0, 6, 7, 8, 45]))
+    few = ShardSource(shards, (IMAGE,), np.array([0, 6, 7, 8, 45]))
     assert [s.key for s in few.read([1, 2, 4])] == [everything[n] for n in (6, 7, 45)]
     with pytest.raises(IndexError):
         list(few.read([5]))

@@ -11,7 +11,7 @@ from finetune.classification import AugmentConfig, LabelDataConfig, LabelTransfo
 from sami.core.errors import BadSample
 from sami.core.images import MEAN, STD, UNKNOWN_RANGE, cut, open_image, to_8_bits
 from sami.core.reading import RawSample
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from tests.test_images import encode
 
 HEIGHT, WIDTH = 48, 64
@@ -243,16 +243,16 @@ def test_classification_sees_the_same(name):
     """One decoder: what it is given is what stage 1 would cut, before timm's own resizing."""
     samples = LabelTransform(LabelDataConfig(image_size=32), AugmentConfig(), seed=0)
     data, told = (GOOD | BAD)[name]
-    sample = RawSample("s/a", {PICTURE: data, "cls": b"3"})
+    sample = RawSample("s/a", {IMAGE: data, "cls": b"3"})
     if name in BAD:
         for decode in (samples.decode_held_out, lambda s: samples.decode(s, 0, False)):
             with pytest.raises(BadSample, match=f"^{told}$"):
                 decode(sample)
         return
-    _, picture, label = samples.decode_held_out(sample)
+    _, image, label = samples.decode_held_out(sample)
     expected = samples.plain(open_image(data).decode())
-    assert label == 3 and np.array_equal(picture, expected)
-    mean = (picture.permute(1, 2, 0).numpy() * STD + MEAN).mean() * 255
+    assert label == 3 and np.array_equal(image, expected)
+    mean = (image.permute(1, 2, 0).numpy() * STD + MEAN).mean() * 255
     told = np.asarray(told, float)
     central = told[6:-6, 14:-14] if told.ndim == 3 else told[6:-6, 14:-14, None]
     assert abs(mean - central.mean()) < 8  # not black, not white

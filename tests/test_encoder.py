@@ -50,7 +50,7 @@ def test_the_exported_file_is_a_timm_model(name, theirs, parameters, tmp_path):
 
 
 @torch.no_grad()
-def test_all_visible_equals_the_whole_picture():
+def test_all_visible_equals_the_whole_image():
     encoder, images = randomise(small()), torch.randn(3, 3, 64, 64)
     whole = encoder(images)
     in_order = torch.arange(16).expand(3, -1)

@@ -99,7 +99,7 @@ def load_made(path, told, head):
 
 
 class Mine(nn.Module):
-    """Patches of 12 pixels, its own statistics, pictures squeezed to a square, no neck."""
+    """Patches of 12 pixels, its own statistics, images squeezed to a square, no neck."""
 
     shape, width, channels, stride, image_size = None, 6, 4, 12, 48
     class_tokens, resize, prefix, pretrains, checkpointing = 2, "square", "backbone.", False, False
@@ -135,10 +135,10 @@ def test_a_teacher_is_asked_for_all_that_is_its_own(mine):
     assert load_teacher(TeacherConfig("mine", mine.checkpoint, 48, "trunk")).channels == 6
     stored = torch.load(mine.checkpoint)
     assert torch.equal(teacher.encoder.last.weight, stored["backbone.last.weight"])
-    picture = np.random.default_rng(0).integers(0, 256, (31, 90, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (31, 90, 3), dtype=np.uint8)
     cache = Cache.of(teacher, describe_teacher(mine, teacher), 4, "fp16")
     assert (cache.patch_size, cache.channels, cache.pool) == (12, 4, 1)
-    size, pixels = prepare(encode(Image.fromarray(picture)), cache)
+    size, pixels = prepare(encode(Image.fromarray(image)), cache)
     assert size == (90, 31) and pixels.shape == (48, 48, 3) and cache.cells(*size) == (4, 4)
     seen = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
     scaled = (seen - 0.5) / torch.tensor([0.25, 0.25, 0.5]).view(1, 3, 1, 1)

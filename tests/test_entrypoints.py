@@ -65,8 +65,8 @@ def test_run_folder(shards, tmp_path, call):
         assert {"step", "samples", "loss", "lr", "images_per_second", "data_wait"} <= line.keys()
         assert 0 <= line["data_wait"] <= 1 and line["samples"] == 8 * line["step"]
     assert all("val_r2" in line for line in lines if line["step"] in (5, 10, 12))
-    pictures = sorted(path.name for path in (folder / "pictures").iterdir())
-    assert pictures == ["reconstruction-0000006.png", "reconstruction-0000012.png"]
+    images = sorted(path.name for path in (folder / "pictures").iterdir())
+    assert images == ["reconstruction-0000006.png", "reconstruction-0000012.png"]
     told = summary(folder)
     assert told["status"] == "finished" and told["exit_code"] == 0 and told["steps"] == 12
     assert told["loss"] == lines[-1]["loss"] and told["evaluation"]["r2"] == lines[-1]["val_r2"]
@@ -175,7 +175,7 @@ def test_switches(switch, shards, tmp_path, call):
 
 @pytest.mark.slow
 def test_it_learns(tmp_path, call):
-    """More than the mean: r2 on held-out pictures rises well above 0, also where it saw nothing."""
+    """More than the mean: r2 on held-out images rises well above 0, also where it saw nothing."""
     shards = write_shards(tmp_path / "shards", (200,), detail=2)  # what is hidden can be guessed
     held_out = write_shards(tmp_path / "val", (32,), detail=2, seed=1)
     options = {"data.val_shards": held_out, "train.steps": 300, "train.batch_size": 32}
@@ -256,16 +256,16 @@ def test_bad_input(case, shards, tmp_path, call):
     assert "Traceback" not in error and error.count("\n") == 1
 
 
-def test_shards_without_pictures_or_not_tars(tmp_path, call):
+def test_shards_without_images_or_not_tars(tmp_path, call):
     (tmp_path / "text.tar").write_text("this is no tar")
     code, error = call(arguments(tmp_path / "a", str(tmp_path / "text.tar")))
     assert code == 2 and "text.tar is not a readable tar" in error and error.count("\n") == 1
     pattern = write_shards(tmp_path / "empty", (0,))
     code, error = call(arguments(tmp_path / "b", pattern))
-    assert code == 2 and "no picture" in error
+    assert code == 2 and "no image" in error
 
 
-def test_all_pictures_corrupt(tmp_path, call):
+def test_all_images_corrupt(tmp_path, call):
     pattern = write_shards(tmp_path / "shards", (12,), corrupt=12)
     code, error = call(arguments(tmp_path / "run", pattern))
     assert code == 2 and "unusable" in error
@@ -276,8 +276,8 @@ def test_corrupt_samples_are_counted_and_named(tmp_path, call):
     pattern = write_shards(tmp_path / "shards", corrupt=3)
     code, _ = call(arguments(tmp_path / "run", pattern))
     assert code == 0
-    assert summary(tmp_path / "run")["bad_samples"]["damaged picture"] >= 3
-    assert "bad sample s-000/p0001: damaged picture" in (tmp_path / "run" / "log.txt").read_text()
+    assert summary(tmp_path / "run")["bad_samples"]["damaged image"] >= 3
+    assert "bad sample s-000/p0001: damaged image" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_another_configuration_is_kept_out_of_a_run_folder(shards, tmp_path, call):
@@ -374,7 +374,7 @@ def test_the_demo(tmp_path):
     """The README's first command, with fewer steps."""
     if not (ROOT / ".venv" / "installed").exists():
         pytest.skip("runs where tools/test.sh set up .venv; here it would install one")
-    environment = {"RUN": str(tmp_path / "run"), "DATA": str(tmp_path / "data"), "PICTURES": "64"}
+    environment = {"RUN": str(tmp_path / "run"), "DATA": str(tmp_path / "data"), "IMAGES": "64"}
     few = ["train.steps=2", "eval.samples=2", "data.image_size=32", "encoder.width=32"]
     few = [f"{stage}.{word}" for stage in ("teacher", "pretrain", "finetune") for word in few]
     words = ["--set", *few, "pretrain.teacher.image_size=32", "pretrain.decoder.width=32"]

@@ -96,7 +96,7 @@ def test_the_centre_is_farthest_from_the_boundary():
     for _ in range(30):
         region = rng.random((rng.integers(1, 12), rng.integers(1, 12))) < rng.uniform(0.5, 1)
         assert centre_of(region) == next_click(region, region & False)[:2]
-    whole = np.ones((9, 5), bool)  # the picture's border is a boundary
+    whole = np.ones((9, 5), bool)  # the image's border is a boundary
     assert centre_of(whole)[0] == 2 and centre_of(whole)[1] in range(2, 7)
 
 
@@ -258,7 +258,7 @@ def test_a_pixel_is_at_one_coordinate_everywhere(kind, resize, size, monkeypatch
                 16,
                 0,
             )
-            # what is drawn in the mirrored picture is where the mirrored pixel is
+            # what is drawn in the mirrored image is where the mirrored pixel is
             other = mask[:, ::-1][np.ix_(rows, columns)].any()
             flips = {False} | ({True} if other else set())
             for epoch in range(40):
@@ -283,7 +283,7 @@ def test_a_pixel_is_at_one_coordinate_everywhere(kind, resize, size, monkeypatch
             assert not flips
 
 
-def test_pictures_in_fixed_order_without_bad_ones(tmp_path):
+def test_images_in_fixed_order_without_bad_ones(tmp_path):
     done = draw(tmp_path, "--shards", "2")
     (source,) = opened(done.stdout.split(": ")[-1].strip(), tmp_path)
     found = list(
@@ -341,7 +341,7 @@ def test_masks_are_tinted_and_outlined():
     assert (same[19, 20:30] == 0).all()
 
 
-def test_pictures_of_masks(tmp_path, monkeypatch):
+def test_images_of_masks(tmp_path, monkeypatch):
     """Titles, IoU beside each prompt, empty masks, colours and places."""
     masks = list(discs(14, seed=1))
     promptings = (PromptSpec("box"), PromptSpec("random", 2), PromptSpec("centre", 3))
@@ -394,14 +394,14 @@ def test_pictures_of_masks(tmp_path, monkeypatch):
     draw_masks(tmp_path / "a.png", Sam(SHAPE), [judged] * 2, CPU, "title", promptings)
     with Image.open(tmp_path / "a.png") as drawn:
         told, pixels = overlay(*_shown(judged, truth)), np.asarray(drawn.convert("RGB"))
-    # A panel's pixels are the file's; four panels of a picture stand in two rows.
+    # A panel's pixels are the file's; four panels of an image stand in two rows.
     left, height = 12, told.shape[0]
     for top in (64 + 26, 64 + 2 * (height + 26 + 12) + 26):
         panel = pixels[top : top + height, left : left + told.shape[1]]
         assert (panel == told).all(-1).mean() > 0.8  # but for the labels
 
 
-def test_labels_of_pictures_stand_beside_each_other_and_within():
+def test_labels_of_images_stand_beside_each_other_and_within():
     """Of small objects at a border, too; and a name is no formula."""
     masks = np.zeros((9, HEIGHT, WIDTH), bool)
     for number, mask in enumerate(masks):
@@ -476,7 +476,7 @@ def test_means_are_over_objects(tmp_path):
     samples = [raw(list(discs(2)), "a"), raw(list(discs(5, seed=1)), "b"), raw([], "c")]
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for sample in samples:
-            for kind, data in (("png", sample.parts["picture"]), ("json", sample.parts["json"])):
+            for kind, data in (("png", sample.parts["image"]), ("json", sample.parts["json"])):
                 member = tarfile.TarInfo(f"{sample.key}.{kind}")
                 member.size = len(data)
                 tar.addfile(member, BytesIO(data))
@@ -486,12 +486,12 @@ def test_means_are_over_objects(tmp_path):
     told = evaluate(run, model, source.shards, MaskEvalConfig(), 0)
     assert told["pictures"] == 2 and told["objects"] == 7
     why = "{'no usable mask': 1}, the first is s/c"
-    assert run.said == [f"1 of 3 held-out pictures unusable: {why}"]
+    assert run.said == [f"1 of 3 held-out images unusable: {why}"]
     model.eval()
-    pictures = EvalDataset(
+    images = EvalDataset(
         ShardSource(source.shards, EvalDataset.fields, range(3)), SHAPE, PROMPTS, 64
     )
-    usable = [one for one in pictures if isinstance(one, EvalSample)]
+    usable = [one for one in images if isinstance(one, EvalSample)]
     each = torch.cat([score(model, one, CPU, PROMPTS)[:, 0] for one in usable], 1)
     assert told["miou_box"] == pytest.approx(each[0].mean().item())
     assert told["miou_3_clicks"] == pytest.approx(each[2].mean().item())

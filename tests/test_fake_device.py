@@ -75,7 +75,7 @@ def stage_one(channels=256, kind="cross", tokens="all"):
 
 
 def crops(**more):
-    """Of two pictures."""
+    """Of two images."""
     order = torch.rand(2, 16).argsort(1)
     images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     return CropBatch(images, None, order[:, :4], order[:, 4:], **more).to(CUDA)
@@ -124,7 +124,7 @@ def test_mae():
 
 
 def prompts(size, points=6):
-    """Of two pictures with three objects each."""
+    """Of two images with three objects each."""
     return PromptBatch(
         torch.zeros(2, 3, size, size, dtype=torch.uint8),
         torch.rand(2, 3, 32, 32) > 0.5,
@@ -151,7 +151,7 @@ def one_group(points, labels):
     ],
 )
 def test_stage_two_with_correction_clicks(kind, loss, monkeypatch):
-    # SAM's head waits once for each picture, to see which prompts are alike; for nothing else.
+    # SAM's head waits once for each image, to see which prompts are alike; for nothing else.
     monkeypatch.setattr("finetune.sam_head._groups", one_group)
     decoder = MaskDecoderConfig(kind=kind, dropout=0.1 if kind == "efficientsam" else 0.0)
     model = build_model(EncoderConfig("custom"), decoder, 128, "square", loss.single_mask)

@@ -37,7 +37,7 @@ def cut(stored, cache, size, box, flip=False, out=7, pool="area"):
 
 @pytest.mark.parametrize("pool", ["area", "bilinear"])
 @pytest.mark.parametrize("out", [4, 7, 14, 16, 20])
-def test_the_whole_picture_is_plain_pooling(pool, out):
+def test_the_whole_image_is_plain_pooling(pool, out):
     """What to_grid makes of the same map, also where the grids do not divide each other."""
     given = features().half().float()
     stored = pack(quantise(given, CACHE, (300, 300)))

@@ -39,10 +39,10 @@ def test_a_step_does_not_wait_for_the_device():
     order = torch.rand(8, 196).argsort(1).pin_memory()
 
     def step() -> None:
-        pictures, numbers = (x.to(device, non_blocking=True) for x in (images, order))
+        seen, numbers = (x.to(device, non_blocking=True) for x in (images, order))
         with torch.autocast("cuda", torch.bfloat16):
-            target = to_grid(teacher(pictures), 14, "area")
-            loss = model(pictures, numbers[:, :49], numbers[:, 49:], target)["loss"]
+            target = to_grid(teacher(seen), 14, "area")
+            loss = model(seen, numbers[:, :49], numbers[:, 49:], target)["loss"]
         propagate_nonfinite(loss).backward()
         guarded_step(optimizer, 1.0)
         optimizer.zero_grad(set_to_none=True)
@@ -103,7 +103,7 @@ def test_a_step_of_stage_two_does_not_wait_for_the_device():
 @pytest.mark.parametrize("kind", ["efficientsam", "sam"])
 @pytest.mark.parametrize("compiled", ["false", "true"])
 def test_stage_two_in_bf16(tmp_path, kind, compiled):
-    done = draw(tmp_path / "scenes", "--shards", "2", "--pictures", "16")
+    done = draw(tmp_path / "scenes", "--shards", "2", "--images", "16")
     shards = done.stdout.split(": ")[-1].strip()
     options = {"decoder.kind": kind, "prompt.corrections": 1, "data.workers": 1}
     for place, more in (("gpu", {"train.compile": compiled}), ("cpu", {"run.device": "cpu"})):

@@ -1,4 +1,4 @@
-"""From bytes to views: the same region at every size, and every kind of picture."""
+"""From bytes to views: the same region at every size, and every kind of image."""
 
 import io
 
@@ -22,15 +22,15 @@ from sami.core.order import sample_rng
 from sami.data import random_region
 
 
-def encode(picture, kind="PNG", **options):
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+def encode(pixels, kind="PNG", **options):
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def coordinates(width, height):
-    """A picture whose red is x and whose green is y."""
+    """An image whose red is x and whose green is y."""
     x = np.broadcast_to((np.arange(width) + 0.5) / width * 255, (height, width))
     y = np.broadcast_to(((np.arange(height) + 0.5) / height * 255)[:, None], (height, width))
     return np.stack([x, y, np.zeros_like(x)], -1).round().astype(np.uint8)
@@ -60,8 +60,8 @@ def test_student_and_teacher_see_the_same_region(kind, size, flip):
 def test_the_teachers_view_is_cut_from_the_original_pixels():
     """Detail that a 224 px crop cannot hold is there at 448 px."""
     stripes = (np.arange(896) // 2 % 2 * 255).astype(np.uint8)  # period 4 px: 2 px at 448
-    picture = np.broadcast_to(stripes[None, :, None], (896, 896, 3))
-    student, teacher = cut(open_image(encode(picture)), (0, 0, 896, 896), [224, 448], False)
+    image = np.broadcast_to(stripes[None, :, None], (896, 896, 3))
+    student, teacher = cut(open_image(encode(image)), (0, 0, 896, 896), [224, 448], False)
     assert student[..., 0].std() < 5
     assert teacher[..., 0].std() > 80
 
@@ -104,19 +104,19 @@ GREY = np.linspace(0, 255, 48 * 32).reshape(32, 48).astype(np.uint8)
     ],
     ids=["grey", "grey and alpha", "RGBA", "16 bit", "palette", "CMYK", "webp"],
 )
-def test_every_kind_of_picture(data, expected):
+def test_every_kind_of_image(data, expected):
     (view,) = cut(open_image(data), (0, 0, 32, 32), [32], False)
     assert np.abs(view.astype(int) - expected[:, :32, None]).max() <= 3
 
 
 def test_exif_orientation():
-    picture = coordinates(60, 40)
+    pixels = coordinates(60, 40)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    image = open_image(encode(picture, "JPEG", quality=98, exif=exif))
+    image = open_image(encode(pixels, "JPEG", quality=98, exif=exif))
     assert image.upright == (40, 60)
     (view,) = cut(image, (0, 0, 40, 60), [60], False)
-    turned = np.asarray(Image.fromarray(np.rot90(picture, -1)).resize((60, 60), Image.BICUBIC))
+    turned = np.asarray(Image.fromarray(np.rot90(pixels, -1)).resize((60, 60), Image.BICUBIC))
     assert np.abs(view.astype(int) - turned).mean() < 2
 
 
@@ -135,12 +135,12 @@ def test_upright_and_as_stored(kind, orientation):
     upright = TURNED[orientation](stored)
     data = encode(stored, kind.partition(",")[0], exif=exif, **options.get(kind, {}))
     for drawn, expected in (("upright", upright), ("stored", stored)):
-        picture = open_image(data)
-        assert picture.size(drawn) == expected.shape[1::-1]
-        assert picture.orientation == orientation
-        found = resize_whole(picture, *expected.shape[:2], drawn).astype(int)
+        image = open_image(data)
+        assert image.size(drawn) == expected.shape[1::-1]
+        assert image.orientation == orientation
+        found = resize_whole(image, *expected.shape[:2], drawn).astype(int)
         assert np.abs(found - expected).max() <= (6 if kind == "JPEG" else 0)
-        assert picture.size(drawn) == expected.shape[1::-1]  # still
+        assert image.size(drawn) == expected.shape[1::-1]  # still
     (view,) = cut(open_image(data), (0, 0, 40, 40), [40], False)
     assert np.abs(view.astype(int) - upright[:40, :40]).max() <= (6 if kind == "JPEG" else 0)
 
@@ -150,13 +150,13 @@ def test_one_pixel():
     assert (view == 7).all()
 
 
-def test_bad_pictures_are_told_apart(monkeypatch):
+def test_bad_images_are_told_apart(monkeypatch):
     whole = encode(coordinates(200, 200), "JPEG")
-    with pytest.raises(BadSample, match="not a picture"):
+    with pytest.raises(BadSample, match="not an image"):
         open_image(b"a text file")
     with pytest.raises(BadSample, match="empty file"):
         open_image(b"")
-    with pytest.raises(BadSample, match="damaged picture"):
+    with pytest.raises(BadSample, match="damaged image"):
         cut(open_image(whole[: len(whole) // 2]), (0, 0, 200, 200), [32], False)
     monkeypatch.setattr("sami.core.images.MAX_PIXELS", 39_999)
     with pytest.raises(BadSample, match="too many pixels"):
@@ -184,13 +184,13 @@ def test_normalisation_is_sams_own():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_whole_upright_picture(orientation):
+def test_the_whole_upright_image(orientation):
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
-    picture = coarse.resize((140, 100), Image.Resampling.BICUBIC)
+    drawn = coarse.resize((140, 100), Image.Resampling.BICUBIC)
     stream, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
-    picture.save(stream, "JPEG", quality=95, exif=exif)
+    drawn.save(stream, "JPEG", quality=95, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(stream.getvalue())))
     expected = resize_array(np.asarray(upright), upright.height // 2, upright.width // 2)
     image = open_image(stream.getvalue())

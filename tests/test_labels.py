@@ -80,9 +80,9 @@ def test_an_index_of_before_is_made_anew_where_there_are_labels(tmp_path):
         ([0, 1, 2], 0.0, None),
         ([0, 1, 3], 1.0, "s/00002 is of class 3, and data.classes 3 has 0 to 2 (1 of 3"),
         ([1, 2, 3, 3], 1.0, "set --data.classes 4"),
-        ([None, None], 1.0, "hold no labelled picture"),
+        ([None, None], 1.0, "hold no labelled image"),
         ([0, None, b"-1", 1], 0.5, None),
-        ([0, None, b"-1", 1], 0.4, "1 of 4 pictures have no label (.cls), 1 one that is not"),
+        ([0, None, b"-1", 1], 0.4, "1 of 4 images have no label (.cls), 1 one that is not"),
         ([0, b"cat", 1, 1], 0.1, "such as s/00001"),
     ],
 )
@@ -146,7 +146,7 @@ def test_it_is_said(tmp_path, in_process, sort):
     assert in_process(classify, run)[0] == 0
     told = (tmp_path / "run" / "log.txt").read_text()
     assert "neighbours in data.shards" not in told  # one window holds all of them
-    assert ("eval.samples 10 are the first pictures" in told) == sort
+    assert ("eval.samples 10 are the first images" in told) == sort
     assert ("1 classes, of 3 in all" in told) == sort
 
 

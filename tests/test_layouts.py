@@ -15,14 +15,14 @@ STEPS, MOVED = 50, 20  # the latter in the middle of an epoch, and between two l
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """64 pictures, eight steps an epoch; two are damaged."""
+def images(tmp_path_factory):
+    """64 images, eight steps an epoch; two are damaged."""
     return write_shards(tmp_path_factory.mktemp("pictures"), (31, 9, 24), corrupt=2)
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    done = draw(tmp_path_factory.mktemp("scenes"), "--shards", "3", "--pictures", "34")
+    done = draw(tmp_path_factory.mktemp("scenes"), "--shards", "3", "--images", "34")
     assert done.returncode == 0, done.stderr
     return done.stdout.split(": ")[-1].strip()
 
@@ -34,7 +34,7 @@ def test_the_same_losses_on_any_layout(tmp_path, request, in_process, stage):
     options |= {"data.window": 2, "optim.clip": 1}
     if stage == 1:
         entry, main, make = "sami/pretrain.py", pretrain, arguments
-        shards, rate = request.getfixturevalue("pictures"), {"optim.lr": 0.5}
+        shards, rate = request.getfixturevalue("images"), {"optim.lr": 0.5}
     else:
         entry, main, make = "finetune/train.py", finetune, arguments2
         shards, rate = request.getfixturevalue("scenes"), {"optim.lr": 1e-2}
@@ -80,4 +80,4 @@ def test_the_same_losses_on_any_layout(tmp_path, request, in_process, stage):
     bad = [
         summary(tmp_path / name)["bad_samples"] for name in ("1x1", "1x3", "2x1", "2x2", "a", "b")
     ]
-    assert all(one == bad[0] for one in bad) and (stage == 2 or bad[0]["damaged picture"] >= 12)
+    assert all(one == bad[0] for one in bad) and (stage == 2 or bad[0]["damaged image"] >= 12)

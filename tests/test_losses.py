@@ -15,18 +15,18 @@ from finetune.losses import (
 )
 
 
-def example(seed=0, pictures=3, objects=4, masks=3, side=6):
+def example(seed=0, images=3, objects=4, masks=3, side=6):
     generator = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(pictures, objects, masks, side, side, generator=generator)
-    iou = torch.rand(pictures, objects, masks, generator=generator)
-    truth = torch.rand(pictures, objects, side, side, generator=generator) < 0.4
+    logits = 2 * torch.randn(images, objects, masks, side, side, generator=generator)
+    iou = torch.rand(images, objects, masks, generator=generator)
+    truth = torch.rand(images, objects, side, side, generator=generator) < 0.4
     there = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
     return logits, iou, truth, there
 
 
 def by_hand(logits, iou, truth, there, kind, inside=None):
     """The definition, in plain Python."""
-    pictures = []
+    images = []
     for b in range(len(logits)):
         objects = []
         for k in range(logits.shape[1]):
@@ -54,8 +54,8 @@ def by_hand(logits, iou, truth, there, kind, inside=None):
             best = min(found)
             score = sum((iou[b, k, m].item() - f[3]) ** 2 for m, f in enumerate(found)) / len(found)
             objects.append((best[0] + score, best[1], best[2], score, best[3]))
-        pictures.append([sum(column) / len(objects) for column in zip(*objects, strict=True)])
-    return [sum(column) / len(pictures) for column in zip(*pictures, strict=True)]
+        images.append([sum(column) / len(objects) for column in zip(*objects, strict=True)])
+    return [sum(column) / len(images) for column in zip(*images, strict=True)]
 
 
 @pytest.mark.parametrize("kind", ["focal", "bce"])

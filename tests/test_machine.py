@@ -107,7 +107,7 @@ def test_shards_and_indexes(monkeypatch, tmp_path, number, when):
     places = {
         "scan": (lambda: scan(shard.url), lambda p: p.endswith("s-001.tar")),
         "samples": (
-            lambda: list(read_samples(shard, np.arange(2), ("picture",))),
+            lambda: list(read_samples(shard, np.arange(2), ("image",))),
             lambda p: p.endswith("s-001.tar"),
         ),
         "whole": (lambda: list(read_whole(shard.url)), lambda p: p.endswith("s-001.tar")),
@@ -203,8 +203,8 @@ def test_in_the_middle_of_training(monkeypatch, tmp_path, in_process, number):
 @pytest.mark.parametrize("number", FEW)
 def test_files_of_the_tools(monkeypatch, tmp_path, number):
     """None is called damaged, of another kind, or not there."""
-    picture = tmp_path / "a.jpg"
-    Image.new("RGB", (64, 48)).save(picture)
+    image = tmp_path / "a.jpg"
+    Image.new("RGB", (64, 48)).save(image)
     coco = tmp_path / "coco.json"
     mask = {"image_id": 1, "segmentation": [[4, 4, 40, 4, 40, 40]], "category_id": 1, "id": 1}
     images = [{"id": 1, "file_name": "a.jpg", "height": 48, "width": 64}]
@@ -226,8 +226,8 @@ def test_files_of_the_tools(monkeypatch, tmp_path, number):
 
     for name, path, call in (
         ("coco", coco, lambda: read_coco(coco)),
-        ("its pictures", picture, lambda: pack("--coco", str(coco), "--prefix", "coco")),
-        ("folders", picture, lambda: pack()),
+        ("its images", image, lambda: pack("--coco", str(coco), "--prefix", "coco")),
+        ("folders", image, lambda: pack()),
         ("cache", tmp_path / MANIFEST, lambda: read_manifest(tmp_path)),
         ("report", tmp_path / "summary.json", lambda: RunFolder(tmp_path)),
         ("sweep", sweep, lambda: Sweep(sweep, tmp_path / "out", [])),
@@ -369,8 +369,8 @@ def test_a_path_that_exists_is_taken_as_it_is(tmp_path, monkeypatch, name):
         (source,) = opened(path, tmp_path)
         (shard,) = source.shards
         assert shard.name == name
-        samples = list(read_samples(shard, np.arange(2), ("picture",)))
-        assert [open_image(sample.part("picture")).stored for sample in samples] == [(90, 75)] * 2
+        samples = list(read_samples(shard, np.arange(2), ("image",)))
+        assert [open_image(sample.part("image")).stored for sample in samples] == [(90, 75)] * 2
         assert samples[0].key == f"{name}/p0000"
 
 

@@ -1,4 +1,4 @@
-"""A folder of pictures becomes shards: every byte once, resumable, strict."""
+"""A folder of images becomes shards: every byte once, resumable, strict."""
 
 import errno
 import hashlib
@@ -15,11 +15,11 @@ from PIL import Image
 from scipy.io import savemat
 
 from finetune.class_names import Classes, class_folders
-from finetune.packing import SourcePicture, listing
+from finetune.packing import SourceImage, listing
 from sami.core.exits import run_entry
 from sami.core.patterns import expand
 from sami.core.reading import read_range
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from tests.runs import ROOT, kill, opened, run, start, wait_for
 from tools.make_shards import main
 
@@ -28,7 +28,7 @@ def make(source, out, *more):
     return [sys.executable, str(ROOT / "tools/make_shards.py"), str(source), str(out), *more]
 
 
-def picture(seed, kind="JPEG"):
+def image(seed, kind="JPEG"):
     pixels = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
@@ -42,8 +42,8 @@ def source(tmp_path):
         place = folder / ["zebra", "ant", "b.c"][number % 3]
         place.mkdir(parents=True, exist_ok=True)
         name = f"pic.ture {number}" + [".JPG", ".jpeg", ".png"][number // 3 % 3]
-        (place / name).write_bytes(picture(number, "PNG" if name.endswith("png") else "JPEG"))
-    (folder / "ant" / "notes.txt").write_text("no picture")
+        (place / name).write_bytes(image(number, "PNG" if name.endswith("png") else "JPEG"))
+    (folder / "ant" / "notes.txt").write_text("no image")
     (folder / "ant" / "._hidden.jpg").write_bytes(b"x")
     return folder
 
@@ -52,7 +52,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
 
 
-def test_every_picture_once_with_its_label(source, tmp_path):
+def test_every_image_once_with_its_label(source, tmp_path):
     done = run(make(source, tmp_path / "out", "--shard-size", "5", "--prefix", "mine"))
     assert done.returncode == 0, done.stderr
     pattern = done.stdout.strip().splitlines()[-1].split("'")[1]
@@ -98,28 +98,28 @@ def test_another_source_or_option_is_refused(source, tmp_path):
     for more in (["--shard-size", "6"], ["--shard-size", "5", "--seed", "1"]):
         done = run(make(source, out, *more))
         assert done.returncode == 2 and "other options" in done.stderr
-    (source / "ant" / "more.jpg").write_bytes(picture(99))
+    (source / "ant" / "more.jpg").write_bytes(image(99))
     done = run(make(source, out, "--shard-size", "5"))
-    assert done.returncode == 2 and "the pictures, their labels" in done.stderr
+    assert done.returncode == 2 and "the images, their labels" in done.stderr
     assert done.stderr.count("\n") == 1
     assert contents(out) == before
 
 
-def test_unusable_pictures_are_left_out_and_named(source, tmp_path):
-    (source / "ant" / "text.jpg").write_text("no picture")
+def test_unusable_images_are_left_out_and_named(source, tmp_path):
+    (source / "ant" / "text.jpg").write_text("no image")
     (source / "ant" / "empty.png").touch()
     done = run(make(source, tmp_path / "out"))
     assert done.returncode == 0
-    assert "left out: ant/text.jpg: not a picture" in done.stdout
+    assert "left out: ant/text.jpg: not an image" in done.stdout
     assert "left out: ant/empty.png: empty file" in done.stdout
-    assert "23 pictures, 3 classes, 1 shard(s)" in done.stdout
+    assert "23 images, 3 classes, 1 shard(s)" in done.stdout
     assert expand(done.stdout.strip().splitlines()[-1].split("'")[1], "k")
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
     (tmp_path / "flat").mkdir()
     for number in range(3):
-        (tmp_path / "flat" / f"{number}.jpg").write_bytes(picture(number))
+        (tmp_path / "flat" / f"{number}.jpg").write_bytes(image(number))
     assert run(make(tmp_path / "flat", tmp_path / "out")).returncode == 0
     with tarfile.open(tmp_path / "out" / "pictures-000000.tar") as tar:
         assert tar.getnames() == ["00000000.jpg", "00000001.jpg", "00000002.jpg"]
@@ -128,11 +128,11 @@ def test_a_flat_folder_has_no_labels(tmp_path):
 
 @pytest.mark.parametrize(
     ("case", "says"),
-    [("missing", "is not a folder"), ("empty", "holds no picture"), ("mixed", "beside them")],
+    [("missing", "is not a folder"), ("empty", "holds no image"), ("mixed", "beside them")],
 )
 def test_bad_sources(case, says, source, tmp_path):
     (tmp_path / "empty").mkdir()
-    (source / "loose.jpg").write_bytes(picture(0))
+    (source / "loose.jpg").write_bytes(image(0))
     place = {"missing": tmp_path / "nowhere", "empty": tmp_path / "empty", "mixed": source}[case]
     done = run(make(place, tmp_path / "out"))
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
@@ -163,15 +163,15 @@ def called(capsys):
 
 
 def fill(folder, *names, kind="JPEG"):
-    """A picture of its own under each name."""
+    """An image of its own under each name."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(picture(zlib.crc32(f"{folder}{name}".encode()), kind))
+        (folder / name).write_bytes(image(zlib.crc32(f"{folder}{name}".encode()), kind))
     return folder
 
 
 def labels(out):
-    """The class number of each picture in the shards of a folder, by its bytes."""
+    """The class number of each image in the shards of a folder, by its bytes."""
     found = {}
     for path in sorted(out.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -192,7 +192,7 @@ def trained(tmp_path, called):
 
 
 @pytest.mark.parametrize("how", ["--like folder", "--like pattern", "--like shard", "--classes"])
-def test_held_out_pictures_get_the_training_sets_numbers(trained, tmp_path, called, how):
+def test_held_out_images_get_the_training_sets_numbers(trained, tmp_path, called, how):
     word = {
         "--like folder": trained,
         "--like pattern": f"{trained}/train-*.tar",
@@ -201,7 +201,7 @@ def test_held_out_pictures_get_the_training_sets_numbers(trained, tmp_path, call
     }[how]
     val = fill(tmp_path / "val", "bee/1.jpg", "bee/2.jpg")
     code, said, _ = called(val, tmp_path / "out", how.split()[0], word)
-    assert code == 0 and "3 classes: Cat 0, ant 0, bee 2; no picture of 'Cat', 'ant'" in said
+    assert code == 0 and "3 classes: Cat 0, ant 0, bee 2; no image of 'Cat', 'ant'" in said
     assert set(labels(tmp_path / "out").values()) == {2}
     assert json.loads((tmp_path / "out/classes.json").read_text()) == ["Cat", "ant", "bee"]
 
@@ -237,7 +237,7 @@ def test_a_second_prefix_keeps_the_list(trained, tmp_path, called):
 
 
 def test_what_is_refused_leaves_no_list(tmp_path, called):
-    """Shards of other pictures are there, and their classes.json is not."""
+    """Shards of other images are there, and their classes.json is not."""
     one, other = fill(tmp_path / "1", "ant/1.jpg"), fill(tmp_path / "2", "bee/1.jpg", "cat/2.jpg")
     assert called(one, tmp_path / "out")[0] == 0
     (tmp_path / "out/classes.json").unlink()
@@ -255,7 +255,7 @@ def test_names_that_were_listed_as_ascii(tmp_path):
         "ant": 1,
         "caf\u00e9": 0,
     }
-    rows = [listing([SourcePicture(name)]) for name in (listed[0], "caf\u00e9/a.png", listed[1])]
+    rows = [listing([SourceImage(name)]) for name in (listed[0], "caf\u00e9/a.png", listed[1])]
     assert rows[0] == rows[1] != rows[2]
 
 
@@ -265,7 +265,7 @@ HIDDEN = [
 ]  # fmt: skip
 
 
-def test_hidden_and_system_files_are_no_pictures_and_no_classes(tmp_path, called):
+def test_hidden_and_system_files_are_no_images_and_no_classes(tmp_path, called):
     names = [name for hidden in HIDDEN for name in (f"{hidden}/x.jpg", f"ant/{hidden}/x.jpg")]
     source = fill(tmp_path / "s", "ant/1.jpg", "bee/1.jpg", "ant/._1.jpg", "ant/.2.jpg", *names)
     (source / "ant/Thumbs.db").write_bytes(b"x")
@@ -297,7 +297,7 @@ def test_links_are_followed_and_loops_named(tmp_path, called):
         (["train/ant/1.jpg", "val/ant/1.jpg", "extra/1.jpg"], "'train', 'val' do not look so"),
         (["images/1.jpg"], "'images' do not look so"),
         (["train2017/1.jpg", "val2017/1.jpg"], "'train2017', 'val2017'"),
-        (["mine/ant/1.jpg", "mine/bee/1.jpg"], "holds one folder of pictures, mine"),
+        (["mine/ant/1.jpg", "mine/bee/1.jpg"], "holds one folder of images, mine"),
         (["ant/1.jpg", "Ant/1.jpg"], "'Ant', 'ant' in"),
     ],
 )
@@ -352,7 +352,7 @@ def test_imagenets_val_as_it_is_distributed(tmp_path, called, kind):
         words += ["--synsets", synsets(tmp_path / "meta.mat")]
     code, said, error = called(*words)
     assert code == 0, error
-    assert "4 classes: n01 1, n02 1, n03 1, n04 0; no picture of 'n04'" in said
+    assert "4 classes: n01 1, n02 1, n03 1, n04 0; no image of 'n04'" in said
     found = labels(tmp_path / "out")
     told = [found[(val / f"val_{number}.JPEG").read_bytes()] for number in (1, 2, 3)]
     assert told == [0, 2, 1]
@@ -366,7 +366,7 @@ def test_imagenets_val_as_it_is_distributed(tmp_path, called, kind):
         ("2\n1\n9\n", ["--synsets", "meta.mat"], "holds 9, which is no ILSVRC2012_ID"),
         ("n01\nn03\nn02\n", ["--synsets", "meta.mat"], "--synsets goes with numbers"),
         ("2\n1\n3\n", ["--synsets", "labels"], "is not the meta.mat"),
-        ("val_1.JPEG n01\n", [], "tells nothing of 2 of the 3 pictures"),
+        ("val_1.JPEG n01\n", [], "tells nothing of 2 of the 3 images"),
         ("val_1.JPEG n01\nval_1.JPEG n02\n", [], "is of two classes, n01 and n02"),
         ("val_1.JPEG 1\nval_2.JPEG 2\nval_3.JPEG 3\n", [], "holds numbers from 1 on"),
         ("val_1.JPEG 1\nval_2.JPEG 2\nval_3.JPEG 3\n", ["--classes", "c"], "if it counts from 1"),
@@ -406,7 +406,7 @@ def test_folders_called_by_numbers_are_names_as_any(tmp_path, called, names):
 
 
 def stored(mode, kind, orientation=1):
-    """A picture in one of Pillow's modes and formats."""
+    """An image in one of Pillow's modes and formats."""
     rng = np.random.default_rng(3)
     image = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).convert("RGB")
     if mode.startswith("I;16"):
@@ -448,12 +448,12 @@ def test_what_is_written_can_be_read(tmp_path, called, name, mode, kind, written
     source = fill(tmp_path / "s", "ant/1.jpg", "bee/1.jpg")
     data = stored(mode, kind)
     (source / "bee" / name).write_bytes(data)
-    (source / "bee/README").write_text("no picture")
-    (source / "bee/notes.txt").write_text("no picture")
+    (source / "bee/README").write_text("no image")
+    (source / "bee/notes.txt").write_text("no image")
     code, said, _ = called(source, tmp_path / "out")
-    assert code == 0 and "not pictures: 1 without an extension, 1 .txt" in said or "1 .txt" in said
+    assert code == 0 and "not images: 1 without an extension, 1 .txt" in said or "1 .txt" in said
     (shard,) = opened(f"{tmp_path}/out/*.tar", tmp_path)[0].shards
-    samples = list(read_range([shard], range(shard.count), (PICTURE, "cls")))
+    samples = list(read_range([shard], range(shard.count), (IMAGE, "cls")))
     assert len(samples) == (3 if written else 2)
     if written is None:
         assert f"left out: bee/{name}: {kind} in {mode}" in said and "without a loss" in said
@@ -461,7 +461,7 @@ def test_what_is_written_can_be_read(tmp_path, called, name, mode, kind, written
     with tarfile.open(shard.url) as tar:
         assert sum(member.name.endswith(f".{written}") for member in tar) >= 1
     jpegs = {(source / place / "1.jpg").read_bytes() for place in ("ant", "bee")}
-    (found,) = (sample.parts[PICTURE] for sample in samples if sample.parts[PICTURE] not in jpegs)
+    (found,) = (sample.parts[IMAGE] for sample in samples if sample.parts[IMAGE] not in jpegs)
     if kind in ("JPEG", "PNG", "WEBP") or name.endswith((".jpg", ".png")):
         assert found == data  # byte by byte
     else:
@@ -475,8 +475,8 @@ def test_nothing_usable_ends_with_the_reasons(tmp_path, called):
         (source / "ant").mkdir(parents=True, exist_ok=True)
         (source / f"ant/{number}.jpg").write_bytes(b"x" if number else b"")
     code, _, error = called(source, tmp_path / "out")
-    assert code == 2 and "none of the 4 pictures" in error
-    assert "3 not a picture, 1 empty file" in error
+    assert code == 2 and "none of the 4 images" in error
+    assert "3 not an image, 1 empty file" in error
     assert list((tmp_path / "out").iterdir()) == []
     fill(source, *(f"ant/{number}.jpg" for number in range(4)))
     assert called(source, tmp_path / "out")[0] == 0  # mended, the same command works
@@ -484,7 +484,7 @@ def test_nothing_usable_ends_with_the_reasons(tmp_path, called):
 
 def test_a_list_that_was_there_stays(tmp_path, called):
     (tmp_path / "in" / "cat").mkdir(parents=True)
-    (tmp_path / "in" / "cat" / "a.jpg").write_bytes(b"no picture")
+    (tmp_path / "in" / "cat" / "a.jpg").write_bytes(b"no image")
     (tmp_path / "out").mkdir()
     known = tmp_path / "out" / "classes.json"
     known.write_text('["ant", "cat"]')
@@ -493,7 +493,7 @@ def test_a_list_that_was_there_stays(tmp_path, called):
     assert json.loads(known.read_text()) == ["ant", "cat"]
 
 
-def test_a_mended_picture_is_seen(tmp_path, called):
+def test_a_mended_image_is_seen(tmp_path, called):
     source = fill(tmp_path / "s", *(f"ant/{number}.jpg" for number in range(6)))
     (source / "ant/3.jpg").write_bytes(b"broken")
     words = (source, tmp_path / "out", "--shard-size", "2")
@@ -507,7 +507,7 @@ def test_a_mended_picture_is_seen(tmp_path, called):
     (name,) = re.findall(r"pictures-\d+\.tar", error)
     (tmp_path / "out" / name).unlink()
     code, said, _ = called(*words)
-    assert code == 0 and "2 of 3 shards are there already" in said and "6 pictures" in said
+    assert code == 0 and "2 of 3 shards are there already" in said and "6 images" in said
     same = [shard for shard in whole if shard != name]
     assert all(contents(tmp_path / "out")[shard] == whole[shard] for shard in same)
 
@@ -529,7 +529,7 @@ def test_a_plan_of_before_is_taken_up(tmp_path, called):
 
 
 def test_what_cannot_be_read_is_not_bad_data(tmp_path, called, monkeypatch):
-    """A disk that fails is not a damaged picture: the call ends, and goes on later."""
+    """A disk that fails is not a damaged image: the call ends, and goes on later."""
     source = fill(tmp_path / "s", "ant/1.jpg")
     real = type(source).read_bytes
 

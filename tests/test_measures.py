@@ -15,7 +15,7 @@ from finetune.prompting import PromptSpec
 from finetune.trivial import RADII
 from sami.core.checkpoint import write_weights
 from sami.core.errors import UserError
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from sami.encoder import EncoderConfig
 from tests.runs import ROOT, run
 from tests.test_toy_shards import draw
@@ -62,22 +62,22 @@ def test_means_by_size_and_draw():
 
 
 def test_the_interval_is_the_bootstraps():
-    """Against a loop that draws pictures and averages their objects."""
+    """Against a loop that draws images and averages their objects."""
     rng = np.random.default_rng(1)
     counts = rng.integers(1, 6, 30)
-    pictures = np.repeat(np.arange(30), counts)
-    values = rng.random(len(pictures)) * 0.2 + rng.random(30)[pictures] * 0.8
-    told = mean(values, pictures, resample(30, 0))
+    images = np.repeat(np.arange(30), counts)
+    values = rng.random(len(images)) * 0.2 + rng.random(30)[images] * 0.8
+    told = mean(values, images, resample(30, 0))
     slow = []
     for _ in range(3000):
         drawn = rng.integers(0, 30, 30)
-        slow.append(np.concatenate([values[pictures == p] for p in drawn]).mean())
+        slow.append(np.concatenate([values[images == p] for p in drawn]).mean())
     low, high = np.quantile(slow, (0.025, 0.975))
     assert told["low"] == pytest.approx(low, abs=0.02)
     assert told["high"] == pytest.approx(high, abs=0.02)
     assert told["low"] < told["mean"] < told["high"]
     assert told["mean"] == pytest.approx(values.mean())
-    nothing = mean(values[:0], pictures[:0], resample(30, 0))
+    nothing = mean(values[:0], images[:0], resample(30, 0))
     assert nothing == {"mean": None, "low": None, "high": None, "objects": 0}
 
 
@@ -93,7 +93,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    """Drawn pictures in a folder, with COCO's JSON."""
+    """Drawn images in a folder, with COCO's JSON."""
     folder = tmp_path_factory.mktemp("coco")
     rng = np.random.default_rng(0)
     told = {"images": [], "annotations": []}
@@ -124,11 +124,11 @@ def test_on_shards(model, tmp_path):
     words = (model, "--shards", shards, "--samples=3", "--masks=2", "--overlays=2")
     done = evaluate(*words, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    for text in ("box", "oracle", "filled box", "constant disc", "3 pictures, 6 objects"):
+    for text in ("box", "oracle", "filled box", "constant disc", "3 images, 6 objects"):
         assert text in done.stdout
     table = done.stdout.split("mIoU in %")[1].split(str(model))[0]
     assert max(map(len, table.splitlines())) <= 80
-    assert "paper" not in done.stdout  # its numbers are not of these pictures
+    assert "paper" not in done.stdout  # its numbers are not of these images
     told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert told["pictures"] == 3 and told["objects"] == 6 and len(told["results"]) == 15
     rows = {(row["prompt"], row["choice"]): row for row in told["results"]}
@@ -149,14 +149,14 @@ def test_coco_and_its_shards_give_the_same(model, coco, tmp_path):
         model,
         "--coco",
         coco / "annotations.json",
-        "--pictures",
+        "--images",
         coco,
         *prompts,
         "--out",
         coco / "a",
     )
     assert direct.returncode == 0, direct.stderr
-    assert "4 pictures, 8 objects" in direct.stdout  # no crowds
+    assert "4 images, 8 objects" in direct.stdout  # no crowds
     told = json.loads((coco / "annotations.json").read_text())
     for image in told["images"]:
         image["file_name"] = f"{image['id']}.png"
@@ -182,7 +182,7 @@ def test_the_papers_figures_stand_on_its_own_data(model, coco, tmp_path, monkeyp
     assert PAPER["COCO val2017"]["EfficientSAM-Ti"]["box"] == 75.7
     assert PAPER["LVIS v1 val"]["SAM"]["3 clicks"] == 75.2
     monkeypatch.setitem(DATA_SETS, "LVIS v1 val", (4, 12))
-    words = [str(model), "--coco", str(coco / "annotations.json"), "--pictures", str(coco)]
+    words = [str(model), "--coco", str(coco / "annotations.json"), "--images", str(coco)]
     words += ["--prompts", "box", "centre-1", "--workers=0", "--device=cpu"]
     for number, (more, shown) in enumerate(
         (([], True), (["--samples=3"], False), (["--masks=1"], False))
@@ -218,12 +218,12 @@ def test_what_is_not_there_is_counted(model, coco, tmp_path):
     }
     assert [sample.key for sample in source.read(range(len(source)))] == ["2.png"]
     (tmp_path / "1.png").write_bytes(b"x")
-    words = ("--coco", coco / "annotations.json", "--pictures", tmp_path, "--prompts", "box")
+    words = ("--coco", coco / "annotations.json", "--images", tmp_path, "--prompts", "box")
     done = evaluate(model, *words, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     for words in (
-        "4 pictures in the JSON: 2 found in ",
-        "1 used with their masks, 0 without annotations, 1 left out {'not a picture': 1}; 2 of",
+        "4 images in the JSON: 2 found in ",
+        "1 used with their masks, 0 without annotations, 1 left out {'not an image': 1}; 2 of",
     ):
         assert words in done.stdout
     told_there = json.loads((tmp_path / "out" / "evaluation.json").read_text())["in_the_json"]
@@ -231,8 +231,8 @@ def test_what_is_not_there_is_counted(model, coco, tmp_path):
     (tmp_path / "1.png").unlink()
     (tmp_path / "2.png").unlink()
     (sample,) = source.read(range(len(source)))
-    assert PICTURE not in sample.parts and "unreadable" in sample.reason
-    with pytest.raises(UserError, match="holds none of the annotated pictures"):
+    assert IMAGE not in sample.parts and "unreadable" in sample.reason
+    with pytest.raises(UserError, match="holds none of the annotated images"):
         CocoSource.of(told, tmp_path)
 
 
@@ -243,18 +243,18 @@ def test_what_is_not_there_is_counted(model, coco, tmp_path):
         (["--prompts", "clicks"], "--prompts clicks is none of box, a number of clicks"),
         (["--samples=0"], "--samples 0 must be positive"),
         (["--device=cuda:7"], "--device"),
-        (["--pictures=nowhere"], "nowhere is not a folder"),
+        (["--images=nowhere"], "nowhere is not a folder"),
     ],
 )
 def test_bad_input(words, says, model, coco):
     if torch.cuda.is_available() and "cuda" in words[0]:
         pytest.skip("there is a GPU")
-    given = ("--coco", coco / "annotations.json", "--pictures", coco)
+    given = ("--coco", coco / "annotations.json", "--images", coco)
     done = evaluate(model, *given, *words)
     assert done.returncode == 2 and says in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
 def test_no_model(coco):
-    done = evaluate("nowhere", "--coco", coco / "annotations.json", "--pictures", coco)
+    done = evaluate("nowhere", "--coco", coco / "annotations.json", "--images", coco)
     assert done.returncode == 2 and "nowhere does not exist" in done.stderr

@@ -100,11 +100,11 @@ def test_anchors_and_mask_tokens_stand_where_their_patches_are():
     visible, masked = masks(3)
     seen, made = torch.randn(3, V, W), torch.randn(3, N - V, W)
     expected = torch.full((3, N, W), torch.nan)
-    for picture in range(3):
-        for place, token in zip(visible[picture], seen[picture], strict=True):
-            expected[picture, place] = token
-        for place, token in zip(masked[picture], made[picture], strict=True):
-            expected[picture, place] = token
+    for image in range(3):
+        for place, token in zip(visible[image], seen[image], strict=True):
+            expected[image, place] = token
+        for place, token in zip(masked[image], made[image], strict=True):
+            expected[image, place] = token
     assert torch.equal(restore_order(seen, made, visible, masked), expected)
 
 

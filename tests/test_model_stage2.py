@@ -29,7 +29,7 @@ NARROW = EncoderShape(width=32, depth=1, heads=2, image_size=128, channels=64)
 
 @pytest.fixture(scope="module")
 def parity():
-    """The fixtures' recipe for weights and pictures; skips where it is not."""
+    """The fixtures' recipe for weights and images; skips where it is not."""
     if not PARITY.exists():
         pytest.skip("the parity fixtures (../shared/parity) are not here")
     spec = importlib.util.spec_from_file_location("parity_weights", PARITY / "weights.py")
@@ -201,7 +201,7 @@ def test_what_is_no_model(spoilt, tmp_path):
 
 
 @torch.no_grad()
-def test_prompts_and_pictures_are_independent():
+def test_prompts_and_images_are_independent():
     """Batched prompts give what each gives alone; unequal numbers are padded."""
     torch.manual_seed(0)
     model = Sam(SMALL).eval()
@@ -209,20 +209,20 @@ def test_prompts_and_pictures_are_independent():
     points = torch.rand(2, 3, 4, 2) * 120
     labels = torch.tensor([[1, 1, 1, 1], [2, 3, -1, -1], [1, -1, -1, -1]]).expand(2, 3, 4)
     logits, iou = model.predict_masks(embeddings, points, labels, True, 128, 128)
-    for picture in range(2):
+    for image in range(2):
         for prompt in range(3):
-            used = int((labels[picture, prompt] >= 0).sum())
+            used = int((labels[image, prompt] >= 0).sum())
             alone, alone_iou = model.predict_masks(
-                embeddings[picture : picture + 1],
-                points[picture : picture + 1, prompt : prompt + 1, :used],
-                labels[picture : picture + 1, prompt : prompt + 1, :used],
+                embeddings[image : image + 1],
+                points[image : image + 1, prompt : prompt + 1, :used],
+                labels[image : image + 1, prompt : prompt + 1, :used],
                 True,
                 128,
                 128,
             )
             if used == 4:  # a slot not used keeps its position: where -1 stands matters
-                torch.testing.assert_close(alone[0, 0], logits[picture, prompt])
-                torch.testing.assert_close(alone_iou[0, 0], iou[picture, prompt])
+                torch.testing.assert_close(alone[0, 0], logits[image, prompt])
+                torch.testing.assert_close(alone_iou[0, 0], iou[image, prompt])
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def test_what_sam_can_and_this_model_cannot_is_refused_by_name(predictor):
 
 KINDS = pytest.mark.parametrize("kind", ["efficientsam", "sam"])
 RESIZES = pytest.mark.parametrize("resize", ["square", "longest"])
-PICTURE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
 WIDE = np.random.default_rng(1).integers(0, 256, (40, 110, 3), dtype=np.uint8)
 
 
@@ -296,9 +296,9 @@ def lively(kind="efficientsam", resize="square"):
     return model
 
 
-def looking_at(model, picture):
+def looking_at(model, image):
     predictor = SamPredictor(model)
-    predictor.set_image(picture)
+    predictor.set_image(image)
     return predictor
 
 
@@ -308,8 +308,8 @@ def looking_at(model, picture):
 def test_any_type_of_number_is_the_same_prompt(kind, resize):
     """Through every entrance; a scale in the points' own type would be 0 or 1."""
     model = lively(kind, resize)
-    predictor = looking_at(model, PICTURE)
-    image = torch.from_numpy(PICTURE).permute(2, 0, 1)[None]
+    predictor = looking_at(model, IMAGE)
+    image = torch.from_numpy(IMAGE).permute(2, 0, 1)[None]
     embeddings = model.get_image_embeddings(image)
     points = torch.tensor([[[[50, 30], [5, 6], [70, 50]], [[20, 11], [8, 41], [-1, -1]]]])
     labels = torch.tensor([[[1, 2, 3], [1, 1, -1]]])
@@ -350,9 +350,9 @@ def test_any_type_of_number_is_the_same_prompt(kind, resize):
 
 @torch.no_grad()
 @KINDS
-def test_any_type_of_number_is_the_same_picture(kind):
+def test_any_type_of_number_is_the_same_image(kind):
     model = lively(kind)
-    image = torch.from_numpy(PICTURE).permute(2, 0, 1)[None]
+    image = torch.from_numpy(IMAGE).permute(2, 0, 1)[None]
     wanted = model.get_image_embeddings(image)
     for found in (image.int(), image.long(), image.float() / 255, image.double() / 255):
         torch.testing.assert_close(model.get_image_embeddings(found), wanted, rtol=1e-4, atol=1e-5)
@@ -363,14 +363,14 @@ def test_any_type_of_number_is_the_same_picture(kind):
 @torch.no_grad()
 @KINDS
 @RESIZES
-def test_a_picture_as_it_is_and_a_prepared_one_give_the_same_masks(kind, resize):
+def test_a_image_as_it_is_and_a_prepared_one_give_the_same_masks(kind, resize):
     """Up to the prepared one's rounding to whole numbers: 1 %; without antialiasing it is 50 %."""
     model = lively(kind, resize)
-    picture = np.random.default_rng(0).integers(0, 256, (300, 470, 3), dtype=np.uint8)
-    prepared = resize_array(picture, *model.shape.frame(300, 470))
+    raw = np.random.default_rng(0).integers(0, 256, (300, 470, 3), dtype=np.uint8)
+    prepared = resize_array(raw, *model.shape.frame(300, 470))
     prompt = torch.tensor([[[[200, 100]]]]), torch.ones(1, 1, 1)
     embeddings, masks = [], []
-    for image in (picture, prepared):
+    for image in (raw, prepared):
         image = torch.from_numpy(image).permute(2, 0, 1)[None]
         embeddings.append(model.get_image_embeddings(image))
         told = model.predict_masks(embeddings[-1], *prompt, True, 300, 470, 300, 470)
@@ -396,7 +396,7 @@ def test_a_half_model_places_prompts_as_exactly(kind, resize, dtype):
         2**-6 if dtype == torch.bfloat16 else 2**-9
     )
     found, wanted = (
-        looking_at(m, PICTURE).predict_torch(points, labels, return_logits=True)[0]
+        looking_at(m, IMAGE).predict_torch(points, labels, return_logits=True)[0]
         for m in (model, whole)
     )
     assert found.isfinite().all() and distance(found.float(), wanted) < 0.05
@@ -412,13 +412,13 @@ def test_predictors_on_one_model_do_not_know_of_each_other(kind, resize):
     def answer(predictor):
         return predictor.predict(click, label, np.array([5, 6, 70, 38]), return_logits=True)[0]
 
-    alone = [answer(looking_at(lively(kind, resize), picture)) for picture in (PICTURE, WIDE)]
+    alone = [answer(looking_at(lively(kind, resize), image)) for image in (IMAGE, WIDE)]
     model = lively(kind, resize)
     generator = SamAutomaticMaskGenerator(
         model, points_per_side=2, pred_iou_thresh=-1e9, stability_score_thresh=-1, crop_n_layers=1
     )
     masks = generator.generate(WIDE)
-    first, second = looking_at(model, PICTURE), looking_at(model, WIDE)
+    first, second = looking_at(model, IMAGE), looking_at(model, WIDE)
     for predictor, wanted in ((first, 0), (second, 1), (first, 0), (first, 0), (second, 1)):
         assert np.array_equal(answer(predictor), alone[wanted])
     again = generator.generate(WIDE)
@@ -448,7 +448,7 @@ def test_predictors_on_one_model_do_not_know_of_each_other(kind, resize):
 
 @torch.no_grad()
 def test_prompts_that_were_computed_on_are_not_placed():
-    predictor = looking_at(lively(), PICTURE)
+    predictor = looking_at(lively(), IMAGE)
     model, points = predictor.model, (torch.tensor([[[30, 20]]]), torch.ones(1, 1))
     sparse, dense = model.prompt_encoder(points, None, None)
     given = (predictor.features, model.prompt_encoder.get_dense_pe())
@@ -462,14 +462,14 @@ def test_prompts_that_were_computed_on_are_not_placed():
 @RESIZES
 def test_nothing_asked_is_nothing_answered(kind, resize):
     model = lively(kind, resize)
-    predictor, images = looking_at(model, PICTURE), torch.rand(2, 3, 60, 90)
-    for pictures, prompts in ((2, 0), (0, 3), (0, 0)):
-        points, labels = torch.zeros(pictures, prompts, 1, 2), torch.ones(pictures, prompts, 1)
-        masks, iou = model(images[:pictures], points, labels)
-        assert masks.shape == (pictures, prompts, 3, 60, 90) and iou.shape == masks.shape[:3]
-        embeddings = model.get_image_embeddings(images[:pictures])
+    predictor, images = looking_at(model, IMAGE), torch.rand(2, 3, 60, 90)
+    for count, prompts in ((2, 0), (0, 3), (0, 0)):
+        points, labels = torch.zeros(count, prompts, 1, 2), torch.ones(count, prompts, 1)
+        masks, iou = model(images[:count], points, labels)
+        assert masks.shape == (count, prompts, 3, 60, 90) and iou.shape == masks.shape[:3]
+        embeddings = model.get_image_embeddings(images[:count])
         masks, iou = model.predict_masks(embeddings, points, labels, False, 60, 90)
-        assert masks.shape == (pictures, prompts, 1, 32, 32) and iou.shape == masks.shape[:3]
+        assert masks.shape == (count, prompts, 1, 32, 32) and iou.shape == masks.shape[:3]
     none, unlabelled = torch.zeros(0, 2, 2), torch.zeros(0, 2)
     for multimask, count in ((True, 3), (False, 1)):
         for given in ((none, unlabelled), (None, None, none[:, 0].repeat(1, 2))):
@@ -488,16 +488,16 @@ def test_nothing_asked_is_nothing_answered(kind, resize):
 @RESIZES
 def test_what_does_not_fit_together_is_said_in_one_sentence(kind, resize):
     model = lively(kind, resize)
-    predictor, images = looking_at(model, PICTURE), torch.rand(1, 3, 60, 90)
+    predictor, images = looking_at(model, IMAGE), torch.rand(1, 3, 60, 90)
     embeddings = model.get_image_embeddings(images)
     points, labels, box = torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1), np.zeros((3, 4))
     for what, call in {
-        "pictures": lambda: model(torch.zeros(1, 3, 0, 5), points, labels),
-        "pictures ": lambda: model.get_image_embeddings(torch.zeros(3, 9, 9)),
-        "picture of 0 x 9": lambda: model.predict_all(embeddings, points, labels, 0, 9),
+        "images": lambda: model(torch.zeros(1, 3, 0, 5), points, labels),
+        "images ": lambda: model.get_image_embeddings(torch.zeros(3, 9, 9)),
+        "image of 0 x 9": lambda: model.predict_all(embeddings, points, labels, 0, 9),
         "has no pixels": lambda: model.preprocess(torch.zeros(1, 3, 0, 128)),
         "points": lambda: model.predict_masks(embeddings, points[0], labels[0], True, 9, 9),
-        "points for 1 pic": lambda: model.predict_masks(embeddings[:0], points, labels, True, 9, 9),
+        "points for 1 im": lambda: model.predict_masks(embeddings[:0], points, labels, True, 9, 9),
         "boxes": lambda: predictor.predict(box=box),
         "boxes ": lambda: predictor.predict(box=box[:0]),
         "boxes  ": lambda: predictor.predict_torch(None, None, torch.zeros(0)),

@@ -1,4 +1,4 @@
-"""Masks, boxes and clicks lie on their object, however a picture is stored and annotated."""
+"""Masks, boxes and clicks lie on their object, however an image is stored and annotated."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from finetune.train import main as train
 from sami.core.errors import BadSample
 from sami.core.images import DRAWN, STD, drawn_on, open_image
 from sami.core.reading import RawSample, read_range
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from sami.data import CropTransform
 from sami.extraction import prepare
 from sami.masking import MaskConfig
@@ -50,14 +50,14 @@ EVERY = [
 
 
 def scene(height, width):
-    """A red block in a blue picture, nowhere near its own mirror image; [H, W, 3]."""
-    picture = np.full((height, width, 3), (20, 40, 200), np.uint8)
-    picture[4:20, width - 24 : width - 4] = (220, 30, 10)
-    return picture
+    """A red block in a blue image, nowhere near its own mirror image; [H, W, 3]."""
+    image = np.full((height, width, 3), (20, 40, 200), np.uint8)
+    image[4:20, width - 24 : width - 4] = (220, 30, 10)
+    return image
 
 
-def turned_picture(orientation, drawn, kind, shape="wide"):
-    """Encoded, and the block's mask bool [h, w] on the upright or on the stored picture."""
+def turned_image(orientation, drawn, kind, shape="wide"):
+    """Encoded, and the block's mask bool [h, w] on the upright or on the stored image."""
     upright = scene(*SIZES[shape])
     stored = UNTURNED[orientation](upright)
     exif = Image.Exif()
@@ -74,23 +74,23 @@ def coded(mask):
 def raw(data, mask, key="s/a", **image):
     told = {"image": {"height": mask.shape[0], "width": mask.shape[1]} | image}
     told["annotations"] = [{"segmentation": coded(mask)}]
-    return RawSample(key, {PICTURE: data, "json": json.dumps(told).encode()})
+    return RawSample(key, {IMAGE: data, "json": json.dumps(told).encode()})
 
 
 def check_training(sample, **options):
     """Where the loss has the object there is red, and where clicks and boxes lie; what is noted."""
     for boxes in (0.0, 1.0):
         made = maker(boxes=boxes, **options).decode(sample, 0, False)
-        _, picture, inside, masks, points, labels, _, unsure, left_out = made
-        red = picture[2::4, 2::4, 0] > 128  # the loss's pixels are 4 x 4 of the input's
+        _, image, inside, masks, points, labels, _, unsure, left_out = made
+        red = image[2::4, 2::4, 0] > 128  # the loss's pixels are 4 x 4 of the input's
         assert 10 < masks[0].sum() < 50
         assert (red == masks[0])[inside].mean() > 0.98
         for (x, y), label in zip(points[0], labels[0], strict=True):
             if label == 1:
                 x, y = round(float(x)), round(float(y))  # the edge of a pixel of the object
-                assert picture[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2, 0].max() > 128
+                assert image[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2, 0].max() > 128
         if boxes:
-            ys, xs = np.nonzero(picture[..., 0] > 128)
+            ys, xs = np.nonzero(image[..., 0] > 128)
             (x0, y0), (x1, y1) = points[0][:2]
             assert np.abs(np.array([xs.min(), ys.min()]) - [x0, y0]).max() <= 3  # 10 % noise
             assert np.abs(np.array([xs.max(), ys.max()]) + 1 - [x1, y1]).max() <= 3
@@ -115,7 +115,7 @@ def check_evaluation(source, drawn="upright"):
 @pytest.mark.parametrize("shape", SIZES)
 def test_training_and_evaluation(orientation, drawn, kind, shape):
     """Of shards. Where the size cannot tell, the default does; what the JSON says goes first."""
-    data, mask = turned_picture(orientation, drawn, kind, shape)
+    data, mask = turned_image(orientation, drawn, kind, shape)
     unsure = orientation in (2, 3, 4) or (orientation > 4 and shape == "square")
     other = DRAWN[drawn == "upright"]
     for resize in ("square", "longest"):
@@ -130,12 +130,12 @@ def test_training_and_evaluation(orientation, drawn, kind, shape):
 
 @pytest.fixture(scope="module", params=DRAWN)
 def coco(request, tmp_path_factory):
-    """A folder with a picture of each kind and orientation, their JSON, and how it is drawn."""
+    """A folder with an image of each kind and orientation, their JSON, and how it is drawn."""
     folder = tmp_path_factory.mktemp("coco")
     images, annotations = [], []
     kinds = [kind for kind in KINDS if kind != "TIFF"]
     for number, (orientation, kind) in enumerate((o, k) for o in range(1, 9) for k in kinds):
-        data, mask = turned_picture(orientation, request.param, kind)
+        data, mask = turned_image(orientation, request.param, kind)
         name = f"{orientation}.{kind.lower()}"
         (folder / name).write_bytes(data)
         height, width = mask.shape
@@ -158,19 +158,19 @@ def test_evaluation_of_coco(coco):
 
 
 def test_shards_made_of_coco(coco, tmp_path):
-    """They tell on which picture their masks lie, so that nobody has to decide again."""
+    """They tell on which image their masks lie, so that nobody has to decide again."""
     folder, file, drawn = coco
     words = ["tools/make_shards.py", folder, tmp_path / "out", "--coco", file, "--workers", "1"]
     done = run([sys.executable, *map(str, words), "--masks-drawn-on", drawn])
     assert done.returncode == 0, done.stderr
-    assert "9 pictures are turned by EXIF and their masks fit both ways" in done.stdout
-    assert f"on the {drawn} picture (--masks-drawn-on)" in done.stdout
+    assert "9 images are turned by EXIF and their masks fit both ways" in done.stdout
+    assert f"on the {drawn} image (--masks-drawn-on)" in done.stdout
     (source,) = opened(f"{tmp_path}/out/*.tar", tmp_path)
     assert source.count == 24
     other = DRAWN[drawn == "upright"]
-    for sample in read_range(source.shards, range(24), (PICTURE, "json")):
+    for sample in read_range(source.shards, range(24), (IMAGE, "json")):
         told = json.loads(sample.parts["json"])["image"]
-        upright = open_image(sample.parts[PICTURE]).orientation == 1
+        upright = open_image(sample.parts[IMAGE]).orientation == 1
         assert told.get("drawn_on") == (None if upright else drawn)
         assert check_training(sample, masks_drawn_on=other) == []
         assert check_evaluation(Given([sample]), other) == []
@@ -183,30 +183,30 @@ def test_where_masks_lie(orientation):
     for stored in ((60, 40), (50, 50)):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        picture = open_image(encode(Image.new("RGB", stored), "PNG", exif=exif))
+        image = open_image(encode(Image.new("RGB", stored), "PNG", exif=exif))
         sizes = {"stored": stored, "upright": stored[::-1] if turns else stored}
         for default in DRAWN:
             if sizes["stored"] != sizes["upright"]:
                 for drawn, size in sizes.items():
-                    assert drawn_on(picture, *size, None, default) == (drawn, False)
-                    assert drawn_on(picture, *size, drawn, default) == (drawn, False)
-                    with pytest.raises(BadSample, match="another picture size"):
-                        drawn_on(picture, *size[::-1], drawn, default)
+                    assert drawn_on(image, *size, None, default) == (drawn, False)
+                    assert drawn_on(image, *size, drawn, default) == (drawn, False)
+                    with pytest.raises(BadSample, match="another image size"):
+                        drawn_on(image, *size[::-1], drawn, default)
             elif orientation == 1:
-                assert drawn_on(picture, *stored, None, default)[1] is False
+                assert drawn_on(image, *stored, None, default)[1] is False
             else:
-                assert drawn_on(picture, *stored, None, default) == (default, True)
+                assert drawn_on(image, *stored, None, default) == (default, True)
                 for told in DRAWN:
-                    assert drawn_on(picture, *stored, told, default) == (told, False)
-            with pytest.raises(BadSample, match="^annotation of another picture size$"):
-                drawn_on(picture, stored[0] + 1, stored[1], None, default)
+                    assert drawn_on(image, *stored, told, default) == (told, False)
+            with pytest.raises(BadSample, match="^annotation of another image size$"):
+                drawn_on(image, stored[0] + 1, stored[1], None, default)
 
 
 def test_a_run_says_it_once_and_counts(tmp_path, in_process):
     """And the broken annotation of one of them, at each visit; stand-ins are not counted twice."""
     members = {}
     for number in range(12):
-        data, mask = turned_picture(3 if number < 4 else 1, "upright", "JPEG")
+        data, mask = turned_image(3 if number < 4 else 1, "upright", "JPEG")
         sample = raw(data, mask)
         told = json.loads(sample.parts["json"])
         if number == 9:
@@ -226,23 +226,23 @@ def test_a_run_says_it_once_and_counts(tmp_path, in_process):
     assert code == 0, said
     broken = "annotation is not SA-1B's"
     told, log = summary(tmp_path / "run"), (tmp_path / "run" / "log.txt").read_text()
-    assert told["bad_samples"] == {"not a picture": 2}
+    assert told["bad_samples"] == {"not an image": 2}
     assert told["objects_left_out"] == {broken: 2} and told["left_out_of"] == {broken: ["s/9"]}
     assert told["orientation_unsure"] == 8
     assert sorted(told["orientation_unsure_keys"]) == [f"s/{n}" for n in range(4)]
     assert log.count(f"{UNSURE} (the first is s/") == log.count(f"{UNSURE}: 8 times") == 1
-    why = "{'not a picture': 1}, the first is s/12"
-    assert log.count(f"1 of 13 held-out pictures unusable: {why}") == 1
-    assert log.count(f"noted of held-out pictures: {{'{UNSURE}': 4, ") == 1
+    why = "{'not an image': 1}, the first is s/12"
+    assert log.count(f"1 of 13 held-out images unusable: {why}") == 1
+    assert log.count(f"noted of held-out images: {{'{UNSURE}': 4, ") == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_without_masks_everything_is_upright(orientation, kind):
-    """Stage 1, probe, classification and cache see what a picture stored upright shows."""
+    """Stage 1, probe, classification and cache see what an image stored upright shows."""
 
     def seen(data):
-        sample = RawSample("s/a", {PICTURE: data, "cls": b"0"})
+        sample = RawSample("s/a", {IMAGE: data, "cls": b"0"})
         size, whole = prepare(data, CACHE)
         assert size == SIZES["wide"][::-1]
         yield from CropTransform(0, 32, 48, 4, MaskConfig(ratio=0.75), (0.2, 1.0), True).decode(
@@ -254,7 +254,7 @@ def test_without_masks_everything_is_upright(orientation, kind):
             yield decode(sample)[1].permute(1, 2, 0).numpy() * 255 * np.array(STD)
         yield whole
 
-    data, _ = turned_picture(orientation, "upright", kind)
+    data, _ = turned_image(orientation, "upright", kind)
     expected = encode(scene(*SIZES["wide"]), kind, **KINDS[kind])
     for one, other in zip(seen(data), seen(expected), strict=True):
         difference = np.abs(one.astype(float) - other.astype(float))

@@ -17,7 +17,7 @@ from tests.test_shards import write_tar
 
 @pytest.fixture
 def train(tmp_path):
-    """Two shards of six pictures each."""
+    """Two shards of six images each."""
     write_shards(tmp_path / "train", (6, 6))
     return tmp_path / "train"
 
@@ -53,7 +53,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("kind", COPIES)
-def test_the_same_pictures_are_found(train, tmp_path, kind):
+def test_the_same_images_are_found(train, tmp_path, kind):
     (tmp_path / "val").mkdir()
     path = tmp_path / "val" / "v.tar"
     made = COPIES[kind](train / "s-001.tar", path)
@@ -73,7 +73,7 @@ def test_one_of_several_is_enough(train, tmp_path):
     assert found is not None and "6 of 16 have" in found
 
 
-def test_a_single_held_out_picture_is_found_under_another_name(train, tmp_path):
+def test_a_single_held_out_image_is_found_under_another_name(train, tmp_path):
     """Its own is not, nor one of several, which a set may well hold twice."""
     only = lambda name: "new/x.jpg" if name == "p0002.jpg" else None  # noqa: E731
     for name, more, found in (
@@ -91,7 +91,7 @@ def test_a_single_held_out_picture_is_found_under_another_name(train, tmp_path):
 
 
 def test_alike_is_not_the_same(train, tmp_path):
-    """One key and size with other content; single pictures that both hold by chance."""
+    """One key and size with other content; single images that both hold by chance."""
     write_shards(tmp_path / "other", (6,), seed=1)
     ours, theirs = shards(train / "*.tar", tmp_path), shards(tmp_path / "other/*.tar", tmp_path)
     assert find_overlap(ours, theirs, "a", "b") is None
@@ -128,7 +128,7 @@ def test_every_entry_refuses_unless_asked(train, tmp_path, in_process, entry):
     words += ["--teacher.name=none", "--target.kind=pixels"] if entry == "pretrain" else []
     code, said = in_process(main, words)
     assert code == 2 and said.count("\n") == 1
-    assert "data.val_shards hold pictures of data.shards" in said
+    assert "data.val_shards hold images of data.shards" in said
     assert "--data.allow_val_in_train true" in said
     code, said = in_process(main, [*words, "--data.allow_val_in_train", "true"])
     assert code == 2 and "less than one train.batch_size" in said  # so far it went

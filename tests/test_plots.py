@@ -70,7 +70,7 @@ def test_a_name_is_no_formula():
     assert plain("a$x$ \udcff") == r"a\$x\$ ?"
 
 
-def test_a_picture_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
+def test_a_image_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"as it was")
 

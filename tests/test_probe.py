@@ -11,7 +11,7 @@ from PIL import Image
 
 from sami.core.errors import BadSample
 from sami.core.reading import RawSample
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from sami.pretrain import main
 from sami.probe import knn_accuracy, labelled_squares, linear_accuracy, read_label
 from tests.runs import arguments, numbers, opened
@@ -62,7 +62,7 @@ def test_the_linear_probe_is_at_its_optimum():
 
 
 def labelled(path, counts=3, per_class=8, seed=0):
-    """A shard of pictures whose colour is their class, one without a label, one damaged."""
+    """A shard of images whose colour is their class, one without a label, one damaged."""
     rng = np.random.default_rng(seed)
     with wds.TarWriter(str(path)) as writer:
         for number in range(counts * per_class):
@@ -85,7 +85,7 @@ def test_labelled_samples(tmp_path):
     assert few.labels.tolist() == [1, 2]
     for data in (b"cat", b"-1", b""):
         with pytest.raises(BadSample, match="not a class number"):
-            read_label(RawSample("k", {PICTURE: b"", "cls": data}))
+            read_label(RawSample("k", {IMAGE: b"", "cls": data}))
 
 
 def test_probes_while_pretraining(tmp_path, in_process):
@@ -128,7 +128,7 @@ def test_probes_while_pretraining(tmp_path, in_process):
     code, said = in_process(
         main, arguments(tmp_path / "other", "", **options | {"data.shards": bare})
     )
-    assert code == 2 and "data.shards hold no labelled picture (.cls)" in said
+    assert code == 2 and "data.shards hold no labelled image (.cls)" in said
     assert not list(tmp_path.glob("other/checkpoints/*"))  # said at once
     one = arguments(tmp_path / "one", "", **options | {"eval.probe": 1, "train.steps": 2})
     assert in_process(main, one)[0] == 0  # one neighbour, one class

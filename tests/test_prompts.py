@@ -17,7 +17,7 @@ from tests.reference import next_click
 
 
 def test_the_noise_is_sams():
-    """Std 10 % of the side, at most 20 px, within the picture."""
+    """Std 10 % of the side, at most 20 px, within the image."""
     rng = np.random.default_rng(0)
     drawn = np.stack([noisy_box((300, 400, 400, 440), (1024, 1024), 20, rng) for _ in range(4000)])
     moved = drawn - [[300, 400], [400, 440]]
@@ -88,7 +88,7 @@ def test_a_click_is_never_on_the_border_between_a_miss_and_a_false_area():
     mask[..., 1:10, 6:11] = True  # equally deep: what was wrongly taken, as SAM 2 and RITM
     points, labels = correction_clicks(mask, truth, places, True)
     assert points.flatten().tolist() == [8, 3] and labels.item() == 0
-    mask[..., 1:10, 6:11] = False  # deeper by far, but only if the border of the picture counts
+    mask[..., 1:10, 6:11] = False  # deeper by far, but only if the border of the image counts
     truth[:] = False
     truth[..., :, :3], truth[..., 3:8, 5:10] = True, True
     points, _ = correction_clicks(mask, truth, places, True)

@@ -43,7 +43,7 @@ def write_run(folder, group="mask", seed=0, evaluation=None, **fields):
         "hardware": {"processes": 1, "gpu": None, "threads": 2, "precision": "fp32"},
         "versions": {"torch": "9.9"},
         "teacher": {"name": "sam_vit_h", "sha256": "5ec" * 20},
-        "bad_samples": {"damaged picture": 3},
+        "bad_samples": {"damaged image": 3},
         "evaluation": evaluation or {"r2": 0.123456},
     }
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -102,7 +102,7 @@ def test_several_runs_of_every_kind(report, tmp_path):
         drawn = page.split(f'alt="{words}" src="data:image/png;base64,')[1].split('"')[0]
         width, height = struct.unpack(">II", base64.b64decode(drawn)[16:24])
         assert width > 700 and height > 400
-    # The pictures by epoch, six of the ten, the first and the last among them.
+    # The images by epoch, six of the ten, the first and the last among them.
     found = re.findall(r'alt="r0.75/pretrain, ([^"]+)"', page)
     assert len(found) == 6
     assert (found[0], found[-1]) == ("step 100, epoch 5", "step 1000, epoch 50")
@@ -116,10 +116,10 @@ def test_several_runs_of_every_kind(report, tmp_path):
     assert page.count("7 / 70") == 6 and page.count("mIoU in % by box 43.2 (95 %") == 2
     assert page.count("<td>31.0 (30.0-32.0)</td>") == 2 and "without a model 31.0" in page
     assert page.count(", evaluated") == 2 and "0.1235" in page
-    for words in ("abc123", "torch 9.9", "sam_vit_h 5ec5ec5ec5ec", "3 damaged picture", "f00"):
+    for words in ("abc123", "torch 9.9", "sam_vit_h 5ec5ec5ec5ec", "3 damaged image", "f00"):
         assert words in page
     assert not re.search(r'(src|href)="(?!data:|#)', html.unescape(page))
-    # without the pictures, whose letters may happen to spell it
+    # without the images, whose letters may happen to spell it
     assert "http" not in re.sub(r'"data:image/[^"]*"', "", page)
     # What it is, from when, in which order, and for which screens.
     now = datetime.now(UTC)
@@ -177,7 +177,7 @@ def test_numbers_of_runs_and_what_they_are_compared_with(tmp_path, report):
     assert "r2 0.100 ± 0.100 over seeds (the best constant map 0)" in page
     assert "mIoU in % by box 50.0 (without a model 25.0)" in page
     assert "mIoU in % by 1 click 12.5</li>" in page
-    assert "top-1 in % 50.0 (± 9.8, the 95 % interval of 100 pictures)" in page
+    assert "top-1 in % 50.0 (± 9.8, the 95 % interval of 100 images)" in page
     assert "<tr><td>&lt;i&gt;b</td><td>50.0</td><td>25.0</td><td>12.5</td></tr>" in page
     assert "<i>b" not in page
 
@@ -304,18 +304,18 @@ def test_what_is_concluded(report, tmp_path, differences, says):
     assert ("one seed, so that differences may be chance" in page) == (len(differences) == 1)
 
 
-def test_large_pictures_become_smaller():
+def test_large_images_become_smaller():
     """A photograph's PNG goes in as JPEG of the same size."""
     noise = np.random.default_rng(0).integers(0, 256, (600, 700, 3), dtype=np.uint8)
     data = io.BytesIO()
     Image.fromarray(noise).save(data, "PNG")
-    text = report_module.picture(data.getvalue(), "a < b")
+    text = report_module.image(data.getvalue(), "a < b")
     kind, code = re.search(r'alt="a &lt; b" src="data:image/(\w+);base64,([^"]+)"', text).groups()
     smaller = base64.b64decode(code)
     assert kind == "jpeg" and len(smaller) < 0.8 * len(data.getvalue())
     with Image.open(io.BytesIO(smaller)) as image:
         assert image.size == (700, 600)
-    assert "image/png" in report_module.picture(PNG, "small")
+    assert "image/png" in report_module.image(PNG, "small")
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_large_pictures_become_smaller():
     [
         (["{}/no"], "no is not the folder of a run"),
         (["{}/run", "{}/run"], "run is named twice"),
-        (["{}/run", "--pictures", "-1"], "--pictures -1 must be 0 or more"),
+        (["{}/run", "--images", "-1"], "--images -1 must be 0 or more"),
         (["{}/run", "--comparison", "{}/no.json"], "no.json does not exist"),
         (
             ["{}/run", "--comparison", "{}/run/summary.json"],

@@ -71,7 +71,7 @@ def test_kill_at_random_times_and_during_a_save(uninterrupted, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     check_equal(tmp_path / "run", folder / "run")
-    assert summary(tmp_path / "run")["bad_samples"]["damaged picture"] > 0
+    assert summary(tmp_path / "run")["bad_samples"]["damaged image"] > 0
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1, "stop file"])

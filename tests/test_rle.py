@@ -28,7 +28,7 @@ from tests.runs import ROOT
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools, NumPy 2
 moderate = settings(max_examples=150, derandomize=True)
 NOT_JSON = "annotation is not JSON"
-OTHER_SIZE = "mask size differs from the picture's"
+OTHER_SIZE = "mask size differs from the image's"
 
 
 def encode(mask):
@@ -319,7 +319,7 @@ def test_points_are_uniform(seed):
 # SA-1B's JSON
 
 
-def picture(**changes):
+def image(**changes):
     annotation = {
         "segmentation": {"size": [3, 4], "counts": "<"},
         "bbox": [0, 0, 0, 0],
@@ -331,7 +331,7 @@ def picture(**changes):
 
 
 def test_what_is_read():
-    told = parse_annotations(json.dumps(picture(area=1.5, id=7)).encode())
+    told = parse_annotations(json.dumps(image(area=1.5, id=7)).encode())
     assert (told.height, told.width) == (3, 4)
     (mask,) = told.masks
     assert (mask.counts, mask.area, mask.bbox) == ("<", 1.5, [0, 0, 0, 0])
@@ -374,23 +374,23 @@ def test_what_may_be_missing():
         ({"image": {"height": -3, "width": -4}, "annotations": []}, FOREIGN),
         ({"image": {"height": 10**40, "width": 4}, "annotations": []}, FOREIGN),
         ({"image": {"height": 10_001, "width": 10_000}, "annotations": []}, FOREIGN),
-        (picture(segmentation=[[0, 0, 1, 1]]), FOREIGN),  # COCO's polygons
-        (picture(segmentation={"size": [3, 4]}), FOREIGN),
-        (picture(segmentation={"size": [3, 4], "counts": 12}), FOREIGN),
-        (picture(segmentation={"size": [3.0, 4], "counts": ""}), FOREIGN),
-        (picture(segmentation={"size": [3, 4, 1], "counts": ""}), FOREIGN),
-        (picture(segmentation={"size": [4, 3], "counts": "<"}), OTHER_SIZE),
-        (picture(segmentation={"size": [-3, 10**40], "counts": "<"}), OTHER_SIZE),
-        (picture(area="5"), FOREIGN),
-        (picture(area=True), FOREIGN),
-        (picture(area=10**400), FOREIGN),
-        (picture(area=float("nan")), FOREIGN),
-        (picture(bbox=[0, 0, 1]), FOREIGN),
-        (picture(bbox=[0, 0, 1, None]), FOREIGN),
-        (picture(bbox=[-(10**400), 0, 1, 1]), FOREIGN),
-        (picture(bbox={}), FOREIGN),
-        (picture(predicted_iou=float("inf")), FOREIGN),
-        (picture(stability_score=[1]), FOREIGN),
+        (image(segmentation=[[0, 0, 1, 1]]), FOREIGN),  # COCO's polygons
+        (image(segmentation={"size": [3, 4]}), FOREIGN),
+        (image(segmentation={"size": [3, 4], "counts": 12}), FOREIGN),
+        (image(segmentation={"size": [3.0, 4], "counts": ""}), FOREIGN),
+        (image(segmentation={"size": [3, 4, 1], "counts": ""}), FOREIGN),
+        (image(segmentation={"size": [4, 3], "counts": "<"}), OTHER_SIZE),
+        (image(segmentation={"size": [-3, 10**40], "counts": "<"}), OTHER_SIZE),
+        (image(area="5"), FOREIGN),
+        (image(area=True), FOREIGN),
+        (image(area=10**400), FOREIGN),
+        (image(area=float("nan")), FOREIGN),
+        (image(bbox=[0, 0, 1]), FOREIGN),
+        (image(bbox=[0, 0, 1, None]), FOREIGN),
+        (image(bbox=[-(10**400), 0, 1, 1]), FOREIGN),
+        (image(bbox={}), FOREIGN),
+        (image(predicted_iou=float("inf")), FOREIGN),
+        (image(stability_score=[1]), FOREIGN),
     ],
 )
 def test_what_is_refused(data, reason):
@@ -433,7 +433,7 @@ JSON = st.recursive(
 @settings(moderate, max_examples=300)
 @given(st.data())
 def test_any_value_anywhere(data):
-    told = picture()
+    told = image()
     at, path = told, []
     while isinstance(at, dict | list) and len(at) and (not path or data.draw(st.booleans())):
         keys = list(at) if isinstance(at, dict) else list(range(len(at)))
@@ -450,7 +450,7 @@ def test_any_value_anywhere(data):
 @settings(moderate, max_examples=300)
 @given(st.data())
 def test_any_bytes(data):
-    content = bytearray(json.dumps(picture()).encode())
+    content = bytearray(json.dumps(image()).encode())
     for _ in range(data.draw(st.integers(1, 3))):
         start = data.draw(st.integers(0, len(content)))
         stop = start + data.draw(st.integers(0, 4))
@@ -462,7 +462,7 @@ def test_any_bytes(data):
 def test_real_annotations():
     path = ROOT.parent / "shared" / "data" / "sa1b_layout" / "train" / "sa_000000.tar"
     if not path.exists():
-        pytest.skip("the pictures in SA-1B's layout (../shared/data/sa1b_layout) are not here")
+        pytest.skip("the images in SA-1B's layout (../shared/data/sa1b_layout) are not here")
     seen = 0
     with tarfile.open(path) as tar:
         for member in tar:

@@ -110,21 +110,21 @@ def test_prompts_of_unequal_length_are_each_as_alone(official):
     for earlier in (None, masks):
         logits, iou = model.predict_low_resolution(embeddings, points, labels, earlier)
         assert logits.shape == (2, 6, 4, 32, 32) and iou.shape == (2, 6, 4)
-        for picture in range(2):
+        for image in range(2):
             for row in range(6):
-                used = int((labels[picture, row] >= 0).sum())
+                used = int((labels[image, row] >= 0).sum())
                 alone = model.predict_low_resolution(
-                    embeddings[picture : picture + 1],
-                    points[picture : picture + 1, row : row + 1, :used],
-                    labels[picture : picture + 1, row : row + 1, :used],
-                    None if earlier is None else earlier[picture : picture + 1, row : row + 1],
+                    embeddings[image : image + 1],
+                    points[image : image + 1, row : row + 1, :used],
+                    labels[image : image + 1, row : row + 1, :used],
+                    None if earlier is None else earlier[image : image + 1, row : row + 1],
                 )
-                close(logits[picture, row], alone[0][0, 0])
-                close(iou[picture, row], alone[1][0, 0])
+                close(logits[image, row], alone[0][0, 0])
+                close(iou[image, row], alone[1][0, 0])
 
 
 @torch.no_grad()
-def test_square_counts_in_the_pictures_pixels(tmp_path):
+def test_square_counts_in_the_images_pixels(tmp_path):
     torch.manual_seed(0)
     model = small("square").eval()
     write_weights(tmp_path / "model.safetensors", model.state_dict(), model_header(model))

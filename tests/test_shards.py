@@ -15,10 +15,10 @@ from sami.core.errors import BadSample, UserError
 from sami.core.index import fingerprint, index_beside, open_sources
 from sami.core.patterns import expand
 from sami.core.reading import read_range, read_samples
-from sami.core.scanning import PICTURE, scan, split_name
+from sami.core.scanning import IMAGE, scan, split_name
 from tests.runs import ROOT, opened, run, write_shards
 
-ALL = (PICTURE, "json", "cls", "teacher.npz")
+ALL = (IMAGE, "json", "cls", "teacher.npz")
 
 
 def write_tar(path, members, mode="w", **options):
@@ -72,8 +72,8 @@ def test_patterns_with_weights(tmp_path):
 
 
 def test_names_of_members():
-    assert split_name("a.jpg") == ("a", PICTURE)
-    assert split_name("./x/b.v2.JPEG") == ("x/b.v2", PICTURE)
+    assert split_name("a.jpg") == ("a", IMAGE)
+    assert split_name("./x/b.v2.JPEG") == ("x/b.v2", IMAGE)
     assert split_name("b.v2.teacher.npz") == ("b.v2", "teacher.npz")
     assert split_name("sa_1.json") == ("sa_1", "json") and split_name("a.b.cls") == ("a.b", "cls")
     for name in ("jpg", ".jpg", "x/._a.jpg", "a.jpg.txt", "a.npz", "classes"):
@@ -119,7 +119,7 @@ def test_shards_of_one_name_are_told_apart(tmp_path):
     patterns = [write_shards(tmp_path / name, (3, 2)) for name in "ab"]
     (source,) = opened(patterns, tmp_path)
     assert [shard.name for shard in source.shards] == ["a/s-000", "a/s-001", "b/s-000", "b/s-001"]
-    keys = {sample.key for sample in read_range(source.shards, range(10), (PICTURE,))}
+    keys = {sample.key for sample in read_range(source.shards, range(10), (IMAGE,))}
     assert len(keys) == 10 and "b/s-001/p0001" in keys
 
 
@@ -129,7 +129,7 @@ MEMBERS = [
 ORDERS = {
     "beside": MEMBERS,
     "annotation first": [MEMBERS[i ^ 1] for i in range(8)],
-    "pictures, then annotations": MEMBERS[::2] + MEMBERS[1::2],
+    "images, then annotations": MEMBERS[::2] + MEMBERS[1::2],
     "annotations backwards": MEMBERS[1::2][::-1] + MEMBERS[::2],
     "leading ./": [(f"./{name}", data) for name, data in MEMBERS],
     "long names": [("n" * 120 + name, data) for name, data in MEMBERS],
@@ -148,14 +148,12 @@ def test_members_find_each_other(tmp_path, order, kind):
     for number, sample in enumerate(samples):
         assert sample.key.endswith(f"p{number}")
         assert sample.parts == {
-            PICTURE: f"jpg {number}".encode() * 300,
+            IMAGE: f"jpg {number}".encode() * 300,
             "json": f"json {number}".encode() * 300,
         }
     (source,) = open_sources([([path], None)], tmp_path / "index")
-    two = list(read_samples(source.shards[0], np.array([1, 3]), (PICTURE,)))
-    assert [sample.parts for sample in two] == [
-        {PICTURE: samples[n].parts[PICTURE]} for n in (1, 3)
-    ]
+    two = list(read_samples(source.shards[0], np.array([1, 3]), (IMAGE,)))
+    assert [sample.parts for sample in two] == [{IMAGE: samples[n].parts[IMAGE]} for n in (1, 3)]
 
 
 def test_odd_members_are_named(tmp_path):
@@ -173,13 +171,13 @@ def test_odd_members_are_named(tmp_path):
     told = []
     samples = samples_of(write_tar(tmp_path / "s.tar", members), tmp_path, say=told.append)
     assert {s.key: s.parts for s in samples} == {
-        "s/a": {PICTURE: b"1"},
-        "s/b": {PICTURE: b"3"},
-        "s/d.v1": {PICTURE: b"5", "cls": b"7"},
-        "s/e": {PICTURE: b""},
+        "s/a": {IMAGE: b"1"},
+        "s/b": {IMAGE: b"3"},
+        "s/d.v1": {IMAGE: b"5", "cls": b"7"},
+        "s/e": {IMAGE: b""},
     }
     assert any("2 members have the key and kind of an earlier one" in text for text in told)
-    assert any("1 samples have no picture" in text and "c.json" in text for text in told)
+    assert any("1 samples have no image" in text and "c.json" in text for text in told)
     with pytest.raises(BadSample, match="no json member"):
         samples[0].part("json")
 
@@ -191,7 +189,7 @@ def test_what_is_no_shard(tmp_path):
     for name, words in (
         ("text", "is not a readable tar"),
         ("empty", "is not a readable tar"),
-        ("none", "holds no picture"),
+        ("none", "holds no image"),
     ):
         with pytest.raises(UserError, match=f"{name}.tar {words}"):
             samples_of(tmp_path / f"{name}.tar", tmp_path)
@@ -210,7 +208,7 @@ def test_a_shard_that_is_cut_short_counts_as_far_as_it_goes(tmp_path, kind):
     assert "cut short" in told[0] and 3 <= len(samples) <= 4
     good = [sample for sample in samples if sample.parts]
     assert len(good) >= 2 + (kind == "tar")  # a decompressor reads in blocks
-    assert [sample.part(PICTURE) for sample in good] == [data for _, data in members[: len(good)]]
+    assert [sample.part(IMAGE) for sample in good] == [data for _, data in members[: len(good)]]
     assert [sample.reason for sample in samples if not sample.parts] in (
         [],
         ["cut off in shard"],
@@ -223,7 +221,7 @@ def test_a_shard_that_changes_or_vanishes_after_it_was_indexed(tmp_path):
     (source,) = opened(str(path), tmp_path)
 
     def read():
-        return list(read_samples(source.shards[0], np.arange(6), (PICTURE,)))
+        return list(read_samples(source.shards[0], np.arange(6), (IMAGE,)))
 
     whole, data = read(), path.read_bytes()
     assert all(sample.parts for sample in whole)
@@ -241,10 +239,10 @@ def test_a_shard_that_changes_or_vanishes_after_it_was_indexed(tmp_path):
 
 def test_reading_starts_in_the_middle_of_a_shard(tmp_path):
     (source,) = opened(write_shards(tmp_path, (5, 4)), tmp_path)
-    samples = list(read_range(source.shards[:1], range(5), (PICTURE,)))
+    samples = list(read_range(source.shards[:1], range(5), (IMAGE,)))
     assert [s.key for s in samples] == [f"s-000/p{n:04d}" for n in range(5)]
-    assert list(read_samples(source.shards[0], np.arange(2, 4), (PICTURE,))) == samples[2:4]
-    assert [s.key for s in read_range(source.shards, range(3, 7), (PICTURE,))] == [
+    assert list(read_samples(source.shards[0], np.arange(2, 4), (IMAGE,))) == samples[2:4]
+    assert [s.key for s in read_range(source.shards, range(3, 7), (IMAGE,))] == [
         "s-000/p0003",
         "s-000/p0004",
         "s-001/p0000",
@@ -277,7 +275,7 @@ def test_sa1b_tars_as_they_are(tmp_path):
         names = [name for name in tar.getnames() if name.endswith(".jpg")]
         for sample, name in zip(samples, names, strict=True):
             assert sample.key == f"sa_000000/{name.removesuffix('.jpg')}"
-            assert sample.part(PICTURE) == tar.extractfile(name).read()
+            assert sample.part(IMAGE) == tar.extractfile(name).read()
             assert sample.part("json") == tar.extractfile(name.replace(".jpg", ".json")).read()
 
 

@@ -12,7 +12,7 @@ def test_a_few_kills(tmp_path, capsys, monkeypatch):
     assert soak(tmp_path / "soak", kills=2, workers=2, seed=11)
     said = capsys.readouterr().out
     assert "2 kills (" in said and "equal to the run without kills" in said
-    assert "'damaged picture'" in said
+    assert "'damaged image'" in said
     (tmp_path / "there").mkdir()
     with pytest.raises(AssertionError):
         soak(tmp_path / "there", kills=2)

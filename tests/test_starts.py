@@ -108,7 +108,7 @@ def test_other_samples_and_another_teacher_are_told_in_words(begun, tmp_path):
     others = write_shards(tmp_path / "others", seed=5)
     code, error = again(**{"data.shards": others})
     assert code == 2 and "data.shards hold other samples than those this run was begun" in error
-    assert "39 pictures in 3 shards, fingerprint" in error and "facts." not in error
+    assert "39 images in 3 shards, fingerprint" in error and "facts." not in error
 
 
 def test_weights_before_the_end(shards, tmp_path, in_process):

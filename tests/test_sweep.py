@@ -100,7 +100,7 @@ def test_from_the_file_to_the_table(shards, tmp_path, capsys):
     }
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| setting | r2 | loss |" in text and "(1 of 2)" in text
-    # The paper's number is not that of 24 drawn pictures.
+    # The paper's number is not that of 24 drawn images.
     said = capsys.readouterr().out
     assert "The paper's numbers are of ImageNet, whole, and these runs were not" in said
     assert rows[1]["measures"]["r2"]["paper"] is None and "paper" not in text
@@ -109,7 +109,7 @@ def test_from_the_file_to_the_table(shards, tmp_path, capsys):
 
 
 def test_a_random_start_has_its_rivals_positions(tmp_path):
-    """Whatever stage 1's pictures and patches; told only where it is not the default's 14."""
+    """Whatever stage 1's images and patches; told only where it is not the default's 14."""
 
     def grids(*more, **changes):
         content = yaml.safe_load((ROOT / "configs/sweeps/init.yaml").read_text()) | changes
@@ -141,7 +141,7 @@ def test_a_random_start_has_its_rivals_positions(tmp_path):
         grids(settings=other | alone)
 
 
-def evaluated(folder, shards, monkeypatch, data, pictures, paper_on, seeds=(0, 1, 2)):
+def evaluated(folder, shards, monkeypatch, data, images, paper_on, seeds=(0, 1, 2)):
     """A sweep of made-up results: an mIoU and a top-1 of two settings with very long names."""
     changes = {"seeds": list(seeds), "vary": {}, "paper_on": paper_on}
     path = Path(sweep(folder, shards, **changes))
@@ -169,7 +169,7 @@ def evaluated(folder, shards, monkeypatch, data, pictures, paper_on, seeds=(0, 1
         ]
         told = {"data": data, "results": results}
         (one.folder(run, "evaluate") / "evaluation.json").write_text(json.dumps(told))
-        told = {"top1": 70.0 + number, "pictures": pictures, "r2": 0.5}
+        told = {"top1": 70.0 + number, "pictures": images, "r2": 0.5}
         told = {"status": "finished", "evaluation": told}
         (one.folder(run, "pretrain") / "summary.json").write_text(json.dumps(told))
         (one.folder(run, "pretrain") / "config.yaml").write_text("data: {classes: 1000}\n")
@@ -181,7 +181,7 @@ def trivial(prompt):
 
 
 @pytest.mark.parametrize(
-    ("data", "pictures", "paper_on", "shown"),
+    ("data", "images", "paper_on", "shown"),
     [
         ("COCO val2017", 50_000, "COCO val2017", ["box"]),
         ("COCO val2017", 50_000, "ImageNet", ["top-1"]),
@@ -191,9 +191,9 @@ def trivial(prompt):
     ],
 )
 def test_the_papers_numbers_stand_on_its_own_data(
-    shards, tmp_path, monkeypatch, capsys, data, pictures, paper_on, shown
+    shards, tmp_path, monkeypatch, capsys, data, images, paper_on, shown
 ):
-    one, settings = evaluated(tmp_path, shards, monkeypatch, data, pictures, paper_on)
+    one, settings = evaluated(tmp_path, shards, monkeypatch, data, images, paper_on)
     monkeypatch.setenv("COLUMNS", "80")
     assert make_table(one) == 0
     said = capsys.readouterr().out

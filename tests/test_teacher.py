@@ -1,4 +1,4 @@
-"""The teacher is segment-anything's encoder, whatever the picture's size."""
+"""The teacher is segment-anything's encoder, whatever the image's size."""
 
 import pytest
 import torch
@@ -105,13 +105,13 @@ def test_sams_own_preprocessing_and_padding(shape):
     sam = Sam(encoder, torch.nn.Identity(), torch.nn.Identity())
     sam.pixel_mean = torch.tensor([123.675, 116.28, 103.53]).view(-1, 1, 1)
     sam.pixel_std = torch.tensor([58.395, 57.12, 57.375]).view(-1, 1, 1)
-    picture = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
-    expected = oracle_at(encoder, 224)(sam.preprocess(picture.float())[None])
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    expected = oracle_at(encoder, 224)(sam.preprocess(image.float())[None])
     teacher = Teacher(encoder, image_size=224)
-    assert relative(teacher(picture[None]), expected) <= 1e-4
-    assert relative(teacher(picture[None].float() / 255), expected) <= 1e-4
+    assert relative(teacher(image[None]), expected) <= 1e-4
+    assert relative(teacher(image[None].float() / 255), expected) <= 1e-4
     with pytest.raises(ValueError, match="larger than teacher.image_size"):
-        Teacher(encoder, image_size=64)(picture[None])
+        Teacher(encoder, image_size=64)(image[None])
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ from tools.make_toy_shards import MIN_AREA, draw_scene, to_sa1b
 def test_masks_are_exact_disjoint_and_survive_the_run_lengths(size):
     height, width = size
     for number in range(6):
-        picture, masks = draw_scene(3, number, height, width)
-        assert picture.shape == (height, width, 3) and picture.dtype == np.uint8
+        image, masks = draw_scene(3, number, height, width)
+        assert image.shape == (height, width, 3) and image.dtype == np.uint8
         assert np.sum(masks, axis=0).max() <= 1
         told = to_sa1b(number, masks, height, width, 3)
         assert told["image"] == {
@@ -43,11 +43,11 @@ def test_masks_are_exact_disjoint_and_survive_the_run_lengths(size):
 
 
 def test_objects_differ_from_their_ground():
-    """A mask is where the picture changes: across its border colours differ more than inside."""
+    """A mask is where the image changes: across its border colours differ more than inside."""
     across, inside = [], []
     for number in range(20):
-        picture, masks = draw_scene(0, number, 128, 128)
-        steps = np.abs(np.diff(picture.astype(int), axis=1)).sum(-1)
+        image, masks = draw_scene(0, number, 128, 128)
+        steps = np.abs(np.diff(image.astype(int), axis=1)).sum(-1)
         for mask in masks:
             border = mask[:, 1:] != mask[:, :-1]
             across.append(steps[border].mean())
@@ -60,7 +60,7 @@ def draw(folder, *more):
         sys.executable,
         str(ROOT / "tools/make_toy_shards.py"),
         str(folder),
-        "--pictures",
+        "--images",
         "10",
     ]
     return run([*words, "--size", "64x80", *more])
@@ -84,8 +84,8 @@ def test_shards(tmp_path):
             for jpg, text in zip(names[::2], names[1::2], strict=True):
                 assert jpg.removesuffix(".jpg") == text.removesuffix(".json")
                 told = json.loads(tar.extractfile(text).read())
-                picture = Image.open(tar.extractfile(jpg))
-                assert picture.size == (80, 64) == (told["image"]["width"], told["image"]["height"])
+                image = Image.open(tar.extractfile(jpg))
+                assert image.size == (80, 64) == (told["image"]["width"], told["image"]["height"])
 
 
 def test_bad_options(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from finetune.data import NO_PIXEL
 from finetune.model import load_model
 from finetune.train import main
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from sami.encoder import load_encoder
 from tests.runs import ROOT, every_parameter_was_updated, kill, numbers, run, start, summary
 from tests.runs import command as stage1
@@ -22,7 +22,7 @@ from tests.test_toy_shards import draw
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    done = draw(tmp_path_factory.mktemp("scenes"), "--shards", "3", "--pictures", "22")
+    done = draw(tmp_path_factory.mktemp("scenes"), "--shards", "3", "--images", "22")
     assert done.returncode == 0, done.stderr
     return done.stdout.split(": ")[-1].strip()
 
@@ -92,7 +92,7 @@ def test_objects_without_a_pixel_of_loss_are_told(tmp_path, call):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for number in range(4):
             parts = raw([seen, *unseen[:2]], size=(140, 200)).parts
-            for kind, data in (("png", parts[PICTURE]), ("json", parts["json"])):
+            for kind, data in (("png", parts[IMAGE]), ("json", parts["json"])):
                 member = tarfile.TarInfo(f"p{number}.{kind}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

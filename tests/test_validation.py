@@ -51,7 +51,7 @@ def test_against_arrays(kind):
         [[reference.token_error(p[b, n], t[b, n], kind) for n in range(N)] for b in range(B)]
     )
     square = ((p - t) ** 2).mean(-1)
-    constant = ((t - t.mean(0)) ** 2).mean(-1)  # the best map that is the same for all pictures
+    constant = ((t - t.mean(0)) ** 2).mean(-1)  # the best map that is the same for all images
     for pieces in (1, 3):
         found = sums(prediction, target, masked, kind, pieces)
         for tokens, expected in (("all", loss.mean()), ("masked", loss[hidden].mean())):
@@ -92,7 +92,7 @@ def test_pca_colours_have_one_basis_fitted_on_the_teacher():
     axes = torch.linalg.qr(torch.randn(8, 8, generator=generator).double())[0][:, :3]
     features = coordinates @ axes.T + torch.randn(8, generator=generator)
     basis = pca_basis(features)
-    assert (basis[1].sum(0) > 0).all()  # of two signs one: the same picture is drawn again
+    assert (basis[1].sum(0) > 0).all()  # of two signs one: the same image is drawn again
     colours = pca_colours(features.view(4, 100, 8), basis).reshape(400, 3)
     for channel in range(3):
         inner = (colours[:, channel] > 0) & (colours[:, channel] < 1)
@@ -103,7 +103,7 @@ def test_pca_colours_have_one_basis_fitted_on_the_teacher():
     assert (moved.reshape(400, 3) - colours).abs().max() > 0.05  # a shift shows: no refitting
 
 
-def test_pictures(tmp_path):
+def test_images(tmp_path):
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     masked = torch.tensor([[0, 5], [1, 2]])
     hidden = hide(images.float() / 255, masked, 16)
@@ -129,11 +129,11 @@ def test_pictures(tmp_path):
             basis = pca_basis(target.flatten(0, 1))  # the target's own, in both columns
             maps = [pca_colours(tokens, basis) for tokens in told[2:4]]
         columns = [x.permute(0, 2, 3, 1) for x in (plain, hide(plain, masked, 16))] + maps
-        for row, picture in enumerate(target.double().numpy()):
-            true = picture[masked[row].numpy()]
+        for row, image in enumerate(target.double().numpy()):
+            true = image[masked[row].numpy()]
             share = 1 - ((true / 2) ** 2).sum() / ((true - true.mean(0)) ** 2).sum()
             titles = [axes.get_title() for axes in figure.axes[4 * row : 4 * row + 4]]
-            assert titles[0] == "picture" and titles[1] == "what the student sees: 88 %"
+            assert titles[0] == "image" and titles[1] == "what the student sees: 88 %"
             assert titles[2].startswith("target: ")
             assert titles[3].endswith(f": {100 * share:.0f} %") and "reconstruction" in titles[3]
             shown = [axes.get_images()[0].get_array() for axes in figure.axes[4 * row :][:4]]
@@ -144,7 +144,7 @@ def test_pictures(tmp_path):
         assert ("Features as colours" in key) == (kind == "teacher")
 
 
-def test_what_is_explained_of_a_picture():
+def test_what_is_explained_of_a_image():
     """1 of the target itself, 0 of the masked tokens' mean; what was visible does not count."""
     target = torch.randn(3, 16, 8)
     masked = torch.tensor([[0, 5, 7], [1, 2, 3], [4, 8, 15]])
@@ -155,7 +155,7 @@ def test_what_is_explained_of_a_picture():
     assert explained(target, right, masked) == pytest.approx([1] * 3)
 
 
-def test_unusable_pictures_are_told_with_their_reasons(tmp_path, in_process):
+def test_unusable_images_are_told_with_their_reasons(tmp_path, in_process):
     """Once, and the first of them; the others are measured."""
     shards = write_shards(tmp_path / "train", (9,))
     held_out = write_shards(tmp_path / "val", (7, 4), seed=1, corrupt=1)
@@ -163,17 +163,17 @@ def test_unusable_pictures_are_told_with_their_reasons(tmp_path, in_process):
     code, said = in_process(main, arguments(tmp_path / "run", shards, **options))
     assert code == 0, said
     log = (tmp_path / "run/log.txt").read_text()
-    why = "{'damaged picture': 1}, the first is s-000/p0000"
-    assert log.count(f"1 of 11 held-out pictures unusable: {why}") == 1
+    why = "{'damaged image': 1}, the first is s-000/p0000"
+    assert log.count(f"1 of 11 held-out images unusable: {why}") == 1
     assert summary(tmp_path / "run")["evaluation"]["pictures"] == 10
 
 
-def test_unusable_pictures_of_all_ranks_are_counted(capsys):
+def test_unusable_images_of_all_ranks_are_counted(capsys):
     class Ranks:
         gather = staticmethod(lambda mine: [[("b", "s/9")], mine])
         say_once = staticmethod(print)
 
     tell_unusable(Ranks, [("a", "s/1"), ("b", "s/2")], 5)
     assert capsys.readouterr().out == (
-        "3 of 5 held-out pictures unusable: {'b': 2, 'a': 1}, the first is s/9\n"
+        "3 of 5 held-out images unusable: {'b': 2, 'a': 1}, the first is s/9\n"
     )

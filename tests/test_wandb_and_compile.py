@@ -33,14 +33,14 @@ def wandb_records(path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_wandb_offline_gets_metrics_config_and_pictures(tmp_path):
+def test_wandb_offline_gets_metrics_config_and_images(tmp_path):
     shards = write_shards(tmp_path / "shards")
     options = {"run.wandb": "offline", "run.picture_every": 4, "train.steps": 8, "run.log_every": 2}
     options |= {"data.val_shards": shards, "data.allow_val_in_train": "true", "eval.every": 4}
     done = run(command(arguments(tmp_path / "run", shards, **options)))
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    losses, config, pictures = {}, {}, 0
+    losses, config, images = {}, {}, 0
     for record in wandb_records(file):
         for item in record.run.config.update:
             config["/".join(item.nested_key) or item.key] = item.value_json
@@ -51,13 +51,13 @@ def test_wandb_offline_gets_metrics_config_and_pictures(tmp_path):
             losses[row["step"]] = row["loss"]
             assert {"lr", "images_per_second", "data_wait"} <= row.keys()
             assert ("val_r2" in row) == (row["step"] % 4 == 0)
-        pictures += any(key.startswith("reconstruction") for key in row)
+        images += any(key.startswith("reconstruction") for key in row)
     told = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert json.loads(config["environment"])["commit"] == told["commit"]
     assert json.loads(config["facts"])["teacher"] == told["teacher"]
     assert losses == {line["step"]: line["loss"] for line in numbers(tmp_path / "run")}
     assert json.loads(config["train"])["steps"] == 8
-    assert pictures == 2
+    assert images == 2
     assert len(list(file.parent.rglob("reconstruction*.png"))) == 2
 
 

@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("stage", choices=["stage1", "stream", "cache", "stage2"])
     parser.add_argument("--device", default="auto", help=f"{DEVICES}; default: auto")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--batch", type=int, help="pictures of a training step")
+    parser.add_argument("--batch", type=int, help="images of a training step")
     parser.add_argument("--masks", type=int, nargs="+", default=[8, 32, 64], help="of stage2")
     parser.add_argument("--image-size", type=int, default=1024, help="of stage2")
     parser.add_argument("--step-rounds", type=int, default=5, help="of stage2's training steps")
@@ -41,7 +41,7 @@ def main() -> int:
         type=path_pattern,
         nargs="+",
         default=[],
-        help="pattern for the data path; drawn pictures if none",
+        help="pattern for the data path; drawn images if none",
     )
     parser.add_argument("--workers", type=int, default=2, help="of cache, for each stream")
     parser.add_argument("--grid", type=int, default=32, help="of cache's features")

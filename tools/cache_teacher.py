@@ -1,20 +1,20 @@
-"""Run a teacher over shards once, and store its features of every picture beside it.
+"""Run a teacher over shards once, and store its features of every image beside it.
 
 python tools/cache_teacher.py SHARDS [SHARDS ...] --out DIR --checkpoint FILE
     [--teacher sam_vit_h] [--image-size 1024] [--layer neck] [--grid 32] [--dtype int8]
     [--batch 8] [--workers N] [--slice I/N] [--dry-run] [--verify] ...
 
 SHARDS are copied to DIR under their names, with <key>.teacher.npz in each sample: the features of
-the whole picture, without the padding. sami/pretrain.py reads them with --teacher.cached true and
+the whole image, without the padding. sami/pretrain.py reads them with --teacher.cached true and
 cuts each crop's target out of them (docs/teacher_cache.md). DIR/manifest.json tells how they were
 made, and each shard's samples and checksum.
 
 Several processes share the work: with accelerate launch, or each with its --slice (0/8, 1/8, ... in
 a SLURM array). Killed, the same command goes on: finished shards stay.
 
---dry-run  says how many pictures, bytes and hours it would be, from one batch, and writes nothing;
+--dry-run  says how many images, bytes and hours it would be, from one batch, and writes nothing;
            the weights need not be there yet.
---verify   looks at the checksums of the finished shards, and computes 1 % of the pictures again.
+--verify   looks at the checksums of the finished shards, and computes 1 % of the images again.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from sami.core.processes import DEVICES, check_launch, choose_device
 from sami.core.progress import Progress as Lines
 from sami.core.reading import read_samples
 from sami.core.reporting import TimeLeft, environment
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from sami.encoders.registry import TEACHERS
 from sami.extraction import (
     FeatureExtractor,
@@ -78,7 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     stored.add_argument("--dtype", choices=tuple(DTYPES), default="int8")
     how = parser.add_argument_group("how it is run")
-    how.add_argument("--batch", type=int, default=8, help="pictures per forward")
+    how.add_argument("--batch", type=int, default=8, help="images per forward")
     how.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode")
     how.add_argument("--slice", default="0/1", help="I/N: the I-th of N parts of the shards")
     how.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
@@ -179,22 +179,22 @@ def plan(
     Args:
         others: how many times as many shards all slices have together.
     """
-    pictures = []
+    images = []
     for shard in shards:
-        for sample in read_samples(shard, np.arange(min(shard.count, extractor.batch)), (PICTURE,)):
+        for sample in read_samples(shard, np.arange(min(shard.count, extractor.batch)), (IMAGE,)):
             with contextlib.suppress(BadSample):
-                pictures.append(prepare(sample.part(PICTURE), extractor.cache)[1])
-        if len(pictures) >= extractor.batch:
+                images.append(prepare(sample.part(IMAGE), extractor.cache)[1])
+        if len(images) >= extractor.batch:
             break
-    require(bool(pictures), f"{shards[0].url}: none of the first pictures can be used")
-    pictures = pictures[: extractor.batch]
+    require(bool(images), f"{shards[0].url}: none of the first images can be used")
+    images = images[: extractor.batch]
     for _ in range(2):
         began = time.perf_counter()
-        extractor.extract(pictures).float().sum().item()
-        rate = len(pictures) / (time.perf_counter() - began)
+        extractor.extract(images).float().sum().item()
+        rate = len(images) / (time.perf_counter() - began)
     count, needed = sum(shard.count for shard in shards), estimate_bytes(shards, extractor.cache)
     print(
-        f"{count} pictures in {len(shards)} shards: about {needed / 1e9:.3g} GB and "
+        f"{count} images in {len(shards)} shards: about {needed / 1e9:.3g} GB and "
         f"{count / rate / 3600:.3g} h at {rate:.3g} images/s in one process like this"
     )
     require_room(args.out, round(needed * others))
@@ -213,18 +213,18 @@ def write_all(
         TimeLeft(),
         TextColumn("left"),
     )
-    lines = Lines("picture", total)  # where there is no terminal
+    lines = Lines("image", total)  # where there is no terminal
     if not sys.stdout.isatty():
         lines.tell(0)
     with Progress(*columns) as progress:
         task = progress.add_task("", total=total, rate=0.0, written=0.0)
         began, seen, written = time.perf_counter(), 0, 0
 
-        def advance(pictures: int, size: int) -> None:
+        def advance(images: int, size: int) -> None:
             nonlocal seen, written
-            seen, written = seen + pictures, written + size
+            seen, written = seen + images, written + size
             rate = seen / (time.perf_counter() - began)
-            progress.update(task, advance=pictures, rate=rate, written=written / 1e9)
+            progress.update(task, advance=images, rate=rate, written=written / 1e9)
             if not sys.stdout.isatty():
                 lines.at(seen)
 
@@ -237,7 +237,7 @@ def write_all(
             progress.update(task, advance=shards[name].count - record["samples"])
             left_out = f", left out: {record['left_out']}" if record["left_out"] else ""
             progress.console.print(
-                f"{name}: {record['samples']} pictures{left_out}; {number} of {len(missing)}, "
+                f"{name}: {record['samples']} images{left_out}; {number} of {len(missing)}, "
                 f"{seen / (time.perf_counter() - began):.2f} images/s",
                 soft_wrap=True,
                 highlight=False,
@@ -316,7 +316,7 @@ def check(
 def compare(
     args: argparse.Namespace, extractor: FeatureExtractor, manifest: Manifest, source: Source
 ) -> int:
-    """Checksums of all shards, and ``--verify-fraction`` of the pictures, drawn anew each time."""
+    """Checksums of all shards, and ``--verify-fraction`` of the images, drawn anew each time."""
     draw = np.random.default_rng()
     ends = np.cumsum([shard.count for shard in source.shards])
     number = max(min(int(ends[-1]), 8), round(ends[-1] * args.verify_fraction))
@@ -327,7 +327,7 @@ def compare(
     ]
     compared, worst = verify(extractor, source.shards, rows, manifest)
     print(
-        f"{len(source.shards)} shards have their checksums; {compared} of {ends[-1]} pictures "
+        f"{len(source.shards)} shards have their checksums; {compared} of {ends[-1]} images "
         f"computed again, the largest relative difference is {worst:.2%}"
     )
     return 0

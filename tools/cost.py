@@ -1,9 +1,9 @@
 """What a run costs, before anyone rents a machine for it.
 
-python tools/cost.py CONFIG [--pictures N] [--card A100] [--share 0.3] [--group.field value ...]
+python tools/cost.py CONFIG [--images N] [--card A100] [--share 0.3] [--group.field value ...]
 
 CONFIG is one of configs/ or a run folder's config.yaml, of any entry; further options are those
-of its entry. Printed are, of each part, the parameters and multiply-adds per picture, attention
+of its entry. Printed are, of each part, the parameters and multiply-adds per image, attention
 included, as torch's flop counter finds them; the bytes of a feature cache; the steps; and hours on
 --card, if it does --share of its peak (dense bf16, as its maker has it). A backward pass counts as
 two forward ones, and a teacher has none. What a card really reaches, tools/bench.py measures.
@@ -62,9 +62,9 @@ CARDS = {
     "A6000": 155,
     "RTX4090": 165,
 }
-IMAGENET, SA1B = 1_281_167, 11_185_362  # pictures
-ASPECT = (400, 300)  # width and height of a picture, where none is at hand
-BATCH = 64  # pictures of a forward: what they share counts once
+IMAGENET, SA1B = 1_281_167, 11_185_362  # images
+ASPECT = (400, 300)  # width and height of an image, where none is at hand
+BATCH = 64  # images of a forward: what they share counts once
 
 
 @dataclass
@@ -73,8 +73,8 @@ class Part:
 
     Attributes:
         parameters: their number.
-        macs: multiply-adds of a forward pass, per picture.
-        passes: forward passes that a picture costs: 3 with the backward one.
+        macs: multiply-adds of a forward pass, per image.
+        passes: forward passes that an image costs: 3 with the backward one.
         times: in how many epochs; None for all.
     """
 
@@ -187,7 +187,7 @@ def finetune_parts(config: Any) -> list[Part]:
 
 
 def classify_parts(config: Any) -> list[Part]:
-    """Classification: the whole picture through the encoder, and one linear layer."""
+    """Classification: the whole image through the encoder, and one linear layer."""
     data, encoder = config.data, replace(config.encoder, checkpoint=None)
     model = build_classifier(encoder, data, config.augment)
     images = torch.zeros(BATCH, 3, data.image_size, data.image_size)
@@ -216,7 +216,7 @@ def find_parts(entry: str, config: Any) -> list[Part]:
         return pretrain_parts(config, teacher)
 
 
-def count_pictures(config: Any, entry: str, given: int | None) -> int:
+def count_images(config: Any, entry: str, given: int | None) -> int:
     """What an epoch has, as far as that can be known here."""
     if given is not None:
         return given
@@ -226,12 +226,12 @@ def count_pictures(config: Any, entry: str, given: int | None) -> int:
             if not any(is_url(url) for urls, _ in groups for url in urls):
                 sources = open_sources(groups, Path(folder), lambda text: None)
                 found = min(int(one.count / (one.weight or 1.0)) for one in sources)
-                print(f"data.shards: {found} pictures")
+                print(f"data.shards: {found} images")
                 return found
         except UserError:
             pass
     assumed, name = (SA1B, "SA-1B") if entry == "finetune/train.py" else (IMAGENET, "ImageNet-1K")
-    print(f"data.shards are not here: {assumed} pictures assumed ({name}); --pictures tells others")
+    print(f"data.shards are not here: {assumed} images assumed ({name}); --images tells others")
     return assumed
 
 
@@ -240,7 +240,7 @@ def hours_of(hours: float) -> str:
 
 
 def cache_bytes(config: TeacherConfig) -> dict[str, int]:
-    """Bytes per picture of ASPECT by what is stored."""
+    """Bytes per image of ASPECT by what is stored."""
     teacher = open_teacher(config, FakeTensorMode())
     info = {"name": config.name, "sha256": "", "random": False}
     tokens = teacher.image_size // teacher.stride
@@ -254,19 +254,19 @@ def cache_bytes(config: TeacherConfig) -> dict[str, int]:
 def main(argv: list[str] | None = None) -> int:
     parser = Options(description=__doc__)
     parser.add_argument("config", type=local_path)
-    parser.add_argument("--pictures", type=int, help="of an epoch; default: those of data.shards")
+    parser.add_argument("--images", type=int, help="of an epoch; default: those of data.shards")
     parser.add_argument("--card", choices=tuple(CARDS), default="A100")
     parser.add_argument("--share", type=float, default=0.3, help="of the peak; default: 0.3")
     args, options = parser.parse_known_args(argv)
     require(0 < args.share <= 1, f"--share {args.share} must be over 0 and at most 1")
-    require_least(1, args, "pictures")
+    require_least(1, args, "images")
     entry, config = resolve(find(args.config), options)
     parts = find_parts(entry, config)
 
     train = config.train
-    pictures = count_pictures(config, entry, args.pictures)
-    pictures = min(pictures, config.data.epoch_samples or pictures)
-    an_epoch = pictures // train.batch_size
+    images = count_images(config, entry, args.images)
+    images = min(images, config.data.epoch_samples or images)
+    an_epoch = images // train.batch_size
     lengths = [train.steps, train.epochs and train.epochs * an_epoch]
     steps = min(length for length in lengths if length is not None)
     seen = steps * train.batch_size
@@ -274,12 +274,12 @@ def main(argv: list[str] | None = None) -> int:
     rate, hours, rows = args.share * CARDS[args.card] * 1e12, 0.0, []
     for part in parts:
         flops = 2 * part.macs * part.passes
-        times = seen if part.times is None else part.times * pictures
+        times = seen if part.times is None else part.times * images
         own = flops * times / rate / 3600
         hours += own
         rows.append(
             [
-                part.name + " (once per picture)" * bool(part.times),
+                part.name + " (once per image)" * bool(part.times),
                 f"{part.parameters / 1e6:.2f}",
                 f"{part.macs / 1e9:.2f}",
                 f"{flops / 1e9:.1f}",
@@ -287,19 +287,18 @@ def main(argv: list[str] | None = None) -> int:
             ]
         )
     head = ["part", "parameters, M", "forward, GMAC", "step, GFLOP", "hours"]
-    show_table(f"{args.config}, per picture", head, rows)
+    show_table(f"{args.config}, per image", head, rows)
     print(
-        f"{steps} steps of {train.batch_size} pictures, {seen / pictures:.4g} epochs of "
-        f"{pictures} pictures"
+        f"{steps} steps of {train.batch_size} images, {seen / images:.4g} epochs of {images} images"
     )
     print(
         f"{hours_of(hours)} hours of one {args.card} at {args.share:.0%} of its {CARDS[args.card]} "
         "TFLOP/s, if the data keeps up"
     )
     if entry == "sami/pretrain.py" and config.target.kind == "teacher":
-        print("a feature cache of them, at 4:3, without the pictures:")
+        print("a feature cache of them, at 4:3, without the images:")
         for name, size in cache_bytes(config.teacher).items():
-            print(f"  {name:14} {size / 1e3:7.0f} kB a picture, {size * pictures / 1e9:8.1f} GB")
+            print(f"  {name:14} {size / 1e3:7.0f} kB an image, {size * images / 1e9:8.1f} GB")
     return 0
 
 

@@ -1,7 +1,7 @@
 """mIoU of a model that segments, on shards of SA-1B's layout or on COCO-format annotations.
 
 python tools/evaluate.py MODEL --shards PATTERN [PATTERN ...] [--out DIR] ...
-python tools/evaluate.py MODEL --coco FILE --pictures DIR [--out DIR] ...
+python tools/evaluate.py MODEL --coco FILE --images DIR [--out DIR] ...
 
 MODEL is a run folder of finetune/train.py (its newest checkpoint, as long as it has not ended), its
 model.safetensors, a released EfficientSAM .pt or .pt.zip, or SAM's .pth. Prompts (--prompts): box,
@@ -9,11 +9,11 @@ the mask's tight one; a number of clicks, drawn uniformly in the mask, as Effici
 it, in --seeds draws; centre-N, a click farthest from the mask's boundary and then N - 1 where most
 is wrong, as Segment Anything has it.
 
-Scored at the picture's own size are the mask with the highest predicted IoU, and the oracle, the
+Scored at the image's own size are the mask with the highest predicted IoU, and the oracle, the
 best of three, and beside them what needs no model: the box filled, or a disc at the clicks. Small,
 medium and large objects are COCO's: below 32 x 32 and 96 x 96 pixels. The brackets hold 95 % of
-1,000 bootstrap samples of the pictures. On the whole of COCO val2017 or LVIS v1 val the paper's
-figures stand below. --out gets evaluation.json and masks drawn over pictures.
+1,000 bootstrap samples of the images. On the whole of COCO val2017 or LVIS v1 val the paper's
+figures stand below. --out gets evaluation.json and masks drawn over images.
 """
 
 import argparse
@@ -61,9 +61,9 @@ def open_source(args: argparse.Namespace, folder: Path) -> tuple[SampleSource, s
         folder: where shards without an index are indexed.
     """
     if args.coco is not None:
-        require(args.pictures is not None, "--coco needs --pictures, the folder of its pictures")
+        require(args.images is not None, "--coco needs --images, the folder of its images")
         info = read_coco(args.coco)
-        source = CocoSource.of(info, args.pictures, args.samples, args.keep_crowd)
+        source = CocoSource.of(info, args.images, args.samples, args.keep_crowd)
         annotations = [len(one.annotations) for one in info.entries.values()]
         whole = args.masks is None and len(source) == sum(map(bool, annotations))
         whole = whole and not args.keep_crowd
@@ -105,7 +105,7 @@ def measure(
     args: argparse.Namespace,
     device: torch.device,
 ) -> tuple[Measured, list, Counter[str], Counter[str]]:
-    """Every picture's IoU, and the first few pictures to be drawn; why others were left out, and
+    """Every image's IoU, and the first few images to be drawn; why others were left out, and
     what is to be told of those that were used."""
     words = (specs, args.masks, args.seed, args.masks_drawn_on)
     dataset = EvalDataset(source, model.shape, *words)
@@ -125,9 +125,7 @@ def measure(
         if len(shown) < args.overlays:
             shown.append(sample)
     remedy = "are these SA-1B's JSON?" if args.coco is None else "crowds are kept by --keep-crowd"
-    require(
-        bool(measured.areas), f"none of the pictures could be used ({dict(unusable)}); {remedy}"
-    )
+    require(bool(measured.areas), f"none of the images could be used ({dict(unusable)}); {remedy}")
     return measured, shown, unusable, noted
 
 
@@ -162,7 +160,7 @@ def main() -> int:
         "--shards", type=path_pattern, nargs="+", help="such as 'data/sa1b/sa_00099*.tar'"
     )
     data.add_argument("--coco", type=local_path, help="annotations in COCO's or LVIS's format")
-    parser.add_argument("--pictures", type=local_path, help="the folder of --coco's pictures")
+    parser.add_argument("--images", type=local_path, help="the folder of --coco's images")
     parser.add_argument(
         "--keep-crowd", action="store_true", help="score --coco's crowds as objects"
     )
@@ -170,7 +168,7 @@ def main() -> int:
         "--masks-drawn-on",
         choices=DRAWN,
         default="upright",
-        help="where masks lie on a picture turned by EXIF, if they fit both ways (docs/data.md)",
+        help="where masks lie on an image turned by EXIF, if they fit both ways (docs/data.md)",
     )
     parser.add_argument(
         "--prompts",
@@ -180,10 +178,10 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, default=3, help="draws of random clicks")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    parser.add_argument("--samples", type=int, help="at most so many pictures, the first ones")
-    parser.add_argument("--masks", type=int, help="at most so many objects of a picture")
-    parser.add_argument("--out", type=local_path, help="folder for the result and the pictures")
-    parser.add_argument("--overlays", type=int, default=8, help="pictures that are drawn")
+    parser.add_argument("--samples", type=int, help="at most so many images, the first ones")
+    parser.add_argument("--masks", type=int, help="at most so many objects of an image")
+    parser.add_argument("--out", type=local_path, help="folder for the result and the images")
+    parser.add_argument("--overlays", type=int, default=8, help="images that are drawn")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode")
     parser.add_argument("--device", default="auto", help=f"{DEVICES}; default: auto")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
@@ -204,23 +202,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         source, data = open_source(args, Path(folder))
         measured, shown, unusable, noted = measure(model, source, specs, args, device)
-    rows, pictures = measured.rows(args.seed), len(measured.areas)
+    rows, images = measured.rows(args.seed), len(measured.areas)
     objects = sum(map(len, measured.areas))
-    data = data if pictures == len(source) else None
+    data = data if images == len(source) else None
     show(rows, data)
     left_out = f", {unusable.total()} unusable {dict(unusable)}" if unusable else ""
-    print(f"{args.model}: {pictures} pictures{left_out}, {objects} objects")
+    print(f"{args.model}: {images} images{left_out}, {objects} objects")
     if noted:
         print(f"noted: {dict(noted)}")
     coco = source if isinstance(source, CocoSource) else None
-    for line in coco.summary(pictures, unusable, "beyond --samples") if coco else []:
+    for line in coco.summary(images, unusable, "beyond --samples") if coco else []:
         print(line)
     if args.out is not None:
         info = {"path": args.model, "sha256": sha256_of(weights.file), "step": weights.step}
         result = {
             "model": info | model.shape.header(),
             "command": sys.argv,
-            "pictures": pictures,
+            "pictures": images,
             "unusable": unusable.total(),
             "unusable_by_reason": dict(unusable),
             "noted": dict(noted),
@@ -233,7 +231,7 @@ def main() -> int:
         }
         args.out.mkdir(parents=True, exist_ok=True)
         if shown:
-            print(f"drawing {len(shown)} pictures (--overlays 0 for none)", flush=True)
+            print(f"drawing {len(shown)} images (--overlays 0 for none)", flush=True)
             drawn = tuple(spec for spec in specs if spec.draw == 0)
             draw_masks(args.out / "masks.png", model, shown, device, str(args.model), drawn)
         write_text(args.out / RESULT, json.dumps(result, indent=1) + "\n")

@@ -1,22 +1,22 @@
-"""Turn a folder of pictures into shards, without re-encoding them.
+"""Turn a folder of images into shards, without re-encoding them.
 
 python tools/make_shards.py SOURCE OUT [--prefix NAME] [--shard-size 1000] [--seed 0] [--workers N]
     [--like TRAIN | --classes FILE] [--labels FILE [--synsets meta.mat]]
 python tools/make_shards.py SOURCE OUT --coco FILE [--keep-crowd] [--masks-drawn-on stored] ...
 
-With folders below SOURCE, each picture's class is its first folder; classes are numbered in
-alphabetical order (ImageFolder), and OUT/classes.json lists the names. Held-out pictures need the
+With folders below SOURCE, each image's class is its first folder; classes are numbered in
+alphabetical order (ImageFolder), and OUT/classes.json lists the names. Held-out images need the
 training set's numbers: --like names its shards or their folder, --classes its classes.json; a
 folder that is not in it is an error. --labels takes the classes from a file instead: lines of
 "name class", CSV (LOC_val_solution.csv), a class a line in the order of the names, or, with
 --synsets, the numbers of ILSVRC2012's ground truth. Links are followed; hidden and system files and
 folders are passed over.
 
-With --coco, a file of COCO-format annotations, the pictures that it names come with their masks, in
+With --coco, a file of COCO-format annotations, the images that it names come with their masks, in
 SA-1B's layout; crowds (but see --keep-crowd), and what is malformed, are left out and counted.
 
 .jpg, .jpeg, .png and .webp are copied byte by byte; .bmp, .gif (its first frame) and .tif become
-PNG without a loss. Killed, the same command goes on: finished shards stay. If a picture of a
+PNG without a loss. Killed, the same command goes on: finished shards stay. If an image of a
 finished shard changed since (by size or time), that is said. A shard is one tar of
 <number>.<extension> and <number>.cls or <number>.json.
 """
@@ -42,10 +42,10 @@ from finetune.class_names import (
     question_names,
 )
 from finetune.coco import CocoSource, read_coco
-from finetune.folders import count_words, find_pictures
+from finetune.folders import count_words, find_images
 from finetune.packing import (
     How,
-    SourcePicture,
+    SourceImage,
     Written,
     claim,
     listing,
@@ -63,30 +63,30 @@ from sami.core.paths import local_path, path_pattern
 from sami.core.progress import track
 
 
-def find(args: argparse.Namespace) -> tuple[list[SourcePicture], list[str], CocoSource | None]:
-    """The pictures that a command line asks for, the names of their classes, or COCO's source.
+def find(args: argparse.Namespace) -> tuple[list[SourceImage], list[str], CocoSource | None]:
+    """The images that a command line asks for, the names of their classes, or COCO's source.
 
     Raises:
         UserError: there are none, or it cannot be told what they are.
     """
     if args.coco is not None:
         coco = CocoSource.of(read_coco(args.coco), args.source)
-        pictures = [SourcePicture(path, -1, one) for path, one in coco.entries]
-        return pictures, [], coco
+        images = [SourceImage(path, -1, one) for path, one in coco.entries]
+        return images, [], coco
     known = Classes.read(args.classes) if args.classes else None
     known = Classes.beside(args.like) if args.like else known
-    listing, others = find_pictures(args.source)
+    listing, others = find_images(args.source)
     for path, reason in listing.remarks[:20]:
         print(f"left out: {path}: {reason}")
     if listing.remarks:
         print(f"left out in all: {len(listing.remarks)} links")
     if others:
-        print(f"not pictures: {count_words(others)}")
+        print(f"not images: {count_words(others)}")
     if args.labels is not None:
         words = (args.labels, listing.files, args.source, args.synsets, known)
         class_of, unused = listed_classes(*words)
         if unused:
-            print(f"{unused} lines of {args.labels} are of no picture in {args.source}")
+            print(f"{unused} lines of {args.labels} are of no image in {args.source}")
     else:
         class_of = class_folders(listing.files, args.source)
         if known is None and not args.these_are_classes:
@@ -97,23 +97,23 @@ def find(args: argparse.Namespace) -> tuple[list[SourcePicture], list[str], Coco
             "leave out --like and --classes",
         )
     if not class_of:
-        return [SourcePicture(file) for file in listing.files], [], None
+        return [SourceImage(file) for file in listing.files], [], None
     classes, numbers = number_classes(class_of, known, args.labels is not None)
     print(classes.describe(numbers))
     if known is None:
-        print(f"numbered by themselves; held-out pictures of these classes need --like {args.out}")
-    pictures = [SourcePicture(file, label) for file, label in zip(class_of, numbers, strict=True)]
-    return pictures, classes.names, None
+        print(f"numbered by themselves; held-out images of these classes need --like {args.out}")
+    images = [SourceImage(file, label) for file, label in zip(class_of, numbers, strict=True)]
+    return images, classes.names, None
 
 
-def count_pictures(path: Path) -> int:
-    """Pictures in a finished shard."""
+def count_images(path: Path) -> int:
+    """Images in a finished shard."""
     with tarfile.open(path) as tar:
         return sum(not name.endswith((".cls", ".json")) for name in tar.getnames())
 
 
 def tell(written: Written) -> None:
-    """What was left out of the shards, and what was done to pictures in them."""
+    """What was left out of the shards, and what was done to images in them."""
     for name, reason in written.bad[:20]:
         print(f"left out: {name}: {reason}")
     if written.bad:
@@ -121,7 +121,7 @@ def tell(written: Written) -> None:
     if written.masks:
         print(f"masks left out in all: {dict(written.masks)}")
     for what, count in written.noted.items():
-        print(f"{count} pictures {what}")
+        print(f"{count} images {what}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -131,30 +131,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = Options(description=__doc__)
     parser.add_argument(
-        "source", type=local_path, help="folder with pictures, or with a folder per class"
+        "source", type=local_path, help="folder with images, or with a folder per class"
     )
     parser.add_argument("out", type=local_path, help="folder for the shards")
-    parser.add_argument("--coco", type=local_path, help="COCO-format annotations of the pictures")
+    parser.add_argument("--coco", type=local_path, help="COCO-format annotations of the images")
     parser.add_argument("--keep-crowd", action="store_true", help="keep --coco's crowds as objects")
     parser.add_argument(
         "--masks-drawn-on",
         choices=DRAWN,
         default="upright",
-        help="where masks lie on a picture turned by EXIF, if they fit both ways (docs/data.md)",
+        help="where masks lie on an image turned by EXIF, if they fit both ways (docs/data.md)",
     )
     numbering = parser.add_mutually_exclusive_group()
     numbering.add_argument(
         "--like", type=path_pattern, help="training shards whose classes.json numbers the classes"
     )
     numbering.add_argument("--classes", type=local_path, help="that classes.json, or another list")
-    parser.add_argument("--labels", type=local_path, help="file that tells each picture's class")
+    parser.add_argument("--labels", type=local_path, help="file that tells each image's class")
     parser.add_argument("--synsets", type=local_path, help="ILSVRC2012's meta.mat, for its numbers")
     parser.add_argument(
         "--these-are-classes", action="store_true", help="folders such as train and val are classes"
     )
     parser.add_argument("--prefix", default="pictures", help="first part of the shards' names")
-    parser.add_argument("--shard-size", type=int, default=1000, help="pictures per shard")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the pictures")
+    parser.add_argument("--shard-size", type=int, default=1000, help="images per shard")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the images")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     require_least(1, args, "shard_size", "workers")
@@ -174,16 +174,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    pictures, classes, coco = find(args)
-    order = np.random.default_rng(args.seed).permutation(len(pictures))
-    starts = range(0, len(pictures), args.shard_size)
-    shares = [[pictures[i] for i in order[start : start + args.shard_size]] for start in starts]
+    images, classes, coco = find(args)
+    order = np.random.default_rng(args.seed).permutation(len(images))
+    starts = range(0, len(images), args.shard_size)
+    shares = [[images[i] for i in order[start : start + args.shard_size]] for start in starts]
     names = [f"{args.prefix}-{number:06d}.tar" for number in range(len(starts))]
     paths = [args.out / name for name in names]
     plan = {
         "prefix": args.prefix,
-        "pictures": len(pictures),
-        "listing": listing(pictures),
+        "pictures": len(images),
+        "listing": listing(images),
         "shard_size": args.shard_size,
         "seed": args.seed,
     }
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         ) from error
 
     tell(written)
-    total = sum(count_pictures(path) for path in paths)
+    total = sum(count_images(path) for path in paths)
     reasons = Counter(reason for _, reason in written.bad)
     for line in coco.summary(total, reasons, "left out before") if coco else []:
         print(line)
@@ -227,12 +227,12 @@ def main(argv: list[str] | None = None) -> int:
         unclaim(args.out, args.prefix, paths, own_classes)
         masks = f"; masks: {count_words(written.masks)}" if written.masks else ""
         raise UserError(
-            f"none of the {len(pictures)} pictures of {args.source} could be used, and nothing was "
+            f"none of the {len(images)} images of {args.source} could be used, and nothing was "
             f"written: {count_words(reasons) or 'the shards there are empty'}{masks}"
         )
     size = sum(path.stat().st_size for path in paths) / 1e9
     what = "with masks" if args.coco else f"{len(classes) or 'no'} classes"
-    print(f"{total} pictures, {what}, {len(paths)} shard(s), {size:.3g} GB")
+    print(f"{total} images, {what}, {len(paths)} shard(s), {size:.3g} GB")
     last = f"{{000000..{len(paths) - 1:06d}}}" if len(paths) > 1 else "000000"
     print(f"--data.shards '{args.out}/{args.prefix}-{last}.tar'")
     return 0

@@ -1,8 +1,8 @@
 """Draw a data set: textured, overlapping shapes with exact masks, in SA-1B's file layout.
 
-python tools/make_toy_shards.py OUT [--pictures 1024] [--shards 4] [--size 256] [--seed 0]
+python tools/make_toy_shards.py OUT [--images 1024] [--shards 4] [--size 256] [--seed 0]
 
-A picture is a function of (seed, its number) alone. Each shard holds sa_<id>.jpg and sa_<id>.json
+An image is a function of (seed, its number) alone. Each shard holds sa_<id>.jpg and sa_<id>.json
 (COCO run lengths), as the tars of SA-1B do.
 """
 
@@ -36,14 +36,14 @@ MAX_OBJECTS = 16
 def draw_scene(
     seed: int, number: int, height: int, width: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """A picture and the masks of what is visible of its objects.
+    """An image and the masks of what is visible of its objects.
 
     Returns:
         uint8 [H, W, 3], and bool [H, W] per object, disjoint, back to front; those under
-        MIN_AREA are in the picture and not among the masks.
+        MIN_AREA are in the image and not among the masks.
     """
     rng = sample_rng(seed, 0, f"scene/{number}")
-    picture = _texture(rng, np.arange(height)[:, None], np.arange(width)[None, :])
+    image = _texture(rng, np.arange(height)[:, None], np.arange(width)[None, :])
     labels = np.zeros((height, width), dtype=np.int32)
     count = int(rng.integers(4, MAX_OBJECTS + 1))
     for label in range(1, count + 1):
@@ -53,18 +53,18 @@ def draw_scene(
         texture = _texture(rng, rows, columns)
         light = 1 + 0.25 * (_across(rng, rows, columns, 1.0) - 0.5)
         region = (slice(top, top + shape.shape[0]), slice(left, left + shape.shape[1]))
-        picture[region][shape] = (texture * light[..., None])[shape]
+        image[region][shape] = (texture * light[..., None])[shape]
         labels[region][shape] = label
-    picture += rng.normal(0, 0.015, (height, width, 1))
+    image += rng.normal(0, 0.015, (height, width, 1))
     masks = [labels == label for label in range(1, count + 1)]
-    pixels = (picture.clip(0, 1) * 255).round().astype(np.uint8)
+    pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
     return pixels, [mask for mask in masks if mask.sum() >= MIN_AREA]
 
 
 def to_sa1b(
     number: int, masks: list[np.ndarray], height: int, width: int, seed: int
 ) -> dict[str, Any]:
-    """The JSON of a picture, with SA-1B's keys; masks as COCO run lengths."""
+    """The JSON of an image, with SA-1B's keys; masks as COCO run lengths."""
     rng = sample_rng(seed, 0, f"points/{number}")
     annotations = []
     for index, mask in enumerate(masks):
@@ -94,9 +94,9 @@ def write_shard(out: Path, seed: int, height: int, width: int, shard: int, numbe
     temporary = out / f".{path.name}.writing"
     with wds.TarWriter(str(temporary), mtime=0) as writer:
         for number in numbers:
-            picture, masks = draw_scene(seed, number, height, width)
+            image, masks = draw_scene(seed, number, height, width)
             buffer = io.BytesIO()
-            Image.fromarray(picture).save(buffer, "JPEG", quality=92)
+            Image.fromarray(image).save(buffer, "JPEG", quality=92)
             annotation = json.dumps(to_sa1b(number, masks, height, width, seed)).encode()
             writer.write({"__key__": f"sa_{number}", "jpg": buffer.getvalue(), "json": annotation})
     temporary.replace(path)
@@ -104,7 +104,7 @@ def write_shard(out: Path, seed: int, height: int, width: int, shard: int, numbe
 
 
 def _shape(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """A random shape's mask, cropped to the picture, and its top left corner."""
+    """A random shape's mask, cropped to the image, and its top left corner."""
     radius = min(height, width) * 0.5 * math.exp(rng.uniform(math.log(0.06), math.log(0.75)))
     centre = rng.uniform(0, 1, 2) * (width, height)
     angle, stretch = rng.uniform(0, 2 * math.pi), math.exp(rng.uniform(-0.7, 0.7))
@@ -188,15 +188,15 @@ def _size(text: str) -> tuple[int, int]:
 def main() -> int:
     parser = Options(description=__doc__)
     parser.add_argument("out", type=local_path, help="folder for the shards")
-    parser.add_argument("--pictures", type=int, default=1024)
+    parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--size", type=_size, default=(256, 256), help="a side, or HEIGHTxWIDTH")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     require(
-        0 < args.shards <= args.pictures,
-        f"--shards {args.shards} must be positive and at most --pictures {args.pictures}",
+        0 < args.shards <= args.images,
+        f"--shards {args.shards} must be positive and at most --images {args.images}",
     )
     require_least(1, args, "workers")
     require(
@@ -204,7 +204,7 @@ def main() -> int:
         f"{args.out} is a file; name a folder for the shards",
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    bounds = [args.pictures * shard // args.shards for shard in range(args.shards + 1)]
+    bounds = [args.images * shard // args.shards for shard in range(args.shards + 1)]
     shares = [range(first, last) for first, last in zip(bounds, bounds[1:], strict=False)]
     write = partial(write_shard, args.out, args.seed, *args.size)
     with ProcessPoolExecutor(args.workers) as pool:
@@ -213,7 +213,7 @@ def main() -> int:
             pass
     last = f"..{args.shards - 1:06d}" if args.shards > 1 else ""
     name = f"sa_{{000000{last}}}.tar" if last else "sa_000000.tar"
-    print(f"{args.pictures} pictures in {args.shards} shard(s): {args.out}/{name}")
+    print(f"{args.images} images in {args.shards} shard(s): {args.out}/{name}")
     return 0
 
 

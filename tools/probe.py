@@ -4,7 +4,7 @@ python tools/probe.py RUN --shards PATTERN [PATTERN ...] --val-shards PATTERN [P
 
 RUN is a run folder of sami/pretrain.py (its newest checkpoint, as long as it has not ended), or its
 encoder.safetensors. Top-1 in % on the held-out
-pictures: of the 20 nearest of --samples training pictures, and of one linear layer trained on
+images: of the 20 nearest of --samples training images, and of one linear layer trained on
 them. With eval.probe a pretraining measures the same as it goes. A quick measure that ranks
 encoders; the paper's numbers are those of finetune/classify.py.
 """
@@ -34,13 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = Options(description=__doc__)
     parser.add_argument("run", type=path_pattern, metavar="RUN")
     parser.add_argument(
-        "--shards", type=path_pattern, nargs="+", required=True, help="training pictures"
+        "--shards", type=path_pattern, nargs="+", required=True, help="training images"
     )
     parser.add_argument(
-        "--val-shards", type=path_pattern, nargs="+", required=True, help="held-out pictures"
+        "--val-shards", type=path_pattern, nargs="+", required=True, help="held-out images"
     )
     parser.add_argument(
-        "--allow-val-in-train", action="store_true", help="measure on training pictures, too"
+        "--allow-val-in-train", action="store_true", help="measure on training images, too"
     )
     parser.add_argument("--samples", type=int, default=50_000, help="at most so many of each")
     parser.add_argument("--out", type=local_path, help="file for the result, as JSON")
@@ -76,12 +76,12 @@ def main(argv: list[str] | None = None) -> int:
     known = torch.isin(found[1][1], found[0][1]).sum().item()
     if known < counts[1]:
         print(
-            f"only {known} of {counts[1]} held-out pictures have a label that occurs among the "
-            "training pictures: the others cannot be found"
+            f"only {known} of {counts[1]} held-out images have a label that occurs among the "
+            "training images: the others cannot be found"
         )
     print(
         f"{args.run}: k-NN {result['knn']:.1f} %, linear probe {result['linear']:.1f} % of "
-        f"{counts[1]} held-out pictures, after {counts[0]} others"
+        f"{counts[1]} held-out images, after {counts[0]} others"
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

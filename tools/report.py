@@ -1,6 +1,6 @@
-"""One self-contained page about runs: curves over each other, pictures, evaluations, differences.
+"""One self-contained page about runs: curves over each other, images, evaluations, differences.
 
-python tools/report.py RUN [RUN ...] [--comparison FILE] [--pictures N] [--out report.html]
+python tools/report.py RUN [RUN ...] [--comparison FILE] [--images N] [--out report.html]
 
 RUN is a run folder of either stage or of classification; what tools/evaluate.py found below it
 (evaluation/) comes along, or RUN is itself a folder of tools/evaluate.py's. Of a sweep's runs:
@@ -49,7 +49,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], caption: str = "")
     return f"<table>{above}{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
-def picture(data: bytes, text: str, caption: str = "") -> str:
+def image(data: bytes, text: str, caption: str = "") -> str:
     """A PNG within the page; a drawn photograph, which is large as a PNG, as JPEG."""
     kind = "png"
     with Image.open(io.BytesIO(data)) as image:
@@ -98,11 +98,11 @@ def curve(groups: dict[str, list[RunFolder]], name: str, titled: str, marks: boo
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     caption = "Line and band: mean over seeds, one standard deviation on either side." * several
-    return picture(buffer.getvalue(), titled, caption)
+    return image(buffer.getvalue(), titled, caption)
 
 
 def needs_no_model(groups: dict[str, list[RunFolder]], name: str) -> tuple[str, list[float]]:
-    """What a score is to be compared with: its name, and its value for each set of pictures."""
+    """What a score is to be compared with: its name, and its value for each set of images."""
     if name == "val_r2":
         return "the best constant map", [0.0]
     if not name.startswith("val_miou"):
@@ -144,7 +144,7 @@ def short(value: Any) -> str:
 
 
 def evaluations(runs: list[RunFolder]) -> str:
-    """mIoU of what was evaluated, with intervals over pictures."""
+    """mIoU of what was evaluated, with intervals over images."""
     info = {run.name: run.evaluation for run in runs if run.evaluation}
     if not info:
         return ""
@@ -160,11 +160,11 @@ def evaluations(runs: list[RunFolder]) -> str:
             size = f"{found['pictures']} / {found['objects']}"
             rows.append([name, choice, size, *cells])
     caption = (
-        "mIoU in %; in brackets 95 % bootstrap intervals over pictures, which do not tell how "
+        "mIoU in %; in brackets 95 % bootstrap intervals over images, which do not tell how "
         "another seed would end. predicted: the mask that the model thinks best; oracle: the best "
         "of three; without a model: the box filled, or a disc of one size at the clicks."
     )
-    head = ["run", "mask", "pictures / objects", *prompts]
+    head = ["run", "mask", "images / objects", *prompts]
     return table(head, rows, caption)
 
 
@@ -296,7 +296,7 @@ def about(runs: list[RunFolder]) -> str:
                 str(info.get("commit"))[:60],
             ]
         )
-    head = ["run", "state", "machine", "pictures", "teacher", "bad samples", "versions", "commit"]
+    head = ["run", "state", "machine", "images", "teacher", "bad samples", "versions", "commit"]
     return table(head, rows) if rows else ""
 
 
@@ -328,15 +328,15 @@ TITLES = {
 
 
 def of_kind(runs: list[RunFolder], kind: str, most: int) -> str:
-    """Curves, tables and pictures of the runs of one entry."""
+    """Curves, tables and images of the runs of one entry."""
     text, drawn = "", TITLES[kind][1]
     if kind in COLUMNS and runs:
         text = curves(runs, COLUMNS[kind] | SPEED) + held_out(runs) + differences(runs)
     for run in runs:
-        files = run.pictures(most)
+        files = run.images(most)
         text += f"<h3>{html.escape(run.name)}: {drawn}</h3>" if files else ""
         for when, file in files:
-            text += picture(file.read_bytes(), f"{run.name}, {when}", when)
+            text += image(file.read_bytes(), f"{run.name}, {when}", when)
     return text
 
 
@@ -372,11 +372,11 @@ def main() -> int:
         "--comparison", type=local_path, help="comparison.json of tools/sweep.py table"
     )
     parser.add_argument(
-        "--pictures", type=int, default=6, help="of a run's training, first to last; default: 6"
+        "--images", type=int, default=6, help="of a run's training, first to last; default: 6"
     )
     parser.add_argument("--out", type=local_path, default=Path("report.html"))
     args = parser.parse_args()
-    require_least(0, args, "pictures")
+    require_least(0, args, "images")
     found = None
     if args.comparison is not None:
         require(is_file(args.comparison), f"--comparison {args.comparison} does not exist")
@@ -391,7 +391,7 @@ def main() -> int:
     for run in runs:
         if run.kind == "failed":
             print(run.failure)
-    write_text(args.out, page(runs, found, args.pictures))
+    write_text(args.out, page(runs, found, args.images))
     print(args.out)
     return 0
 

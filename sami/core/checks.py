@@ -24,9 +24,9 @@ from sami.core.run import Run, refuse_other_run
 from sami.core.starts import Start, starts_missing
 from sami.core.weights import entry_of_groups
 
-BATCH = 32  # pictures of the batch that --check reads
+BATCH = 32  # images of the batch that --check reads
 NOT_CHECKED = (
-    "the other pictures, the held-out ones and the checksums of cached features; whether the "
+    "the other images, the held-out ones and the checksums of cached features; whether the "
     "device's memory is enough; several processes; whether {folder} can be written and, if it is "
     "begun, goes on under this configuration"
 )
@@ -126,12 +126,12 @@ def tell_checked(
         made: what else was made, and of what.
 
     Raises:
-        UserError: the first pictures cannot be used.
+        UserError: the first images cannot be used.
     """
     told = {
-        "data.shards": f"{len(order.shards)} shard(s), {order.samples} pictures, "
+        "data.shards": f"{len(order.shards)} shard(s), {order.samples} images, "
         f"{order.steps_per_epoch} steps of {batch_size} an epoch",
-        "data.val_shards": f"{len(held_out)} shard(s), {sum(s.count for s in held_out)} pictures"
+        "data.val_shards": f"{len(held_out)} shard(s), {sum(s.count for s in held_out)} images"
         if held_out
         else "none given",
         **made,
@@ -148,10 +148,10 @@ def tell_checked(
     reasons = ", ".join(f"{number} {reason}" for reason, number in bad.items())
     require(
         bool(items),
-        f"none of the first {len(positions)} pictures of data.shards can be used ({reasons}); does "
+        f"none of the first {len(positions)} images of data.shards can be used ({reasons}); does "
         "it hold what this run reads?",
     )
     transform.collate(items)
     left_out = f"; left out: {reasons}" if bad else ""
-    print(f"a first batch: {len(items)} pictures read and decoded{left_out}")
+    print(f"a first batch: {len(items)} images read and decoded{left_out}")
     return FINISHED

@@ -55,7 +55,7 @@ class ShardsConfig:
         shards: one pattern of tar shards, several, or several with the share of the samples that
             comes from each ({"a/*.tar": 3, "b/*.tar": 1}); braces, globs, URLs.
         val_shards: one pattern or several for what is held out; empty for none.
-        allow_val_in_train: measure on pictures that are trained on, too, instead of refusing it.
+        allow_val_in_train: measure on images that are trained on, too, instead of refusing it.
         workers: processes per rank that decode; 0 decodes in the training process.
         epoch_samples: samples of one epoch if it shall be shorter than the shards; null for all.
         max_bad_fraction: stop once more than this share of the samples was bad; exactly so at the

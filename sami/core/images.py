@@ -1,6 +1,6 @@
 """Bytes to pixels: decode, turn upright, cut a region at a size, normalise on the device.
 
-Every picture of every program is opened and decoded here, and :func:`drawn_on` alone decides which
+Every image of every program is opened and decoded here, and :func:`drawn_on` alone decides which
 way round an annotation has it.
 """
 
@@ -24,11 +24,11 @@ from sami.core.errors import BadSample, raise_if_machine
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # What a member may really be, whatever its extension says; not EPS, which starts a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# The picture above which a sample counts as bad: 100 million pixels decode to 300 MB.
+# The image above which a sample counts as bad: 100 million pixels decode to 300 MB.
 MAX_PIXELS = 100_000_000
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's; times 255 these are SAM's own pixel_mean and pixel_std
 STD = (0.229, 0.224, 0.225)
-# What brings a stored picture upright, by its EXIF orientation (EXIF 2.3, tag 274).
+# What brings a stored image upright, by its EXIF orientation (EXIF 2.3, tag 274).
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,16 +40,16 @@ TURNS = {
 }
 BACK = TURNS | {6: TURNS[8], 8: TURNS[6]}  # and what undoes it: the others are their own inverse
 RANGES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))  # what deep samples may run up to
-OVERSHOOT = 0.05  # of the range of a float picture: what resampling leaves beyond it
+OVERSHOOT = 0.05  # of the range of a float image: what resampling leaves beyond it
 UNKNOWN_RANGE = "pixel values of no known range"
 
 Box = tuple[float, float, float, float]
-Drawn = Literal["upright", "stored"]  # on which picture, the displayed or the stored one
+Drawn = Literal["upright", "stored"]  # on which image, the displayed or the stored one
 DRAWN: tuple[Drawn, ...] = get_args(Drawn)
 
 
-class Picture:
-    """An encoded picture whose header was read; its pixels are decoded when they are asked for.
+class EncodedImage:
+    """An encoded image whose header was read; its pixels are decoded when they are asked for.
 
     Attributes:
         image: Pillow's.
@@ -70,7 +70,7 @@ class Picture:
         Raises:
             BadSample: the EXIF data is damaged.
         """
-        with decoding("damaged picture"):
+        with decoding("damaged image"):
             told = self.image.getexif().get(0x0112, 1)
             return int(told) if told in TURNS else 1
 
@@ -97,15 +97,15 @@ class Picture:
 
         Args:
             drawn: turned by its orientation, or as it is stored.
-            at_least: width and height that are wanted of the whole picture: a JPEG is decoded at
+            at_least: width and height that are wanted of the whole image: a JPEG is decoded at
                 the largest power-of-two reduction that is no smaller on either side.
 
         Raises:
-            BadSample: the picture is damaged, or its values cannot be told.
+            BadSample: the image is damaged, or its values cannot be told.
         """
         orientation = self.orientation  # Pillow forgets a TIFF's with the turning
         self.stored  # noqa: B018 - likewise
-        with decoding("damaged picture"):
+        with decoding("damaged image"):
             if at_least is not None and self.format == "JPEG":
                 swap = drawn == "upright" and orientation in (5, 6, 7, 8)
                 self.image.draft(None, at_least[::-1] if swap else at_least)
@@ -170,31 +170,31 @@ def _bits(image: Image.Image) -> int:
     return max(told) if isinstance(told, tuple) else int(told)
 
 
-def open_image(data: bytes) -> Picture:
-    """A picture with its header read and its pixels not yet decoded.
+def open_image(data: bytes) -> EncodedImage:
+    """An image with its header read and its pixels not yet decoded.
 
     Raises:
-        BadSample: not a picture, or larger than MAX_PIXELS.
+        BadSample: not an image, or larger than MAX_PIXELS.
     """
-    with decoding("not a picture" if data else "empty file"):
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        picture = Picture(data, image)
-        width, height = picture.stored
+    with decoding("not an image" if data else "empty file"):
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = EncodedImage(data, opened)
+        width, height = image.stored
     if width * height > MAX_PIXELS:
         raise BadSample("too many pixels")
-    return picture
+    return image
 
 
 def drawn_on(
-    picture: Picture, width: int, height: int, told: Drawn | None, default: Drawn
+    image: EncodedImage, width: int, height: int, told: Drawn | None, default: Drawn
 ) -> tuple[Drawn, bool]:
-    """Which way round an annotation has its picture: the one place that decides.
+    """Which way round an annotation has its image: the one place that decides.
 
     By the size where only one fits. Where both do (the orientation mirrors, turns by 180 degrees,
-    or the picture is square) by what the annotation tells, or else by ``default``.
+    or the image is square) by what the annotation tells, or else by ``default``.
 
     Args:
-        width, height: of the picture, as the annotation has them.
+        width, height: of the image, as the annotation has them.
         told: in the annotation itself, if it says.
         default: if nothing else decides.
 
@@ -204,23 +204,23 @@ def drawn_on(
     Raises:
         BadSample: the annotation fits neither, or its EXIF data is damaged.
     """
-    fitting: list[Drawn] = [d for d in DRAWN if picture.size(d) == (width, height)]
+    fitting: list[Drawn] = [d for d in DRAWN if image.size(d) == (width, height)]
     if not fitting or told is not None and told not in fitting:
-        raise BadSample("annotation of another picture size")
-    if len(fitting) == 1 or picture.orientation == 1:
+        raise BadSample("annotation of another image size")
+    if len(fitting) == 1 or image.orientation == 1:
         return fitting[0], False
     return told or default, told is None
 
 
-def cut(picture: Picture, box: Box, sizes: list[int], flip: bool) -> list[np.ndarray]:
-    """The same region of a picture at several sizes, each resized from the original pixels.
+def cut(image: EncodedImage, box: Box, sizes: list[int], flip: bool) -> list[np.ndarray]:
+    """The same region of an image at several sizes, each resized from the original pixels.
 
     A JPEG is decoded at the largest power-of-two reduction at which the region still has at
     least the largest asked size on both sides, so that nothing is scaled up on account of it.
 
     Args:
-        picture: from :func:`open_image`; it is decoded here, once.
-        box: left, top, right, bottom in pixels of the upright picture.
+        image: from :func:`open_image`; it is decoded here, once.
+        box: left, top, right, bottom in pixels of the upright image.
         sizes: sides of the square outputs, in pixels.
         flip: mirror left and right.
 
@@ -228,13 +228,13 @@ def cut(picture: Picture, box: Box, sizes: list[int], flip: bool) -> list[np.nda
         One uint8 array [size, size, 3] per size.
 
     Raises:
-        BadSample: the picture is damaged.
+        BadSample: the image is damaged.
     """
     left, top, right, bottom = box
-    (width, height), need = picture.upright, max(sizes)
+    (width, height), need = image.upright, max(sizes)
     whole = _at_least(width, need, right - left), _at_least(height, need, bottom - top)
-    pixels = picture.decode("upright", whole)
-    with decoding("damaged picture"):
+    pixels = image.decode("upright", whole)
+    with decoding("damaged image"):
         x, y = pixels.width / width, pixels.height / height
         region = (left * x, top * y, right * x, bottom * y)
         views = {
@@ -244,14 +244,16 @@ def cut(picture: Picture, box: Box, sizes: list[int], flip: bool) -> list[np.nda
     return [views[size][:, ::-1] if flip else views[size] for size in sizes]
 
 
-def resize_whole(picture: Picture, height: int, width: int, drawn: Drawn = "upright") -> np.ndarray:
-    """A whole picture at another size.
+def resize_whole(
+    image: EncodedImage, height: int, width: int, drawn: Drawn = "upright"
+) -> np.ndarray:
+    """A whole image at another size.
 
     From all of its pixels: what a user hands over as an array gives the same. (A JPEG that libjpeg
     reduces first, to twice the size, would differ by up to a fifth in the embedding.)
 
     Args:
-        picture: from :func:`open_image`; it is decoded here.
+        image: from :func:`open_image`; it is decoded here.
         height, width: of the result in pixels.
         drawn: upright, or as it is stored; see :func:`drawn_on`.
 
@@ -259,24 +261,24 @@ def resize_whole(picture: Picture, height: int, width: int, drawn: Drawn = "upri
         uint8 [height, width, 3]; antialiased bilinear.
 
     Raises:
-        BadSample: the picture is damaged.
+        BadSample: the image is damaged.
     """
-    return resize_array(np.asarray(picture.decode(drawn)), height, width)
+    return resize_array(np.asarray(image.decode(drawn)), height, width)
 
 
 def longest_frame(image_size: int, height: int, width: int) -> tuple[int, int]:
     """Height and width in pixels at which the longest side is ``image_size``, as SAM resizes.
 
-    At least one pixel, which SAM's own rounding is not for a picture of 3000 x 1.
+    At least one pixel, which SAM's own rounding is not for an image of 3000 x 1.
     """
     scale = image_size / max(height, width)
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def frame_of(image_size: int, resize: str, height: int, width: int) -> tuple[int, int]:
-    """Height and width in pixels that a picture has within a square input.
+    """Height and width in pixels that an image has within a square input.
 
-    ``square``: all of it, whatever the picture's aspect, as the released EfficientSAM has it.
+    ``square``: all of it, whatever the image's aspect, as the released EfficientSAM has it.
     ``longest``: as SAM resizes, the rest is padding on the right and below.
     """
     if resize == "square":
@@ -288,9 +290,9 @@ def to_8_bits(values: np.ndarray, inverse: bool = False) -> np.ndarray:
     """Samples of more than 8 bits, [H, W] or [H, W, 3], to uint8.
 
     Files do not tell what their samples run up to (12 bits lie in 16 as often as not, and TIFF's
-    MaxSampleValue is the picture's own maximum), so that the picture does: integers, and float
-    pictures above 255, are taken to fill the first of 8, 10, 12, 14 and 16 bits that holds their
-    largest; float pictures up to 1 fill 0..1, others 0..255.
+    MaxSampleValue is the image's own maximum), so that the image does: integers, and float
+    images above 255, are taken to fill the first of 8, 10, 12, 14 and 16 bits that holds their
+    largest; float images up to 1 fill 0..1, others 0..255.
 
     Args:
         inverse: 0 is white.
@@ -306,7 +308,7 @@ def to_8_bits(values: np.ndarray, inverse: bool = False) -> np.ndarray:
     slack = OVERSHOOT if real else 0.0
     ranges = (1, *RANGES) if real else RANGES
     top = next((top for top in ranges if high <= top * (1 + slack)), None)
-    # A float picture of 0..255 that has nothing over 16 may as well be one of 0..1, too bright.
+    # A float image of 0..255 that has nothing over 16 may as well be one of 0..1, too bright.
     if top is None or low < -slack * top or (real and top == 255 and high < 16):
         raise BadSample(UNKNOWN_RANGE)
     scaled = values.astype(np.float64 if real else np.float32).clip(0, top) * (255.0 / top)
@@ -319,13 +321,13 @@ def resize_array(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     Torch's result is Pillow's up to 1 of 255, in a third of the time at 1500 x 2250 to 1024 x 1024.
     """
     own = np.array(pixels, order="C")  # torch warns of memory that it may not write to
-    picture = torch.from_numpy(own).permute(2, 0, 1).unsqueeze(0)  # [1, 3, H, W]
-    picture = F.interpolate(picture, (height, width), mode="bilinear", antialias=True)
-    return picture.squeeze(0).permute(1, 2, 0).numpy()
+    image = torch.from_numpy(own).permute(2, 0, 1).unsqueeze(0)  # [1, 3, H, W]
+    image = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
+    return image.squeeze(0).permute(1, 2, 0).numpy()
 
 
 class Normalise(nn.Module):
-    """Pictures to zero mean and unit variance, by ImageNet's (and SAM's) statistics if none are
+    """Images to zero mean and unit variance, by ImageNet's (and SAM's) statistics if none are
     given."""
 
     def __init__(
@@ -364,7 +366,7 @@ def decoding(reason: str) -> Iterator[None]:
 
     Raises:
         BadSample: ``reason``, or too many pixels.
-        MachineError: the machine refused; nothing is known to be wrong with the picture.
+        MachineError: the machine refused; nothing is known to be wrong with the image.
     """
     try:
         with warnings.catch_warnings():
@@ -380,5 +382,5 @@ def decoding(reason: str) -> Iterator[None]:
 
 
 def _at_least(full: int, need: int, part: float) -> int:
-    """The side of the whole picture at which ``part`` of it still measures ``need`` pixels."""
+    """The side of the whole image at which ``part`` of it still measures ``need`` pixels."""
     return max(1, int(np.ceil(full * need / part)))

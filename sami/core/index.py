@@ -104,7 +104,7 @@ def open_sources(
             windows; 0 for no such check.
 
     Raises:
-        UserError: a shard is not a readable tar, none holds a picture, or the cache is too small.
+        UserError: a shard is not a readable tar, none holds an image, or the cache is too small.
     """
     cache = cache or ShardCache()
     urls = [url for group, _ in groups for url in group]
@@ -149,7 +149,7 @@ def open_sources(
             first, others = source.shards[0].url, len(source.shards) - 1
             raise UserError(
                 f"{first} {f'and the other {others} shards hold' if others else 'holds'} no "
-                f"picture ({', '.join(IMAGE_EXTENSIONS)}); make shards with tools/make_shards.py"
+                f"image ({', '.join(IMAGE_EXTENSIONS)}); make shards with tools/make_shards.py"
             )
     return sources
 

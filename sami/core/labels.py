@@ -36,7 +36,7 @@ def require_labels(shards: list[Shard], key: str, remedy: str) -> None:
     column = FIELDS.index("cls")
     require(
         any((shard.members().sizes[:, column] > 0).any() for shard in shards),
-        f"{key} hold no labelled picture (.cls); {remedy}",
+        f"{key} hold no labelled image (.cls); {remedy}",
     )
 
 
@@ -56,7 +56,7 @@ def check_labels(shards: list[Shard], key: str, classes: int, max_bad_fraction: 
     if len(over):
         raise UserError(
             f"{key}: {_name_of(shards, int(over[0]))} is of class {labels[over[0]]}, and "
-            f"data.classes {classes} has 0 to {classes - 1} ({len(over)} of {len(labels)} pictures "
+            f"data.classes {classes} has 0 to {classes - 1} ({len(over)} of {len(labels)} images "
             f"are beyond, up to class {labels.max()}); set --data.classes {labels.max() + 1}, or "
             "make the shards anew with numbers from 0 on"
         )
@@ -69,7 +69,7 @@ def check_labels(shards: list[Shard], key: str, classes: int, max_bad_fraction: 
     if len(without) + len(bad) > max_bad_fraction * len(labels):
         first = _name_of(shards, int(min([*without[:1], *bad[:1]])))
         raise UserError(
-            f"{key}: {len(without)} of {len(labels)} pictures have no label (.cls), {len(bad)} one "
+            f"{key}: {len(without)} of {len(labels)} images have no label (.cls), {len(bad)} one "
             f"that is not a class number from 0 on, such as {first}; make the shards anew, or "
             f"raise --data.max_bad_fraction above {max_bad_fraction}"
         )
@@ -148,7 +148,7 @@ def tell_held_out(
     strange = int((~np.isin(theirs, known)).sum())
     if strange:
         say(
-            f"{strange} of {len(theirs)} labelled pictures of data.val_shards are of classes that "
+            f"{strange} of {len(theirs)} labelled images of data.val_shards are of classes that "
             "never occur in data.shards"
         )
     first = _good(labels[:samples])
@@ -156,7 +156,7 @@ def tell_held_out(
     found = len(np.unique(first))
     if mixed >= 1.5 and found <= MIXED * mixed:
         say(
-            f"eval.samples {samples} are the first pictures of data.val_shards, and neighbours "
+            f"eval.samples {samples} are the first images of data.val_shards, and neighbours "
             f"there share their class: {found} classes, of {len(np.unique(theirs))} in all; set "
             "--eval.samples null, or make the shards anew with tools/make_shards.py, which shuffles"
         )

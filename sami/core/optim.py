@@ -75,8 +75,8 @@ class TrainConfig:
     Attributes:
         steps: optimizer steps; with epochs given too, the run ends at whichever comes first.
         epochs: passes over the samples.
-        batch_size: pictures per optimizer step, over all processes.
-        micro_batch_size: at most so many pictures per forward and process; what is missing to
+        batch_size: images per optimizer step, over all processes.
+        micro_batch_size: at most so many images per forward and process; what is missing to
             batch_size is accumulated. null for as many as batch_size asks for.
         compile: torch.compile the student and its decoder.
         precision: auto is bf16 where the hardware has it, else fp32.
@@ -119,7 +119,7 @@ class TrainConfig:
         return min(steps for steps in (self.steps, by_epochs) if steps is not None)
 
     def micro_batch(self, processes: int) -> int:
-        """Pictures per forward and process.
+        """Images per forward and process.
 
         Raises:
             UserError: batch_size is not a multiple of processes x micro_batch_size.

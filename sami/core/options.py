@@ -6,11 +6,12 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from sami.core.errors import UserError
 
+RENAMED = {"--pictures": "--images"}
 QUOTE = "put a pattern such as 'data/*.tar' in quotes"
 
 
@@ -45,6 +46,11 @@ class Options(argparse.ArgumentParser):
             formatter_class=Help,
             **settings,
         )
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """argparse's, with options under the names that they had before."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_renamed(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
         """
@@ -89,6 +95,11 @@ class Options(argparse.ArgumentParser):
         if words.startswith("ignored explicit argument"):
             return f"{name} takes no value"
         return f"{name}: {words}"
+
+
+def _renamed(word: str) -> str:
+    name, *value = word.split("=", 1)
+    return "=".join([RENAMED.get(name, name), *value])
 
 
 def require_least(least: int, args: argparse.Namespace, *names: str) -> None:

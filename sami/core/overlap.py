@@ -9,11 +9,11 @@ from sami.core.errors import UserError
 from sami.core.index import Shard
 from sami.core.network import is_url
 from sami.core.reading import key_of, read_samples
-from sami.core.scanning import FIELDS, PICTURE
+from sami.core.scanning import FIELDS, IMAGE
 
 CONFIRMED = 32  # pairs of one key and size whose bytes are compared, at most
-PROBED, ALIKE = 16, 16  # held-out pictures that are looked for under other keys; of one size each
-COLUMN = FIELDS.index(PICTURE)
+PROBED, ALIKE = 16, 16  # held-out images that are looked for under other keys; of one size each
+COLUMN = FIELDS.index(IMAGE)
 
 SampleIndex = tuple[Shard, int]  # a shard and a row in it
 
@@ -21,14 +21,14 @@ SampleIndex = tuple[Shard, int]  # a shard and a row in it
 def refuse_overlap(
     train: list[Shard], held_out: list[Shard], keys: tuple[str, str], allow: str
 ) -> None:
-    """Refuse held-out shards that hold training pictures.
+    """Refuse held-out shards that hold training images.
 
     Args:
         keys: what train and held_out were given by, for the message.
         allow: what to type if it is meant.
 
     Raises:
-        UserError: they share a file, or pictures.
+        UserError: they share a file, or images.
     """
     found = find_overlap(train, held_out, *keys)
     if found is not None:
@@ -43,9 +43,9 @@ def find_overlap(
 ) -> str | None:
     """What the two have in common, in words; None if nothing.
 
-    Looked for are one file under two names, pictures of one key, size and content (the keys without
+    Looked for are one file under two names, images of one key, size and content (the keys without
     the shard's name), and, on a sample, of one content under other keys. The indexes tell what may
-    be alike; a few pictures are read to be sure.
+    be alike; a few images are read to be sure.
     """
     files = {_identity(shard.url): shard.url for shard in train}
     same = [(shard.url, files.get(_identity(shard.url))) for shard in held_out]
@@ -64,17 +64,17 @@ def find_overlap(
     if len(sure := list(itertools.islice(equal, 2))) == min(2, total):  # one may be a placeholder
         mine, theirs = sure[0]
         return (
-            f"{held_out_key} hold pictures of {train_key}, such as {_describe(mine)} and "
+            f"{held_out_key} hold images of {train_key}, such as {_describe(mine)} and "
             f"{_describe(theirs)} ({len(pairs)} of {total} have the same key and size)"
         )
     again = []
     for mine, others in probes:
         again += [(mine, other) for other in others if _equal(mine, other)][:1]
-    # Many a set holds a few pictures twice; a single held-out one is all that is measured.
+    # Many a set holds a few images twice; a single held-out one is all that is measured.
     if len(again) >= min(2, total) and 4 * len(again) >= len(probes) > 0:
         mine, theirs = again[0]
         return (
-            f"{held_out_key} hold pictures of {train_key} under other keys, such as "
+            f"{held_out_key} hold images of {train_key} under other keys, such as "
             f"{_describe(mine)} and {_describe(theirs)} ({len(again)} of {len(probes)} that were "
             "compared)"
         )
@@ -84,7 +84,7 @@ def find_overlap(
 def _candidates(
     train: list[Shard], held_out: list[Shard]
 ) -> tuple[list[tuple[SampleIndex, SampleIndex]], list[tuple[SampleIndex, list[SampleIndex]]]]:
-    """Pairs of one key and size; and some held-out pictures with training pictures of their size.
+    """Pairs of one key and size; and some held-out images with training images of their size.
 
     Nothing but the indexes is read; the latter are in shards that need not be fetched for it.
     """
@@ -136,9 +136,9 @@ def _some(items: list, most: int) -> list:
 
 
 def _equal(mine: SampleIndex, theirs: SampleIndex) -> bool:
-    """Whether two pictures are the same bytes."""
+    """Whether two images are the same bytes."""
     found = [
-        next(read_samples(shard, np.array([row]), (PICTURE,))).parts.get(PICTURE)
+        next(read_samples(shard, np.array([row]), (IMAGE,))).parts.get(IMAGE)
         for shard, row in (mine, theirs)
     ]
     return bool(found[0]) and found[0] == found[1]

@@ -36,7 +36,7 @@ MARKERS = "osD^vPX"
 
 
 def object_colour(number: int) -> str:
-    """The colour of a picture's object, the same in all its panels."""
+    """The colour of an image's object, the same in all its panels."""
     return OBJECTS[number % len(OBJECTS)]
 
 

@@ -72,7 +72,7 @@ def choose_device(words: str, option: str = "--device") -> torch.device:
 
 
 def exact(device: torch.device) -> torch.dtype:
-    """What sums over many pictures are kept in: fp64, which Apple's GPUs do not have."""
+    """What sums over many images are kept in: fp64, which Apple's GPUs do not have."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from sami.core.errors import BadSample, raise_if_machine
 from sami.core.index import Shard
 from sami.core.network import RangeFile, is_url
-from sami.core.scanning import BLOCK, FIELDS, PICTURE, UNREADABLE, Members, named_members, open_tar
+from sami.core.scanning import BLOCK, FIELDS, IMAGE, UNREADABLE, Members, named_members, open_tar
 
 # Shards that a process holds open: many systems allow 256 files, and workers take some for pipes.
 OPEN = 64
@@ -40,7 +40,7 @@ class RawSample:
             BadSample: it is not there.
         """
         if name not in self.parts:
-            raise BadSample(self.reason or f"no {name}" + " member" * (name != PICTURE))
+            raise BadSample(self.reason or f"no {name}" + " member" * (name != IMAGE))
         return self.parts[name]
 
 
@@ -169,7 +169,7 @@ def locate(shards: list[Shard], numbers: np.ndarray) -> tuple[np.ndarray, np.nda
 def read_whole(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Every sample of a shard: its key, and its members under their own names.
 
-    In the order of their pictures, as far as the tar goes. Of members of the same key and field
+    In the order of their images, as far as the tar goes. Of members of the same key and field
     the first counts; a sample that is cut off has no members.
     """
     groups: dict[str, dict[str, tarfile.TarInfo]] = {}
@@ -182,8 +182,8 @@ def read_whole(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         with _as_far_as_it_goes(url):
             for key, kind, member in named_members(tar):
                 groups.setdefault(key, {}).setdefault(kind, member)
-        kept = [(key, row) for key, row in groups.items() if PICTURE in row]
-        for key, row in sorted(kept, key=lambda item: item[1][PICTURE].offset_data):
+        kept = [(key, row) for key, row in groups.items() if IMAGE in row]
+        for key, row in sorted(kept, key=lambda item: item[1][IMAGE].offset_data):
             members = {}
             with _as_far_as_it_goes(url):
                 members = {info.name: tar.extractfile(info).read() for info in row.values()}

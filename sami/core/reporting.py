@@ -151,8 +151,8 @@ class Reporter:
             self._task = self._bar.add_task(self.dir.name, total=steps, words="", completed=step)
         self._bar.update(self._task, completed=step, **({} if words is None else {"words": words}))
 
-    def picture(self, path: Path, step: int) -> None:
-        """Hand a picture that was written to wandb."""
+    def image(self, path: Path, step: int) -> None:
+        """Hand an image that was written to wandb."""
         if self._wandb is not None:
             import wandb
 

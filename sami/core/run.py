@@ -43,7 +43,7 @@ class RunConfig:
         save_every: steps between checkpoints.
         save_minutes: minutes after which a checkpoint is due in any case.
         keep: number of checkpoints that stay.
-        picture_every: steps between pictures; 0 for none.
+        picture_every: steps between images; 0 for none.
         wandb: online, offline or disabled.
     """
 
@@ -112,7 +112,7 @@ class Run:
         self.reporter = Reporter(self.dir, self.is_main)
         self.say, self.say_once = self.reporter.say, self.reporter.say_once
         self.record, self.advance = self.reporter.record, self.reporter.advance
-        self.picture, self.metrics = self.reporter.picture, self.reporter.metrics
+        self.image, self.metrics = self.reporter.image, self.reporter.metrics
         self._lock: Any = None
         self._summary: dict[str, Any] = {}
         self._may_write, self._begun = False, False

@@ -1,6 +1,6 @@
 """What stands in a tar: its samples, and where each of their members lies.
 
-A *sample* is a picture (``<key>.jpg``, jpeg, png, webp) and what lies beside it under the same key:
+A *sample* is an image (``<key>.jpg``, jpeg, png, webp) and what lies beside it under the same key:
 ``.json``, ``.cls``, ``.teacher.npz``.
 """
 
@@ -23,9 +23,9 @@ from sami.core.images import IMAGE_EXTENSIONS
 from sami.core.network import by_fsspec, describe, is_url
 from sami.core.remote import ShardCache, is_streamed, open_shard
 
-PICTURE, TEACHER = "picture", "teacher.npz"
-FIELDS = (PICTURE, "json", "cls", TEACHER)  # the columns of an index
-EXTENSIONS = dict.fromkeys(IMAGE_EXTENSIONS, PICTURE) | {name: name for name in FIELDS[1:]}
+IMAGE, TEACHER = "image", "teacher.npz"
+FIELDS = (IMAGE, "json", "cls", TEACHER)  # the columns of an index
+EXTENSIONS = dict.fromkeys(IMAGE_EXTENSIONS, IMAGE) | {name: name for name in FIELDS[1:]}
 NO_LABEL, BAD_LABEL = -1, -2  # in an index: no .cls; one that is not a class number
 MAX_LABEL = 2**31  # class numbers are below
 LABEL_BYTES = 64  # of a .cls that is looked at
@@ -35,12 +35,12 @@ EXTENDED_HEADERS = (b"L", b"K", b"x", b"g", b"X")  # long names and the like
 MAX_EXTENDED = 1 << 20  # bytes
 UNREADABLE = (tarfile.TarError, OSError, EOFError, zlib.error)
 DAMAGED_INDEX = (OSError, ValueError, KeyError, zlib.error, zipfile.BadZipFile)
-HOP = 4096  # bytes read at once to find the next header: it and a .cls before it, but no picture
+HOP = 4096  # bytes read at once to find the next header: it and a .cls before it, but no image
 
 
 @dataclass
 class Members:
-    """Where the samples of a shard lie, in the order of their pictures.
+    """Where the samples of a shard lie, in the order of their images.
 
     ``keys`` [n] bytes; ``starts`` [n, F] where the data of each of FIELDS begins, in bytes from
     the shard's start, -1 where there is none; ``sizes`` [n, F] its bytes, 0 where there is none.
@@ -141,16 +141,16 @@ def scan(url: str, cache: ShardCache | None = None) -> Members:
         notes.append(f"cut short ({words}), {len(rows)} samples stand in it; fetch it again")
     if sparse:
         notes.append(f"{sparse} members are stored with holes and do not count; write it anew")
-    alone = [f"{key}.{next(iter(row))}" for key, row in rows.items() if PICTURE not in row]
+    alone = [f"{key}.{next(iter(row))}" for key, row in rows.items() if IMAGE not in row]
     if alone:
-        notes.append(f"{len(alone)} samples have no picture and do not count, such as {alone[0]}")
+        notes.append(f"{len(alone)} samples have no image and do not count, such as {alone[0]}")
     if twice:
         notes.append(
             f"{len(twice)} members have the key and kind of an earlier one and do not count, such "
             f"as {twice[0]}"
         )
-    kept = {key: row for key, row in rows.items() if PICTURE in row}
-    kept = dict(sorted(kept.items(), key=lambda item: item[1][PICTURE][0]))
+    kept = {key: row for key, row in rows.items() if IMAGE in row}
+    kept = dict(sorted(kept.items(), key=lambda item: item[1][IMAGE][0]))
     table = np.array(
         [[row.get(name, (-1, 0)) for name in FIELDS] for row in kept.values()], np.int64
     ).reshape(-1, len(FIELDS), 2)
@@ -181,7 +181,7 @@ def named_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarI
 def split_name(name: str) -> tuple[str, str] | None:
     """Key and field of a member's name; None if it is no part of a sample, or hidden.
 
-    Dots belong to the key: ``a/b.v2.jpg`` is the picture of ``a/b.v2``.
+    Dots belong to the key: ``a/b.v2.jpg`` is the image of ``a/b.v2``.
     """
     name = name.removeprefix("./")
     base = name.rpartition("/")[2]

@@ -59,7 +59,7 @@ class State:
         self.ema = Ema(model, optim.ema) if optim.ema else None
         self.window, self.guard, self.clock = Window(run.device), Guard(run.device), Clock()
         self.bad, self.left_out = BadSamples(), BadSamples()  # of this rank; objects of samples
-        self.unsure = BadSamples()  # pictures of which a default told how their masks lie
+        self.unsure = BadSamples()  # images of which a default told how their masks lie
 
     # -- one step -----------------------------------------------------------------------------
 
@@ -95,9 +95,9 @@ class State:
         for reason, key in objects:
             self.left_out.add(reason, key)
 
-    def note_unsure(self, pictures: list[tuple[str, str]]) -> None:
-        """Count pictures of which a default told how their masks lie, given as (what, key)."""
-        for what, key in pictures:
+    def note_unsure(self, images: list[tuple[str, str]]) -> None:
+        """Count images of which a default told how their masks lie, given as (what, key)."""
+        for what, key in images:
             self.unsure.add(what, key)
             if self.unsure.counts.total() == 1:
                 self.run.say(f"{what} (the first is {key}; counted in summary.json)")
@@ -330,7 +330,7 @@ def _other_metadata(before: dict[str, Any], now: dict[str, Any], free: set[str])
         words.append(f"the weights of data.shards were {weights[0]} and are now {weights[1]}")
     if old.get("fingerprint") != new.get("fingerprint") or (old != new and not words):
         there, here = (
-            f"{told.get('pictures')} pictures in {told.get('shards')} shards, fingerprint "
+            f"{told.get('pictures')} images in {told.get('shards')} shards, fingerprint "
             f"{str(told.get('fingerprint'))[:12]}"
             for told in (old, new)
         )

@@ -93,7 +93,7 @@ def plan_training(data: ShardsConfig, train: TrainConfig, run: Run) -> Plan:
     )
     require(
         order.steps_per_epoch > 0,
-        f"data.shards hold {order.samples} pictures, less than one train.batch_size of "
+        f"data.shards hold {order.samples} images, less than one train.batch_size of "
         f"{train.batch_size}; lower it or give more shards",
     )
     micro_batch = train.micro_batch(run.processes)
@@ -208,7 +208,7 @@ class Loop:
         )
         run.say(
             f"{run.dir}: {what}, {total:.2f} M parameters, {trained:.2f} M trained, on "
-            f"{order.samples} pictures, {order.steps_per_epoch} steps an epoch, {self.steps} "
+            f"{order.samples} images, {order.steps_per_epoch} steps an epoch, {self.steps} "
             f"steps, now at {self.step}"
         )
         if self.steps < (train.steps or self.steps):
@@ -343,5 +343,5 @@ class Loop:
                 run.say(f"{key.replace('_', ' ')}: {counted[key]}")
         for remark in remarks:
             run.say(remark)
-        run.say(f"finished: {run.dir}/{file}, metrics.jsonl and pictures/ beside it")
+        run.say(f"finished: {run.dir}/{file}, metrics.jsonl and images/ beside it")
         return FINISHED

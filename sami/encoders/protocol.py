@@ -53,7 +53,7 @@ class EncoderShape:
         """For a sentence."""
         return (
             f"width {self.width}, depth {self.depth}, {self.heads} heads and patches of "
-            f"{self.patch_size} pixels for pictures of {self.image_size}"
+            f"{self.patch_size} pixels for images of {self.image_size}"
         )
 
 

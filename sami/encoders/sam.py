@@ -1,4 +1,4 @@
-"""SAM's image encoder at any picture size.
+"""SAM's image encoder at any image size.
 
 The modules, names and weights are segment-anything's; the forward pass here is the same function
 (to 1e-4, tested), with ``scaled_dot_product_attention`` instead of an explicit softmax over all
@@ -52,7 +52,7 @@ class SamEncoder(FromShape, ImageEncoderViT):
     def __init__(self, shape: EncoderShape, global_blocks: tuple[int, ...] | None = None) -> None:
         """
         Args:
-            global_blocks: those that see the whole picture; the last of each quarter, as in SAM,
+            global_blocks: those that see the whole image; the last of each quarter, as in SAM,
                 if None.
         """
         depth = shape.depth

@@ -108,7 +108,7 @@ class Vit(FromShape, nn.Module):
         size = self.shape.image_size
         if images.shape[2:] != (size, size):
             raise ValueError(
-                f"the encoder was built for {size}x{size} pictures and got {tuple(images.shape)}"
+                f"the encoder was built for {size}x{size} images and got {tuple(images.shape)}"
             )
         patches = patchify(images, self.shape.patch_size)
         positions = self.pos_embed[:, 1:].expand(len(images), -1, -1)

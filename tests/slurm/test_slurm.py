@@ -42,7 +42,7 @@ def shards(tmp_path_factory):
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """Shards with masks."""
-    done = draw(tmp_path_factory.mktemp("scenes"), "--shards", "2", "--pictures", "16")
+    done = draw(tmp_path_factory.mktemp("scenes"), "--shards", "2", "--images", "16")
     assert done.returncode == 0, done.stderr
     return done.stdout.split(": ")[-1].strip()
 

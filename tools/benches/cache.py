@@ -1,4 +1,4 @@
-"""Stage 1 on cached features, against the same pictures with ready targets."""
+"""Stage 1 on cached features, against the same images with ready targets."""
 
 import argparse
 import tempfile
@@ -17,7 +17,7 @@ from sami.core.images import open_image
 from sami.core.index import Source, open_sources
 from sami.core.patterns import expand
 from sami.core.reading import read_samples
-from sami.core.scanning import PICTURE, TEACHER
+from sami.core.scanning import IMAGE, TEACHER
 from sami.data import CropTransform
 from sami.features import Cache, QuantizedFeatures, to_bytes
 from sami.masking import MaskConfig
@@ -30,8 +30,8 @@ def write_features(source: Source, folder: Path, cache: Cache) -> Source:
     folder.mkdir()
     for shard in source.shards:
         with wds.TarWriter(str(folder / f"{shard.name}.tar")) as writer:
-            for sample in read_samples(shard, np.arange(shard.count), (PICTURE,)):
-                data = sample.part(PICTURE)
+            for sample in read_samples(shard, np.arange(shard.count), (IMAGE,)):
+                data = sample.part(IMAGE)
                 cells = cache.cells(*open_image(data).upright)
                 values = rng.integers(-127, 128, (cache.channels, *cells), dtype=np.int8)
                 stored = QuantizedFeatures(values, np.full(cache.channels, 0.01, np.float32))
@@ -56,7 +56,7 @@ def reading(batches: Iterator, train: Callable[..., None], device: torch.device)
 
 
 def cache(args: argparse.Namespace) -> None:
-    """Training steps that read cached features, against the same pictures with ready targets."""
+    """Training steps that read cached features, against the same images with ready targets."""
     device, batch = torch.device(args.device), args.batch or 16
     introduce(args, device)
     kind = Cache("sam_vit_h", "", True, "neck", 1024, 16, 256, args.grid, "int8")

@@ -25,18 +25,18 @@ from finetune.rle import sample as sample_runs
 from sami.core.images import open_image
 from sami.core.optim import OptimConfig, build_optimizer
 from sami.core.reading import RawSample
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from sami.encoder import EncoderConfig
 
 
 def draw_sample(rng: np.random.Generator, width: int = 2250, height: int = 1500) -> RawSample:
-    """A picture with 100 masks as SA-1B stores them: smooth outlines, some of them with holes."""
+    """An image with 100 masks as SA-1B stores them: smooth outlines, some of them with holes."""
     grain = rng.normal(0, 8, (height, width, 1))
     coarse = Image.fromarray(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
     buffer = io.BytesIO()
-    picture = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
-    picture.save(buffer, "JPEG", quality=90)
+    photo = Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
+    photo.save(buffer, "JPEG", quality=90)
     info = []
     for _ in range(100):
         side = int(np.exp(rng.uniform(np.log(30), np.log(900))))
@@ -59,13 +59,13 @@ def draw_sample(rng: np.random.Generator, width: int = 2250, height: int = 1500)
         )
     image = {"width": width, "height": height, "file_name": "sa_0.jpg", "image_id": 0}
     document = json.dumps({"image": image, "annotations": info}).encode()
-    return RawSample("drawn", {PICTURE: buffer.getvalue(), "json": document})
+    return RawSample("drawn", {IMAGE: buffer.getvalue(), "json": document})
 
 
 def sample_path(args: argparse.Namespace) -> None:
     """From SA-1B's bytes to what stage 2 trains on, against the plain way, on one core."""
     sample = draw_sample(np.random.default_rng(0))
-    picture, document = sample.part(PICTURE), sample.part("json")
+    encoded, document = sample.part(IMAGE), sample.part("json")
     info = parse_annotations(document)
     size = (info.height, info.width)
     runs = [mask.counts for mask in info.masks[:64]]
@@ -80,14 +80,14 @@ def sample_path(args: argparse.Namespace) -> None:
         masks = [Image.fromarray(coco_mask.decode(shape).T) for shape in shapes]  # T: no copy
         return [np.asarray(mask.resize((256, 256), Image.Resampling.NEAREST)) for mask in masks]
 
-    def plain_picture() -> torch.Tensor:
-        pixels = np.array(open_image(picture).decode())
+    def plain_image() -> torch.Tensor:
+        pixels = np.array(open_image(encoded).decode())
         image = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float() / 255
         return F.interpolate(image, (1024, 1024), mode="bilinear", antialias=True)
 
     def plain() -> None:
         json.loads(document)
-        plain_picture()
+        plain_image()
         np.stack(their_masks())
 
     seconds = measure(
@@ -96,13 +96,13 @@ def sample_path(args: argparse.Namespace) -> None:
             "64 masks: ours": our_masks,
             "sample: plain": plain,
             "sample: ours": lambda: ours.decode(sample, 0, False),
-            "picture: plain": plain_picture,
+            "image: plain": plain_image,
         },
         args.rounds,
         torch.device("cpu"),
     )
     print(
-        f"\nSA-1B sample, one core: JPEG of 2250 x 1500 px ({len(picture) / 1e6:.1f} MB), 100 "
+        f"\nSA-1B sample, one core: JPEG of 2250 x 1500 px ({len(encoded) / 1e6:.1f} MB), 100 "
         f"masks ({sum(map(len, runs)) / 64000:.1f} kB each)\n"
         "to 1024 x 1024 px and 64 masks of 256 x 256; the plain sample has no prompts yet"
     )
@@ -117,7 +117,7 @@ def sample_path(args: argparse.Namespace) -> None:
 
 
 def draw_batch(batch: int, masks: int, size: int, device: torch.device) -> PromptBatch:
-    """Random pictures, objects that are rectangles, and a box for each."""
+    """Random images, objects that are rectangles, and a box for each."""
     rng = np.random.default_rng(0)
     corners = np.sort(rng.random((batch, masks, 2, 2)) * size, axis=2)
     line = (np.arange(size // 4) + 0.5) * 4

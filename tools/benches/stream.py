@@ -19,7 +19,7 @@ from sami.core.index import Source, open_sources
 from sami.core.labels import classes_in_a_batch
 from sami.core.order import Order
 from sami.core.patterns import expand
-from sami.core.scanning import PICTURE
+from sami.core.scanning import IMAGE
 from sami.data import CropTransform
 from sami.masking import MaskConfig
 
@@ -28,7 +28,7 @@ class Raw:
     """Samples left as they stand in their shards."""
 
     def __init__(self, *fields: str) -> None:
-        self.fields = fields or (PICTURE,)
+        self.fields = fields or (IMAGE,)
 
     def decode(self, sample, epoch, replacement):
         return [sample.part(name) for name in self.fields]
@@ -37,7 +37,7 @@ class Raw:
         return items
 
 
-def open_or_draw(args: argparse.Namespace, folder: str, shards: int, pictures: int) -> Source:
+def open_or_draw(args: argparse.Namespace, folder: str, shards: int, images: int) -> Source:
     """The shards that were asked for, or drawn ones of 500 x 375 px."""
     pattern = args.shards
     if not pattern:
@@ -45,22 +45,22 @@ def open_or_draw(args: argparse.Namespace, folder: str, shards: int, pictures: i
         drawn = []
         for _ in range(64):
             coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-            picture = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
+            image = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
             buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=90)
+            image.save(buffer, "JPEG", quality=90)
             drawn.append(buffer.getvalue())
         for shard in range(shards):
             with wds.TarWriter(f"{folder}/drawn-{shard:06d}.tar") as writer:
-                for number in range(pictures):
+                for number in range(images):
                     writer.write({"__key__": f"{number:06d}", "jpg": drawn[number % 64]})
         pattern = f"{folder}/drawn-*.tar"
     (source,) = open_sources(expand(pattern, "--shards"), Path(folder) / "index")
-    print(f"\n{source.count} pictures in {len(source.shards)} shards, {args.shards or 'drawn'}")
+    print(f"\n{source.count} images in {len(source.shards)} shards, {args.shards or 'drawn'}")
     return source
 
 
 def write_large(folder: Path) -> Source:
-    """Members of SA-1B's sizes: a megabyte of picture, 60 kB of JSON."""
+    """Members of SA-1B's sizes: a megabyte of image, 60 kB of JSON."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for shard in range(8):
@@ -134,7 +134,7 @@ def rate(batches: Iterator, batch: int, rounds: int) -> list[float]:
 
 
 def data_rates(args: argparse.Namespace) -> None:
-    """Pictures a second that one core reads, decodes, crops and masks."""
+    """Images a second that one core reads, decodes, crops and masks."""
     with tempfile.TemporaryDirectory() as folder:
         source = open_or_draw(args, folder, 1, 64)
         batch = min(32, source.count)
@@ -172,7 +172,7 @@ def stream(args: argparse.Namespace) -> None:
             print(f"{name:48} {spread(values)} samples/s")
         ratios = [a / b for a, b in zip(*list(rates.values())[:2], strict=True)]
         print(f"raw, ours : webdataset {spread(ratios, 2)}")
-        large, both = write_large(Path(folder) / "large"), Raw(PICTURE, "json")
+        large, both = write_large(Path(folder) / "large"), Raw(IMAGE, "json")
         for words, (what, raw) in {"small": (source, Raw()), "large": (large, both)}.items():
             count = min(what.count // 2, 4000)
             for name, values in raw_rates(what, raw, count, args.rounds).items():

@@ -31,9 +31,9 @@ def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[s
 
 
 def report(
-    title: str, seconds: dict[str, list[float]], pictures: int, flops: dict[str, float], peak: float
+    title: str, seconds: dict[str, list[float]], images: int, flops: dict[str, float], peak: float
 ) -> None:
-    """A table: median, pictures a second, and the ratio to the first row, paired by round."""
+    """A table: median, images a second, and the ratio to the first row, paired by round."""
     first = next(iter(seconds))
     head = ["", "median s", "images/s", "ratio to the first (range)", *["share"] * bool(peak)]
     rows = []
@@ -42,7 +42,7 @@ def report(
         median = statistics.median(values)
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
         share = [f"{flops[name] / median / peak:.1%}"] if peak else []
-        rows.append([name, f"{median:.3f}", f"{pictures / median:.1f}", spread, *share])
+        rows.append([name, f"{median:.3f}", f"{images / median:.1f}", spread, *share])
     show_table(title, head, rows)
 
 
