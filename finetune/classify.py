@@ -32,9 +32,9 @@ from sami.core.run import Run, RunConfig
 from sami.core.starts import Start, find_starts
 from sami.core.state import State
 from sami.core.training import Loop, plan_training
-from sami.encoder import TAKES, EncoderConfig
+from sami.encoder import TAKES_STUDENT, EncoderConfig
 
-STARTS = {"encoder.checkpoint": Start(TAKES)}
+STARTS = {"encoder.checkpoint": Start(TAKES_STUDENT)}
 
 
 @dataclass
@@ -94,15 +94,15 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
 
     def export(step: int, weights: str) -> Export:
         """The classifier under timm's names, at every checkpoint and at the end."""
-        told = {"format": "timm", "weights": weights, "training": {"steps": step}}
-        header = {"classifier": json.dumps(told)}
+        info = {"format": "timm", "weights": weights, "training": {"steps": step}}
+        header = {"classifier": json.dumps(info)}
         return Export("classifier.safetensors", model.state_dict(), header)
 
     origin = cfg.encoder.checkpoint or "random weights"
     made = f"{cfg.encoder.name}, from {origin}, {cfg.data.classes} classes"
     if only_check:
-        told = {"classifier": made}
-        return tell_checked(plan.order, held_out, transform, cfg.train.batch_size, told)
+        facts = {"classifier": made}
+        return tell_checked(plan.order, held_out, transform, cfg.train.batch_size, facts)
 
     # ---- Where training stands
     loop = Loop(run, plan, state, {"started_from": started_from}, export)

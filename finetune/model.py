@@ -22,7 +22,7 @@ from sami.encoders.protocol import MODEL_PREFIX, NECK_CHANNELS, EncoderShape
 from sami.encoders.registry import KINDS, build
 from sami.grids import GRID
 
-TAKES = Takes(
+TAKES_MODEL = Takes(
     ("model",),
     "the folder of a run of stage 2 (python finetune/train.py ...), its model.safetensors, a "
     "released EfficientSAM .pt (efficient_sam_vitt.pt, efficient_sam_vits.pt.zip) or SAM's .pth",
@@ -178,11 +178,11 @@ def _load_decoder(
     SAM's own are renamed where ``decoder.kind`` is efficientsam.
     """
     option = "decoder.checkpoint"
-    weights, file = read_model(decoder.checkpoint, TAKES, option, say)
+    weights, file = read_model(decoder.checkpoint, TAKES_MODEL, option, say)
     what = f"{option} {file}"
     parts = {part: weights.below(f"{part}.") for part in PARTS}
     if not all(parts.values()):
-        raise UserError(f"{what} holds no mask decoder; {TAKES.remedy(option)}")
+        raise UserError(f"{what} holds no mask decoder; {TAKES_MODEL.remedy(option)}")
     if decoder.kind != "sam" and of_sam(weights):
         parts = {name: _renamed(part) for name, part in parts.items()}
     return parts, what
@@ -240,9 +240,9 @@ def load_model(path: str | Path, option: str = "", say: Callable[[str], None] = 
         UserError: missing, damaged, or of no kind that is known.
         OSError: the machine cannot read it.
     """
-    weights, file = read_model(path, TAKES, option, say)
+    weights, file = read_model(path, TAKES_MODEL, option, say)
     what = f"{option} {file}".strip()
-    remedy = TAKES.remedy(option)
+    remedy = TAKES_MODEL.remedy(option)
     encoder = read_shape(weights, "model", what, remedy)
     header = weights.header("model")
     if header is not None:

@@ -12,14 +12,14 @@ from finetune.measures import DATA_SETS, TRIVIAL
 from sami.core.config import require
 from sami.core.errors import raise_if_machine
 from sami.core.tables import Results
-from sami.sweepfile import Run
+from sami.sweepfile import Trial
 from sami.sweeps import Sweep, read, seconds_of
 
 IMAGENET = "ImageNet"  # known by its 50,000 validation images and 1,000 classes
 PERCENT = ("top1", "top5", "knn", "linear")  # measures of summary.json that are in %
 
 
-class Reader:
+class ResultsReader:
     """Reads what the runs of a sweep measured."""
 
     def __init__(self, sweep: Sweep) -> None:
@@ -42,7 +42,7 @@ class Reader:
         return self.sweep.stages[stage].entry.endswith("evaluate.py")
 
     def measured(
-        self, run: Run, where: str, choices: tuple[str, ...] = ("predicted",)
+        self, run: Trial, where: str, choices: tuple[str, ...] = ("predicted",)
     ) -> float | None:
         """A measure of a run: STAGE.PATH in its summary.json, or STAGE.PROMPT of an evaluation.
 
@@ -73,7 +73,7 @@ class Reader:
                 print(f"{folder} is finished and has no {path}", file=sys.stderr)
             return None
 
-    def data_of(self, run: Run, where: str) -> str | None:
+    def data_of(self, run: Trial, where: str) -> str | None:
         """The data set of the paper's that a measure of a run was measured on, whole, if any."""
         folder = self.sweep.folder(run, self.sweep.split(where, "measures")[0])
         if self.is_evaluation(where):

@@ -17,7 +17,7 @@ from sami.core.tables import percent
 
 # The group of fields that only one entry has.
 GROUPS = {"pretrain": "mask", "finetune": "prompt", "classify": "augment"}
-PROMPTS = ("box", "1_click", "3_clicks")
+PROMPT_NAMES = ("box", "1_click", "3_clicks")
 
 
 class RunFolder:
@@ -112,7 +112,7 @@ class RunFolder:
         info = self.summary.get("evaluation") or {}
         if info.get("r2") is not None:
             found["r2"] = (info["r2"], "", "the best constant map 0")
-        for name in PROMPTS:
+        for name in PROMPT_NAMES:
             if info.get(f"miou_{name}") is not None:
                 needs_none = info.get(f"trivial_{name}")
                 without = "" if needs_none is None else f"without a model {percent(needs_none)}"

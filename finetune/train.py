@@ -14,8 +14,8 @@ from finetune.data import UNSURE, MaskDataConfig, PromptTransform
 from finetune.evaluation import MaskEvalConfig, evaluate
 from finetune.losses import MaskLossConfig
 from finetune.model import (
-    TAKES,
     TAKES_ENCODER,
+    TAKES_MODEL,
     MaskDecoderConfig,
     build_model,
     model_header,
@@ -36,7 +36,7 @@ from sami.core.training import Loop, plan_training
 from sami.core.weights import find_weights
 from sami.encoder import EncoderConfig
 
-STARTS = {"encoder.checkpoint": Start(TAKES_ENCODER), "decoder.checkpoint": Start(TAKES)}
+STARTS = {"encoder.checkpoint": Start(TAKES_ENCODER), "decoder.checkpoint": Start(TAKES_MODEL)}
 
 
 @dataclass
@@ -91,7 +91,7 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
     # ---- What it starts from, and what it is trained on
     files, started_from = find_starts(run, cfg, STARTS)
     if cfg.encoder.checkpoint and not files["encoder.checkpoint"]:  # gone: its grid of positions
-        own = find_weights(run.dir / "checkpoints", TAKES, "encoder.checkpoint").file
+        own = find_weights(run.dir / "checkpoints", TAKES_MODEL, "encoder.checkpoint").file
         files["encoder.checkpoint"] = str(own)
     plan = plan_training(cfg.data, cfg.train, run)
     held_out = plan.held_out

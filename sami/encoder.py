@@ -17,7 +17,7 @@ from sami.encoders.protocol import EncoderShape, ImageEncoder
 from sami.encoders.registry import ENCODERS, build, names_of_encoders
 from sami.grids import PATCH_SIZE
 
-TAKES = Takes(
+TAKES_STUDENT = Takes(
     ("encoder",),
     "the folder of a run of stage 1 (python sami/pretrain.py ...) or its encoder.safetensors",
 )
@@ -141,8 +141,8 @@ def load_encoder(
         UserError: missing, damaged, no encoder, or one of another shape.
         OSError: the machine cannot read it.
     """
-    weights, file = read_model(path, TAKES, option, say)
-    what, remedy = f"{option} {file}".strip(), TAKES.remedy(option)
+    weights, file = read_model(path, TAKES_STUDENT, option, say)
+    what, remedy = f"{option} {file}".strip(), TAKES_STUDENT.remedy(option)
     own = read_shape(weights, "encoder", what, remedy, shape and shape.heads)
     require(
         shape is None or own == shape,

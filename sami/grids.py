@@ -20,10 +20,10 @@ def grid_of_config(file: Path, overrides: Mapping[str, Any]) -> int | None:
         file: its configuration.
         overrides: values by dotted key.
     """
-    told = merge(read_layers(str(file), ""))
+    config = merge(read_layers(str(file), ""))
 
     def value(group: str, name: str, default: Any) -> Any:
-        return overrides.get(f"{group}.{name}", (told.get(group) or {}).get(name, default))
+        return overrides.get(f"{group}.{name}", (config.get(group) or {}).get(name, default))
 
     size = value("data", "image_size", IMAGE_SIZE)
     patch = value("encoder", "patch_size", PATCH_SIZE)

@@ -22,7 +22,7 @@ from sami.core.starts import Start, find_starts
 from sami.core.state import State
 from sami.core.training import Loop, plan_training
 from sami.data import CropTransform, DataConfig
-from sami.encoder import TAKES, EncoderConfig, build_encoder, export_header
+from sami.encoder import TAKES_STUDENT, EncoderConfig, build_encoder, export_header
 from sami.encoders.registry import names_of_encoders
 from sami.masking import MaskConfig
 from sami.model import CrossDecoderConfig, MaskedReconstruction, TokenLossConfig
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def starts_of(cfg: PretrainConfig) -> dict[str, Start]:
     """The options that name weights, and what they take."""
-    starts = {"encoder.checkpoint": Start(TAKES)}
+    starts = {"encoder.checkpoint": Start(TAKES_STUDENT)}
     if cfg.target.kind == "teacher":
         needed = "never" if cfg.teacher.cached else "always"
         starts["teacher.checkpoint"] = Start(takes_of(cfg.teacher), needed)
@@ -131,8 +131,8 @@ def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
 
     def export(step: int, weights: str) -> Export:
         """The student as the next stage takes it, at every checkpoint and at the end."""
-        told = {"steps": step, "target": cfg.target.kind, "teacher": targets.info}
-        header = export_header(encoder, weights=weights, training=told)
+        training = {"steps": step, "target": cfg.target.kind, "teacher": targets.info}
+        header = export_header(encoder, weights=weights, training=training)
         return Export("encoder.safetensors", encoder.state_dict(), header)
 
     if only_check:

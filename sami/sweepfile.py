@@ -79,7 +79,7 @@ def parse(kind: type, content: dict[str, Any], name: str, where: str = "") -> An
 
 
 @dataclass
-class Run:
+class Trial:
     """One setting with one seed: the overrides of each of its stages."""
 
     name: str
@@ -234,9 +234,9 @@ class Spec:
         require(right, f"{self.path}: compare: {compare} is none of {known}")
         return found
 
-    def find_runs(self) -> list[Run]:
+    def find_runs(self) -> list[Trial]:
         """Every setting with every seed, by number."""
-        runs: dict[str, Run] = {}
+        runs: dict[str, Trial] = {}
         for setting, overrides in self.settings.items():
             by_stage: dict[str, dict[str, Any]] = {name: {} for name in self.stages}
             for key, value in overrides.items():
@@ -254,10 +254,10 @@ class Spec:
                     f"{self.path}: two runs have the name {name}; name the settings, or the "
                     "seeds, apart",
                 )
-                runs[name] = Run(name, setting, seed, by_stage)
+                runs[name] = Trial(name, setting, seed, by_stage)
         return list(runs.values())
 
-    def runs_of(self, setting: str | None) -> list[Run]:
+    def runs_of(self, setting: str | None) -> list[Trial]:
         return [run for run in self.runs if run.setting == setting]
 
 

@@ -24,7 +24,7 @@ from sami.core.paths import exists
 from sami.core.programs import is_locked
 from sami.core.shipped import shipped, short
 from sami.grids import GRID, grid_of_config
-from sami.sweepfile import ARGV, CONFIG, Run, Spec, Stage, slug, time_of
+from sami.sweepfile import ARGV, CONFIG, Spec, Stage, Trial, slug, time_of
 
 START = "encoder.checkpoint"
 PLAN, SWEEP, DONE = "plan.json", "sweep.json", "done.json"
@@ -36,35 +36,35 @@ class Sweep(Spec):
 
     # -- what a run consists of -----------------------------------------------------------------
 
-    def stages_of(self, run: Run) -> Iterator[tuple[str, Stage]]:
+    def stages_of(self, run: Trial) -> Iterator[tuple[str, Stage]]:
         """Those that a setting does not skip."""
         for name, stage in self.stages.items():
             if not run.skips(name):
                 yield name, stage
 
-    def folder(self, run: Run, name: str = "") -> Path:
+    def folder(self, run: Trial, name: str = "") -> Path:
         """Of a run, or of one of its stages: within the run's, or beside it where it is shared."""
         if not name or not self.is_shared(run, name):
             return self.out / run.name / name
         return self.out / (f"{name}_{slug(run.setting)}" if self.is_own(run, name) else name)
 
-    def is_shared(self, run: Run, name: str) -> bool:
+    def is_shared(self, run: Trial, name: str) -> bool:
         """Whether nothing of a stage follows from the run's seed: it is run once for all seeds."""
         stage, needed = self.stages[name], self.needed(run, name)
         one_seed = bool(needed) if stage.config is None else stage.seed is not None
         return one_seed and all(self.is_shared(run, other) for other in needed)
 
-    def is_own(self, run: Run, name: str) -> bool:
+    def is_own(self, run: Trial, name: str) -> bool:
         """Whether a setting changes a stage, or one that this begins from."""
         needed = self.needed(run, name)
         return bool(run.overrides[name]) or any(self.is_own(run, one) for one in needed)
 
-    def needed(self, run: Run, name: str) -> list[str]:
+    def needed(self, run: Trial, name: str) -> list[str]:
         """The stages whose folders a stage names."""
         text = json.dumps(self.arguments(run, name))
         return [other for other in self.stages if other != name and f"{{{other}}}" in text]
 
-    def arguments(self, run: Run, name: str) -> tuple[str | None, list[Any], dict[str, Any]]:
+    def arguments(self, run: Trial, name: str) -> tuple[str | None, list[Any], dict[str, Any]]:
         """A stage's config, its arguments in front, and its options, with {names} in them."""
         stage, overrides = self.stages[name], run.overrides[name]
         options = stage.set | {key: value for key, value in overrides.items() if key}
@@ -72,7 +72,7 @@ class Sweep(Spec):
         config = stage.config and options.pop(CONFIG, stage.config)
         return config, argv, options
 
-    def command(self, run: Run, name: str, steps: int | None = None) -> list[str]:
+    def command(self, run: Trial, name: str, steps: int | None = None) -> list[str]:
         """A stage's command line behind the interpreter; folders of stages for their {names}.
 
         Args:
@@ -101,7 +101,7 @@ class Sweep(Spec):
         argv = [f"--{key}={fill(value)}" for key, value in options.items()]
         return [str(shipped(stage.entry)), "--config", str(shipped(config)), *argv]
 
-    def takes_time_of(self, run: Run, name: str) -> str | None:
+    def takes_time_of(self, run: Trial, name: str) -> str | None:
         """The setting that a stage takes as long as, if its steps are "{time of SETTING}".
 
         Raises:
@@ -115,10 +115,10 @@ class Sweep(Spec):
         require(bool(right), f"{self.path}: {run.setting}: {words}")
         return other
 
-    def _time_of(self, run: Run, name: str) -> str | None:
+    def _time_of(self, run: Trial, name: str) -> str | None:
         return next(filter(None, map(time_of, self.arguments(run, name)[2].values())), None)
 
-    def _with_grid(self, options: dict[str, Any], run: Run, name: str) -> dict[str, Any]:
+    def _with_grid(self, options: dict[str, Any], run: Trial, name: str) -> dict[str, Any]:
         """The options of a stage 2; from random weights, with the positions of its rivals' stage 1.
 
         Raises:
@@ -139,7 +139,7 @@ class Sweep(Spec):
         (grid,) = grids or {None}
         return options if grid in (None, GRID) else options | {"encoder.grid": grid}
 
-    def _grids(self, starts: list[tuple[Run, Any]]) -> set[int | None]:
+    def _grids(self, starts: list[tuple[Trial, Any]]) -> set[int | None]:
         """For which grids the encoders have positions that runs start from, "{STAGE}"."""
         grids = set()
         for run, start in starts:
@@ -151,16 +151,16 @@ class Sweep(Spec):
 
     # -- where a run stands ---------------------------------------------------------------------
 
-    def summary(self, run: Run, name: str) -> dict[str, Any]:
+    def summary(self, run: Trial, name: str) -> dict[str, Any]:
         """What a training run says of itself; empty where it has not begun."""
         return read(self.folder(run, name) / "summary.json")
 
-    def is_finished(self, run: Run, name: str) -> bool:
+    def is_finished(self, run: Trial, name: str) -> bool:
         if self.stages[name].config is None:
             return exists(self.folder(run, name) / DONE)
         return self.summary(run, name).get("status") == "finished"
 
-    def state(self, run: Run) -> tuple[str, str]:
+    def state(self, run: Trial) -> tuple[str, str]:
         """What stands of a run, and why."""
         last = read(self.folder(run) / STATE)
         for name, _ in self.stages_of(run):
@@ -185,7 +185,7 @@ class Sweep(Spec):
             return "interrupted", f"{name}: killed"
         return "finished", ""
 
-    def steps_of(self, run: Run, name: str) -> int | None:
+    def steps_of(self, run: Trial, name: str) -> int | None:
         """The steps of a stage that is to take as long as all of another setting; else None.
 
         What both have, such as a teacher, does not count.
@@ -209,7 +209,7 @@ class Sweep(Spec):
 
     # -- what identifies a folder of results ----------------------------------------------------
 
-    def plan(self, run: Run) -> dict[str, Any]:
+    def plan(self, run: Trial) -> dict[str, Any]:
         """What a run consists of, wherever its folder is."""
         plan = {}
         for name, _ in self.stages_of(run):
@@ -253,7 +253,7 @@ class Sweep(Spec):
         )
         return stored.get("set", [])
 
-    def claim(self, run: Run) -> None:
+    def claim(self, run: Trial) -> None:
         """Bind the folders to this sweep and this run; a first attempt that trained nothing goes.
 
         Raises:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from finetune.results import Reader
+from finetune.results import ResultsReader
 from sami.core.errors import UserError
 from sami.core.plots import results_figure
 from sami.sweeps import Sweep
@@ -217,7 +217,7 @@ def test_the_papers_numbers_stand_on_its_own_data(
 def test_the_plot(shards, tmp_path, monkeypatch, capsys):
     """Titles, percent, error bars, what to compare with, a legend, and no magnified noise."""
     one, settings = evaluated(tmp_path, shards, monkeypatch, "COCO val2017", 1, "COCO val2017")
-    figure = results_figure(Reader(one).results())
+    figure = results_figure(ResultsReader(one).results())
     figure.draw_without_rendering()
     box, click, top, r2 = figure.axes
     assert [axes.get_title() for axes in figure.axes] == [
@@ -247,7 +247,7 @@ def test_the_plot(shards, tmp_path, monkeypatch, capsys):
 def test_a_plot_along_whole_numbers(shards, tmp_path):
     path = sweep(tmp_path, shards, vary={"pretrain.decoder.depth": [1, 2, 4]}, paper={})
     one = Sweep(Path(path), None, [])
-    found = Reader(one).results()
+    found = ResultsReader(one).results()
     for number, row in enumerate(found.rows):
         row["measures"]["r2"] |= {"by_seed": {0: number, 1: number}, "mean": number, "std": 0.0}
     axes = results_figure(found, "decoder.depth", [1, 2, 4]).axes[0]

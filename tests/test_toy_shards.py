@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from sami.core.index import open_sources
 from sami.core.patterns import expand
 from tests.runs import ROOT, run
-from tools.make_toy_shards import MIN_AREA, draw_scene, to_sa1b
+from tools.make_toy_shards import MIN_AREA, annotate, draw_scene
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools under NumPy 2
@@ -24,7 +24,7 @@ def test_masks_are_exact_disjoint_and_survive_the_run_lengths(size):
         image, masks = draw_scene(3, number, height, width)
         assert image.shape == (height, width, 3) and image.dtype == np.uint8
         assert np.sum(masks, axis=0).max() <= 1
-        told = to_sa1b(number, masks, height, width, 3)
+        told = annotate(number, masks, height, width, 3)
         assert told["image"] == {
             "image_id": number,
             "width": width,
@@ -104,7 +104,7 @@ def test_layout_is_that_of_the_real_thing():
     with tarfile.open(real) as tar:
         theirs = json.loads(tar.extractfile(tar.getnames()[1]).read())
     _, masks = draw_scene(0, 0, 96, 96)
-    ours = to_sa1b(0, masks, 96, 96, 0)
+    ours = annotate(0, masks, 96, 96, 0)
     assert ours.keys() == theirs.keys() and ours["image"].keys() == theirs["image"].keys()
     for key, value in theirs["annotations"][0].items():
         assert type(ours["annotations"][0][key]) is type(value), key

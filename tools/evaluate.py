@@ -30,7 +30,7 @@ import torch
 from finetune.coco import CocoSource, read_coco
 from finetune.evaluation import CHOICES, EvalDataset, score
 from finetune.measures import PAPER, SIZES, SOURCE, TRIVIAL, Measured, data_set
-from finetune.model import TAKES, load_model
+from finetune.model import TAKES_MODEL, load_model
 from finetune.pictures import draw_masks
 from finetune.prompting import PromptSpec
 from finetune.rle import area
@@ -194,7 +194,7 @@ def main() -> int:
     )
     device = choose_device(args.device)
 
-    weights = find_weights(args.model, TAKES, "MODEL")
+    weights = find_weights(args.model, TAKES_MODEL, "MODEL")
     if weights.note:
         print(weights.note)
     model = load_model(weights.file, "MODEL").to(device)

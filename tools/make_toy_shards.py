@@ -61,7 +61,7 @@ def draw_scene(
     return pixels, [mask for mask in masks if mask.sum() >= MIN_AREA]
 
 
-def to_sa1b(
+def annotate(
     number: int, masks: list[np.ndarray], height: int, width: int, seed: int
 ) -> dict[str, Any]:
     """The JSON of an image, with SA-1B's keys; masks as COCO run lengths."""
@@ -97,7 +97,7 @@ def write_shard(out: Path, seed: int, height: int, width: int, shard: int, numbe
             image, masks = draw_scene(seed, number, height, width)
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "JPEG", quality=92)
-            annotation = json.dumps(to_sa1b(number, masks, height, width, seed)).encode()
+            annotation = json.dumps(annotate(number, masks, height, width, seed)).encode()
             writer.write({"__key__": f"sa_{number}", "jpg": buffer.getvalue(), "json": annotation})
     temporary.replace(path)
     return path

@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from finetune.measures import TRIVIAL
-from finetune.runfolder import PROMPTS, RunFolder, mean_and_std, name_apart, settings_of
+from finetune.runfolder import PROMPT_NAMES, RunFolder, mean_and_std, name_apart, settings_of
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.errors import UserError
@@ -89,7 +89,7 @@ def curve(groups: dict[str, list[RunFolder]], name: str, titled: str, marks: boo
     if trivial:
         handles.append(line)
         names.append(f"without a model: {text}")
-    unit = " (%)" if scale == 100 or name in PERCENT else ""
+    unit = " (%)" if scale == 100 or name in IN_PERCENT else ""
     axis.set(xlabel="step", ylabel=f"{titled}{unit}", title=titled)
     bound(axis, name, unit)
     integer_steps(axis)
@@ -151,7 +151,7 @@ def evaluations(runs: list[RunFolder]) -> str:
     prompts = list(dict.fromkeys(r["prompt"] for one in info.values() for r in one["results"]))
     rows = []
     for name, found in info.items():
-        for choice, chosen in CHOICES.items():
+        for choice, chosen in ROWS.items():
             results = [result for result in found["results"] if result["choice"] in chosen]
             there = {result["prompt"]: result["miou"]["all"] for result in results}
             if not there:
@@ -180,7 +180,7 @@ def held_out(runs: list[RunFolder]) -> str:
         return percent(one[name]) if known else short(one.get(name))
 
     rows = [[run, *(cell(one, name) for name in names)] for run, one in info.items()]
-    head = [f"{name}, %" if f"val_{name}" in SHARES | PERCENT else name for name in names]
+    head = [f"{name}, %" if f"val_{name}" in SHARES | IN_PERCENT else name for name in names]
     return "<h3>Held out, at the end</h3>" + table(["run", *head], rows)
 
 
@@ -316,9 +316,11 @@ COLUMNS = {
     },
     "classify": {"loss": "loss", "val_top1": "top-1, held out"},
 }
-SHARES = {"data_wait"} | {f"val_{k}_{p}" for k in ("miou", "trivial") for p in PROMPTS}  # 0 to 1
-PERCENT = {"val_knn", "val_linear", "val_top1", "val_top5"}
-CHOICES = {"predicted": ("predicted",), "oracle": ("oracle",), "without a model": TRIVIAL}
+SHARES = {"data_wait"} | {
+    f"val_{k}_{p}" for k in ("miou", "trivial") for p in PROMPT_NAMES
+}  # 0 to 1
+IN_PERCENT = {"val_knn", "val_linear", "val_top1", "val_top5"}
+ROWS = {"predicted": ("predicted",), "oracle": ("oracle",), "without a model": TRIVIAL}
 TITLES = {
     "pretrain": ("Stage 1: pretraining", "masked input, target, result"),
     "finetune": ("Stage 2: finetuning", "true masks, by box, by click"),

@@ -31,7 +31,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finetune.results import Reader
+from finetune.results import ResultsReader
 from sami.core.checkpoint import write_text
 from sami.core.config import load_config, require
 from sami.core.configfile import config_class_of, types_of
@@ -43,7 +43,7 @@ from sami.core.plots import results_figure, save_png
 from sami.core.programs import locked, run_program, stop_on_signal
 from sami.core.shipped import find, shipped
 from sami.core.tables import show_table
-from sami.sweepfile import Run
+from sami.sweepfile import Trial
 from sami.sweeps import DONE, PLAN, STATE, SWEEP, Sweep, plain, read
 
 CODES = (FINISHED, USER_ERROR, ASKED_TO_STOP)
@@ -59,7 +59,7 @@ def options_of(entry: str) -> set[str]:
     return set(re.findall(r"--([a-z][a-z-]*)", done.stdout))
 
 
-def check(sweep: Sweep, runs: list[Run], values: bool = True) -> None:
+def check(sweep: Sweep, runs: list[Trial], values: bool = True) -> None:
     """
     Args:
         values: whether the trainings that are not finished would take what they are told, too: said
@@ -94,7 +94,7 @@ def check(sweep: Sweep, runs: list[Run], values: bool = True) -> None:
 # -- running ------------------------------------------------------------------------------------
 
 
-def run_here(sweep: Sweep, run: Run, launch: list[str]) -> int:
+def run_here(sweep: Sweep, run: Trial, launch: list[str]) -> int:
     """All stages of a run that are not finished; the exit code of the last one."""
     if read(sweep.folder(run) / PLAN) != sweep.plan(run):
         check(sweep, [run])
@@ -117,7 +117,7 @@ def run_here(sweep: Sweep, run: Run, launch: list[str]) -> int:
 
 
 def run_stage(
-    sweep: Sweep, run: Run, name: str, stop: Path, launch: list[str], **how: Any
+    sweep: Sweep, run: Trial, name: str, stop: Path, launch: list[str], **how: Any
 ) -> tuple[int, str]:
     """A stage of a run: its exit code, and its own sentence. ``how`` goes to run_program."""
     stage, folder, mine = sweep.stages[name], sweep.folder(run, name), sweep.folder(run)
@@ -160,7 +160,7 @@ def run_stage(
 def run_all(sweep: Sweep, jobs: int, launch: list[str]) -> int:
     """Every stage of every run that is not finished, ``jobs`` side by side, cores shared evenly."""
     check(sweep, sweep.runs)
-    parts: dict[Path, tuple[Run, str]] = {}  # by folder: what runs share is one
+    parts: dict[Path, tuple[Trial, str]] = {}  # by folder: what runs share is one
     after: dict[Path, set[Path]] = {}
     for run in sweep.runs:
         before: list[Path] = []
@@ -243,7 +243,7 @@ def show_status(sweep: Sweep) -> int:
 def make_table(sweep: Sweep) -> int:
     """To the screen, and as Markdown and JSON."""
     sweep.check_results()
-    found = Reader(sweep).results()
+    found = ResultsReader(sweep).results()
     show_table(found.title, *found.table())
     for line in found.conclusions():
         print(line)
@@ -264,7 +264,7 @@ def make_plot(sweep: Sweep) -> int:
     """A panel for each measure, as OUT/plot.png."""
     sweep.check_results()
     axis, values = next(iter(sweep.vary.items())) if len(sweep.vary) == 1 else ("", [])
-    figure = results_figure(Reader(sweep).results(), axis.split(".", 1)[-1], values)
+    figure = results_figure(ResultsReader(sweep).results(), axis.split(".", 1)[-1], values)
     save_png(figure, sweep.out / "plot.png", 120)
     print(f"{sweep.out}/plot.png")
     return 0
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     require_least(1, args, "seeds", "jobs")
     out = args.out and args.out.resolve()
     sweep = Sweep(find(args.sweep), out, args.set, args.seeds, args.settings)
-    Reader(sweep)  # whether it names a data set that is one
+    ResultsReader(sweep)  # whether it names a data set that is one
     shown = {"list": list_runs, "status": show_status, "table": make_table, "plot": make_plot}
     if args.what in shown:
         return shown[args.what](sweep)

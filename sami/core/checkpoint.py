@@ -67,11 +67,11 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     try:
         _write_state(state, temporary / STATE)
-        told = {**meta, "step": step, "sha256": sha256_of(temporary / STATE)}
+        info = {**meta, "step": step, "sha256": sha256_of(temporary / STATE)}
         if leave is not None:
             name = leave(temporary)
-            told["files"] = {name: sha256_of(temporary / name)}
-        (temporary / META).write_text(json.dumps(told, indent=1), encoding="utf-8")
+            info["files"] = {name: sha256_of(temporary / name)}
+        (temporary / META).write_text(json.dumps(info, indent=1), encoding="utf-8")
         for name in (STATE, META):
             _sync(temporary / name)
         if exists(final):  # of a run that was cut back behind it

@@ -91,8 +91,8 @@ def require_inputs(found: list[str | None], needs: str = "") -> None:
     missing = [words for words in found if words]
     numbered = "; ".join(f"({number}) {words}" for number, words in enumerate(missing, 1))
     many = f"{len(missing)} inputs are missing: {numbered}"
-    told = "".join(missing) if len(missing) < 2 else many
-    require(not missing, f"{told}; {needs}" if needs else told)
+    lacking = "".join(missing) if len(missing) < 2 else many
+    require(not missing, f"{lacking}; {needs}" if needs else lacking)
 
 
 def find_missing(config: Any, starts: dict[str, Start]) -> list[str | None]:
@@ -128,7 +128,7 @@ def tell_checked(
     Raises:
         UserError: the first images cannot be used.
     """
-    told = {
+    about = {
         "data.shards": f"{len(order.shards)} shard(s), {order.samples} images, "
         f"{order.steps_per_epoch} steps of {batch_size} an epoch",
         "data.val_shards": f"{len(held_out)} shard(s), {sum(s.count for s in held_out)} images"
@@ -136,7 +136,7 @@ def tell_checked(
         else "none given",
         **made,
     }
-    for name, words in told.items():
+    for name, words in about.items():
         print(f"{name}: {words}", flush=True)
     items, bad = [], Counter()
     positions = range(min(BATCH, batch_size, order.samples))

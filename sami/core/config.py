@@ -203,8 +203,8 @@ def needs_of(argv: Sequence[str]) -> str:
     layers = [layer for file in files for layer in read_layers(expand_path(file, "--config"), "")]
     for path, _ in reversed(layers):
         head = find(path).read_text(encoding="utf-8")
-        if told := re.search(r"^# Needs +(.*(?:\n# {4,}.*)*)", head, re.M):
-            needs = re.split(r"\.(?=\s|$)", re.sub(r"\s*\n# +", " ", told[1]))[0]
+        if found := re.search(r"^# Needs +(.*(?:\n# {4,}.*)*)", head, re.M):
+            needs = re.split(r"\.(?=\s|$)", re.sub(r"\s*\n# +", " ", found[1]))[0]
             return f"{files[0]} needs {needs} (docs/data.md tells how they are got and made)"
     return ""
 
@@ -290,10 +290,10 @@ def _nearest(key: str, types: dict[str, Any], prefix: str) -> str:
     if key in GONE:
         return f" any more: {GONE[key]}"
     known = [name for name, kind in types.items() if not dataclasses.is_dataclass(kind)]
-    told = nearest(key, known, "--print_config")
-    if not told.startswith("; did"):  # the right field in the wrong group, or no group at all
+    hint = nearest(key, known, "--print_config")
+    if not hint.startswith("; did"):  # the right field in the wrong group, or no group at all
         last = [name.split(".")[-1] for name in known]
         close = difflib.get_close_matches(key.split(".")[-1], last, n=1, cutoff=0.7)
         if close:
-            told = f"; did you mean {known[last.index(close[0])]}?"
-    return told.replace("did you mean ", f"did you mean {prefix}")
+            hint = f"; did you mean {known[last.index(close[0])]}?"
+    return hint.replace("did you mean ", f"did you mean {prefix}")

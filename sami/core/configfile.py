@@ -36,17 +36,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: str | os.PathLike, told: str, see: str = "configs/") -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike, option: str, see: str = "configs/") -> dict[str, Any]:
     """The map that a YAML file holds.
 
     Args:
-        told: what the user called the file by, such as ``--config``; may be empty.
+        option: what the user called the file by, such as ``--config``; may be empty.
         see: where files of this kind are.
 
     Raises:
         UserError: no such file, no text, no YAML, no map, or a name that stands twice.
     """
-    name = f"{told} {path}".strip()
+    name = f"{option} {path}".strip()
 
     def refuse(words: str) -> UserError:
         return UserError(" ".join(f"{name} {words}".split()))
@@ -87,14 +87,14 @@ def read_yaml(path: str | os.PathLike, told: str, see: str = "configs/") -> dict
     return content
 
 
-def read_layers(path: str, told: str) -> list[tuple[str, dict[str, Any]]]:
+def read_layers(path: str, option: str) -> list[tuple[str, dict[str, Any]]]:
     """What a configuration file holds, and below it what the file holds that it names as ``base``.
 
     A base lies beside the file that names it, or else where ``--config`` would find it.
 
     Args:
         path: the file, which need not exist in the working directory (:func:`find`).
-        told: what the user called it by, such as ``--config``; may be empty.
+        option: what the user called it by, such as ``--config``; may be empty.
 
     Returns:
         Path and content of each file without the key ``base``, the lowest first.
@@ -107,16 +107,18 @@ def read_layers(path: str, told: str) -> list[tuple[str, dict[str, Any]]]:
     while True:
         file = Path(find(path))
         if file.resolve() in seen:
-            raise UserError(f"{told} {path} leads back to a file that begins from it; take it out")
+            raise UserError(
+                f"{option} {path} leads back to a file that begins from it; take it out"
+            )
         seen.add(file.resolve())
-        content = read_yaml(file, told)
+        content = read_yaml(file, option)
         base = content.pop(BASE, None)
         layers.insert(0, (path, content))
         if base is None:
             return layers
         if not isinstance(base, str):
             raise UserError(f"{path}: {BASE} must be the path of a configuration, got {base}")
-        told, base = f"{path}: {BASE}", expand_path(base, f"{path}: {BASE}")
+        option, base = f"{path}: {BASE}", expand_path(base, f"{path}: {BASE}")
         beside = file.parent / base
         path = str(beside) if exists(beside) else base
 

@@ -75,8 +75,8 @@ def machine_error(
 def shared_memory_full() -> str:
     """The sentence for readers that find no room to hand over what they have read."""
     try:
-        told = os.statvfs(SHARED_MEMORY)
-        size = f"{told.f_frsize * told.f_blocks / 1e6:.0f} MB"
+        memory = os.statvfs(SHARED_MEMORY)
+        size = f"{memory.f_frsize * memory.f_blocks / 1e6:.0f} MB"
     except (OSError, AttributeError):
         size = "of unknown size"
     return (

@@ -71,8 +71,8 @@ class EncodedImage:
             BadSample: the EXIF data is damaged.
         """
         with decoding("damaged image"):
-            told = self.image.getexif().get(0x0112, 1)
-            return int(told) if told in TURNS else 1
+            found = self.image.getexif().get(0x0112, 1)
+            return int(found) if found in TURNS else 1
 
     @functools.cached_property
     def stored(self) -> tuple[int, int]:
@@ -166,8 +166,8 @@ def _raw(tile: Any) -> str:
 
 def _bits(image: Image.Image) -> int:
     """Of a TIFF's samples."""
-    told = image.tag_v2.get(258, 1)
-    return max(told) if isinstance(told, tuple) else int(told)
+    found = image.tag_v2.get(258, 1)
+    return max(found) if isinstance(found, tuple) else int(found)
 
 
 def open_image(data: bytes) -> EncodedImage:
@@ -186,7 +186,7 @@ def open_image(data: bytes) -> EncodedImage:
 
 
 def drawn_on(
-    image: EncodedImage, width: int, height: int, told: Drawn | None, default: Drawn
+    image: EncodedImage, width: int, height: int, stated: Drawn | None, default: Drawn
 ) -> tuple[Drawn, bool]:
     """Which way round an annotation has its image: the one place that decides.
 
@@ -195,7 +195,7 @@ def drawn_on(
 
     Args:
         width, height: of the image, as the annotation has them.
-        told: in the annotation itself, if it says.
+        stated: in the annotation itself, if it says.
         default: if nothing else decides.
 
     Returns:
@@ -205,11 +205,11 @@ def drawn_on(
         BadSample: the annotation fits neither, or its EXIF data is damaged.
     """
     fitting: list[Drawn] = [d for d in DRAWN if image.size(d) == (width, height)]
-    if not fitting or told is not None and told not in fitting:
+    if not fitting or stated is not None and stated not in fitting:
         raise BadSample("annotation of another image size")
     if len(fitting) == 1 or image.orientation == 1:
         return fitting[0], False
-    return told or default, told is None
+    return stated or default, stated is None
 
 
 def cut(image: EncodedImage, box: Box, sizes: list[int], flip: bool) -> list[np.ndarray]:

@@ -135,8 +135,8 @@ def open_sources(
     shards, notes = {}, []
     for url in urls:
         index, members = _find_index(url, folder, stamps[url])
-        told = len(members.keys), members.digest(), members.end, not members.seekable
-        shards[url] = Shard(url, names[url], index, *told, cache)
+        facts = len(members.keys), members.digest(), members.end, not members.seekable
+        shards[url] = Shard(url, names[url], index, *facts, cache)
         notes += [f"{url}: {note}" for note in members.notes]
     for note in notes[:SHOWN_NOTES]:
         say(note)

@@ -189,8 +189,8 @@ def _lists_beside(shards: list[Shard]) -> list[Path]:
 def _read_names(path: Path) -> list[str]:
     """The list in a classes.json; empty if it is another kind of file."""
     try:
-        told = json.loads(path.read_bytes())
+        info = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise_if_machine(error, path)
         return []
-    return [name for name in told if isinstance(name, str)] if isinstance(told, list) else []
+    return [name for name in info if isinstance(name, str)] if isinstance(info, list) else []

@@ -147,8 +147,8 @@ class MetricsFile:
     def read(self) -> list[dict[str, Any]]:
         """All whole lines."""
         records = []
-        told = self.path.read_text(encoding="utf-8") if exists(self.path) else ""
-        for line in told.splitlines():
+        written = self.path.read_text(encoding="utf-8") if exists(self.path) else ""
+        for line in written.splitlines():
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:

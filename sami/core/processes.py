@@ -103,9 +103,9 @@ def check_launch() -> None:
     several = [name for name in SIZES if found.get(name, "1").strip() not in ("1", "")]
     several += [name for name in RANKS if found.get(name, "0").strip() not in ("0", "-1", "")]
     if several:
-        told = ", ".join(f"{name}={found[name]}" for name in several)
+        values = ", ".join(f"{name}={found[name]}" for name in several)
         raise UserError(
-            f"{told} is in the environment and no launcher has started this process: left over "
+            f"{values} is in the environment and no launcher has started this process: left over "
             f"from another program? unset {' '.join(several)}, or start several processes with "
             "accelerate launch --config_file configs/accelerate/gpu_8.yaml"
         )

@@ -26,7 +26,7 @@ class Progress:
         self.what, self.total, self.first = what, total, first
         self.say = say or (lambda text: print(text, flush=True))
         self.began = self.said = time.monotonic()
-        self.told = -1  # what was said last
+        self.last = -1  # what was said last
 
     def at(self, done: int) -> None:
         """Say it if nothing was said for two thirds of the time: the next chance may be late."""
@@ -35,7 +35,7 @@ class Progress:
 
     def tell(self, done: int) -> None:
         """Say it in any case."""
-        self.said, self.told = time.monotonic(), done
+        self.said, self.last = time.monotonic(), done
         left = ""
         if self.first < done < self.total:
             seconds = (self.said - self.began) / (done - self.first) * (self.total - done)
@@ -53,7 +53,7 @@ def track(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
     for done, item in enumerate(items, 1):
         yield item
         progress.at(done)
-    if done != progress.told:
+    if done != progress.last:
         progress.tell(done)
 
 

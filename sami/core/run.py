@@ -151,10 +151,10 @@ class Run:
         write_text(self.dir / "config.yaml", to_yaml(config))
         for note in self._overruled:
             self.say(note)
-        told = environment(self.device, self.bf16, self.processes)
-        self.summarise(status="running", exit_code=None, entry=self.entry, **metadata, **told)
+        machine = environment(self.device, self.bf16, self.processes)
+        self.summarise(status="running", exit_code=None, entry=self.entry, **metadata, **machine)
         if self.config.wandb != "disabled":
-            shown = to_dict(config) | {"facts": metadata, "environment": told}
+            shown = to_dict(config) | {"facts": metadata, "environment": machine}
             self.reporter.start_wandb(self.config.wandb, shown)
 
     def __exit__(
@@ -185,16 +185,16 @@ class Run:
             What the first rank to fail said, if that was for the user to mend.
         """
         try:
-            told = json.loads((self.dir / "summary.json").read_bytes())
+            info = json.loads((self.dir / "summary.json").read_bytes())
         except (OSError, ValueError):
-            told = {}
+            info = {}
         fresh = self._summary_time() != self._summary_before
-        if fresh and told.get("status") == "failed" and told.get("rank") != self.rank:
-            return told["error"] if told["exit_code"] == USER_ERROR else None
+        if fresh and info.get("status") == "failed" and info.get("rank") != self.rank:
+            return info["error"] if info["exit_code"] == USER_ERROR else None
         if self._may_write:
             mendable = user_error(error)
             sentence = str(mendable or f"{type(error).__name__}: {error}")
-            self._summary = told | {
+            self._summary = info | {
                 "entry": self.entry,
                 "status": "failed",
                 "exit_code": USER_ERROR if mendable else 1,

@@ -162,11 +162,11 @@ class State:
                 default decided.
         """
         bad = self._of_all(self.bad)
-        told = {"bad_samples": dict(bad.counts), "bad_sample_keys": bad.keys}
+        counts = {"bad_samples": dict(bad.counts), "bad_sample_keys": bad.keys}
         if not objects:
-            return told
+            return counts
         left_out, unsure = self._of_all(self.left_out), self._of_all(self.unsure)
-        return told | {
+        return counts | {
             "objects_left_out": dict(left_out.counts),
             "left_out_of": left_out.keys,
             "orientation_unsure": unsure.counts.total(),
@@ -292,8 +292,8 @@ class State:
             )
         if meta["machine"] != _machine():
             before, now = (
-                f"torch {told.get('torch')} on {told.get('threads')} thread(s)"
-                for told in (meta["machine"], _machine())
+                f"torch {info.get('torch')} on {info.get('threads')} thread(s)"
+                for info in (meta["machine"], _machine())
             )
             run.say(
                 f"saved with {before}, resumed with {now}: losses will not be bit-equal to an "
@@ -330,9 +330,9 @@ def _other_metadata(before: dict[str, Any], now: dict[str, Any], free: set[str])
         words.append(f"the weights of data.shards were {weights[0]} and are now {weights[1]}")
     if old.get("fingerprint") != new.get("fingerprint") or (old != new and not words):
         there, here = (
-            f"{told.get('pictures')} images in {told.get('shards')} shards, fingerprint "
-            f"{str(told.get('fingerprint'))[:12]}"
-            for told in (old, new)
+            f"{info.get('pictures')} images in {info.get('shards')} shards, fingerprint "
+            f"{str(info.get('fingerprint'))[:12]}"
+            for info in (old, new)
         )
         words.append(
             f"data.shards hold other samples than those this run was begun with ({there} there; "

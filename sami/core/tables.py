@@ -141,8 +141,8 @@ class Results:
 
     def trivial(self, name: str) -> float | None:
         """What scores without a model."""
-        told = (one["trivial"] for one in self.measures(name))
-        return next((value for value in told if value is not None), None)
+        rows = (one["trivial"] for one in self.measures(name))
+        return next((value for value in rows if value is not None), None)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows; the last one, where there are any, what scores without a model."""

@@ -222,12 +222,12 @@ class Loop:
         )
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         if frozen:
-            told = ", ".join(frozen)
+            names = ", ".join(frozen)
             if len(frozen) > NAMED:
                 parts = Counter(name.partition(".")[0].replace("_", " ") for name in frozen)
-                told = ", ".join(f"{number} of the {part}" for part, number in parts.items())
-                told += f" ({len(frozen)} tensors in all)"
-            run.say(f"not trained, but kept as at the start: {told}")
+                names = ", ".join(f"{number} of the {part}" for part, number in parts.items())
+                names += f" ({len(frozen)} tensors in all)"
+            run.say(f"not trained, but kept as at the start: {names}")
 
     def open(self, transform: Transform) -> None:
         """Begin to read, from the step on at which training stands."""
@@ -287,8 +287,8 @@ class Loop:
             UserError: see :meth:`State.stop_if_diverged`.
         """
         if self._record is not None:
-            told = {f"val_{name}": value for name, value in measures.items()}
-            self.run.record(self.step, self.steps, self._record | told)
+            held_out = {f"val_{name}": value for name, value in measures.items()}
+            self.run.record(self.step, self.steps, self._record | held_out)
         whole = self.step % self.plan.order.steps_per_epoch == 0
         if whole or self.is_due(self.log_every):
             self.state.stop_if_diverged(self.step, self.plan.max_bad_fraction, whole)
