@@ -343,5 +343,5 @@ class Loop:
                 run.say(f"{key.replace('_', ' ')}: {counted[key]}")
         for remark in remarks:
             run.say(remark)
-        run.say(f"finished: {run.dir}/{file}, metrics.jsonl and images/ beside it")
+        run.say(f"finished: {run.dir}/{file}, metrics.jsonl and pictures/ beside it")
         return FINISHED
