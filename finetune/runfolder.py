@@ -10,13 +10,12 @@ import yaml
 
 from finetune.measures import TRIVIAL
 from sami.core.config import require
+from sami.core.entries import entry_of_groups
 from sami.core.errors import UserError, raise_if_machine
 from sami.core.metrics import MetricsFile
 from sami.core.paths import exists
 from sami.core.tables import percent
 
-# The group of fields that only one entry has.
-GROUPS = {"pretrain": "mask", "finetune": "prompt", "classify": "augment"}
 PROMPT_NAMES = ("box", "1_click", "3_clicks")
 
 
@@ -25,8 +24,8 @@ class RunFolder:
 
     Attributes:
         name: what tells it from the others; set by :func:`name_apart`.
-        kind: pretrain, finetune, classify, evaluate for the folder of an evaluation, or failed for
-            a start that never became a run.
+        kind: the entry's name (pretrain, finetune ...), evaluate for the folder of an evaluation,
+            or failed for a start that never became a run.
         config: every field, as group.field.
         evaluation: what tools/evaluate.py found, if it was asked.
     """
@@ -52,14 +51,13 @@ class RunFolder:
                 groups = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
                 self.config = {f"{g}.{f}": v for g, info in groups.items() for f, v in info.items()}
                 self.metrics = MetricsFile(path / "metrics.jsonl").read()
-                named = [kind for kind, group in GROUPS.items() if group in groups]
-                self.kind = named[0]
+                self.kind = entry_of_groups(groups).name
             self.evaluation = None
             if exists(self.drawn / "evaluation.json"):
                 self.evaluation = json.loads(
                     (self.drawn / "evaluation.json").read_text(encoding="utf-8")
                 )
-        except (OSError, ValueError, AttributeError, IndexError, yaml.YAMLError) as error:
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
             raise_if_machine(error, path)
             why = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise UserError(

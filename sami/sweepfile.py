@@ -12,7 +12,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from sami.core.config import require
-from sami.core.configfile import ENTRIES, meant_for, read_yaml
+from sami.core.configfile import meant_for, read_yaml
+from sami.core.entries import ENTRIES
 from sami.core.errors import UserError
 from sami.core.paths import expand_path, is_file
 from sami.core.shipped import HOME, shipped

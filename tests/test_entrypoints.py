@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from finetune.classify import ClassifyConfig
-from finetune.train import FinetuneConfig
 from sami.core.config import load_config
+from sami.core.entries import ENTRIES
 from sami.encoder import load_encoder
 from sami.pretrain import PretrainConfig, main
 from tests.runs import (
@@ -349,13 +348,9 @@ def test_the_readme_says_what_works():
             assert (ROOT / script).exists(), line
         configs = [word for word in words if word.startswith("configs/")]
         assert all((ROOT / config).exists() for config in configs), line
-        for entry, kind in (
-            ("sami/pretrain.py", PretrainConfig),
-            ("finetune/train.py", FinetuneConfig),
-            ("finetune/classify.py", ClassifyConfig),
-        ):
-            if entry in words:
-                load_config(kind, words[words.index(entry) + 1 :])
+        for script, entry in ENTRIES.items():
+            if script in words:
+                load_config(entry.config_class, words[words.index(script) + 1 :])
                 entries += 1
                 break
         else:

@@ -10,7 +10,8 @@ import yaml
 from finetune.classify import ClassifyConfig
 from finetune.train import FinetuneConfig
 from sami.core.config import load_config
-from sami.core.configfile import ENTRIES, config_class_of, read_yaml
+from sami.core.configfile import read_yaml
+from sami.core.entries import ENTRIES, entry_of_groups
 from sami.core.errors import UserError
 from sami.core.options import Options, join_lists
 from sami.pretrain import PretrainConfig
@@ -21,7 +22,7 @@ CLASSES = {
     "finetune/train.py": FinetuneConfig,
     "finetune/classify.py": ClassifyConfig,
 }
-FOLDERS = {"pretrain": "sami/pretrain.py", "finetune": "finetune/train.py"}
+FOLDERS = {entry.name: script for script, entry in ENTRIES.items()}
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
 
@@ -227,7 +228,7 @@ def test_a_file_that_is_meant_for_something_else(path):
         if kind in ("sweeps", "accelerate"):
             says = "is a sweep; run it with python tools/sweep.py run"
             says = says if kind == "sweeps" else "accelerate launch --config_file"
-        elif (own := FOLDERS.get(kind, "finetune/classify.py")) == entry:
+        elif (own := FOLDERS[kind]) == entry:
             load_config(config_class, words)
             continue
         else:
@@ -244,7 +245,10 @@ def test_every_entry_is_known():
         if "run_entry(main)" in path.read_text()
     }
     assert found == set(ENTRIES) == set(CLASSES)
-    assert {entry: config_class_of(entry) for entry in ENTRIES} == CLASSES
+    assert {script: entry.config_class for script, entry in ENTRIES.items()} == CLASSES
+    for entry in ENTRIES.values():
+        assert entry_of_groups(vars(entry.config_class())) is entry
+        assert list((ROOT / "configs" / entry.name).glob("*.yaml"))
 
 
 def test_a_yaml_file_that_is_none(tmp_path):

@@ -25,14 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetune.classification import build_classifier
 from finetune.model import build_model
 from sami.core.config import load_config, require
-from sami.core.configfile import (
-    ENTRIES,
-    config_class_of,
-    entry_of,
-    meant_for,
-    merge,
-    read_layers,
-)
+from sami.core.configfile import entry_of, meant_for, merge, read_layers
+from sami.core.entries import ENTRIES
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
 from sami.core.index import open_sources
@@ -119,7 +113,7 @@ def resolve(config: Path, options: list[str]) -> tuple[str, Any]:
         words = meant_for(content, str(config)) or f"has keys that none of {_either(ENTRIES)} knows"
         raise UserError(f"{config} {words}")
     argv = ["--config", str(config), *options, "--run.device=cpu"]
-    return entry, load_config(config_class_of(entry), argv)
+    return entry, load_config(ENTRIES[entry].config_class, argv)
 
 
 def _either(names: Iterable[str]) -> str:

@@ -28,6 +28,7 @@ from finetune.measures import TRIVIAL
 from finetune.runfolder import PROMPT_NAMES, RunFolder, mean_and_std, name_apart, settings_of
 from sami.core.checkpoint import write_text
 from sami.core.config import require
+from sami.core.entries import ENTRIES
 from sami.core.errors import UserError
 from sami.core.exits import run_entry
 from sami.core.options import Options, require_least
@@ -301,32 +302,14 @@ def about(runs: list[RunFolder]) -> str:
 
 
 SPEED = {"lr": "learning rate", "images_per_second": "images/s", "data_wait": "data wait"}
-COLUMNS = {
-    "pretrain": {
-        "loss": "loss",
-        "val_r2": "r2, held out",
-        "val_knn": "k-NN, held out",
-        "val_linear": "linear probe, held out",
-    },
-    "finetune": {
-        "loss": "loss",
-        "val_miou_box": "mIoU by box, held out",
-        "val_miou_1_click": "mIoU by 1 click, held out",
-        "val_miou_3_clicks": "mIoU by 3 clicks, held out",
-    },
-    "classify": {"loss": "loss", "val_top1": "top-1, held out"},
-}
+COLUMNS = {entry.name: {"loss": "loss"} | entry.measures for entry in ENTRIES.values()}
 SHARES = {"data_wait"} | {
     f"val_{k}_{p}" for k in ("miou", "trivial") for p in PROMPT_NAMES
 }  # 0 to 1
 IN_PERCENT = {"val_knn", "val_linear", "val_top1", "val_top5"}
 ROWS = {"predicted": ("predicted",), "oracle": ("oracle",), "without a model": TRIVIAL}
-TITLES = {
-    "pretrain": ("Stage 1: pretraining", "masked input, target, result"),
-    "finetune": ("Stage 2: finetuning", "true masks, by box, by click"),
-    "classify": ("Classification", ""),
-    "evaluate": ("Masks", "true masks, by box, by click"),
-}
+TITLES = {entry.name: (entry.title, entry.images) for entry in ENTRIES.values()}
+TITLES["evaluate"] = ("Masks", "true masks, by box, by click")
 
 
 def of_kind(runs: list[RunFolder], kind: str, most: int) -> str:

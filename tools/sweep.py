@@ -34,7 +34,8 @@ from typing import Any
 from finetune.results import ResultsReader
 from sami.core.checkpoint import write_text
 from sami.core.config import load_config, require
-from sami.core.configfile import config_class_of, types_of
+from sami.core.configfile import types_of
+from sami.core.entries import ENTRIES
 from sami.core.errors import UserError
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, run_entry
 from sami.core.options import Options, require_least
@@ -74,12 +75,12 @@ def check(sweep: Sweep, runs: list[Trial], values: bool = True) -> None:
             if stage.config is None:
                 known, shown = options_of(stage.entry), "--help"
             elif not values:
-                known = set(types_of(config_class_of(stage.entry)))
+                known = set(types_of(ENTRIES[stage.entry].config_class))
             elif sweep.is_finished(run, name):
                 continue
             else:
                 try:
-                    load_config(config_class_of(stage.entry), sweep.command(run, name, 1)[1:])
+                    load_config(ENTRIES[stage.entry].config_class, sweep.command(run, name, 1)[1:])
                 except UserError as error:
                     raise UserError(f"{sweep.path}: {name}: {error}") from error
                 continue

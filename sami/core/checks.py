@@ -13,6 +13,7 @@ from typing import Any
 
 from sami.core.config import load_config, needs_of, require
 from sami.core.dataset import Transform
+from sami.core.entries import entry_of_groups
 from sami.core.errors import BadSample, MachineError, UserError
 from sami.core.exits import FINISHED
 from sami.core.index import Shard
@@ -22,7 +23,6 @@ from sami.core.processes import is_launched
 from sami.core.reading import read_range
 from sami.core.run import Run, refuse_other_run
 from sami.core.starts import Start, starts_missing
-from sami.core.weights import entry_of_groups
 
 BATCH = 32  # images of the batch that --check reads
 NOT_CHECKED = (
@@ -54,10 +54,11 @@ def start_entry(
     words = list(sys.argv[1:] if argv is None else argv)
     only_check = "--check" in words
     config = load_config(config_class, [word for word in words if word != "--check"])
-    entry, missing = entry_of_groups(vars(config)), partial(find_missing, config, starts_of(config))
-    needs = needs_of(words)
+    entry = entry_of_groups(vars(config))
+    script = entry and entry.script
+    missing, needs = partial(find_missing, config, starts_of(config)), needs_of(words)
     if not only_check:
-        with Run(config.run, config.train.precision, entry) as run:
+        with Run(config.run, config.train.precision, script) as run:
             require_inputs(missing(), needs)
             return train(config, run, False)
     require(
@@ -66,13 +67,13 @@ def start_entry(
     )
     print("the configuration: every field is valid", flush=True)
     own = Path(config.run.dir)
-    refuse_other_run(own, entry)
+    refuse_other_run(own, script)
     with tempfile.TemporaryDirectory() as folder:
         if (own / "index").is_dir():  # what was read of the shards before
             shutil.copytree(own / "index", Path(folder) / "index")
         elsewhere = dataclasses.replace(config.run, dir=folder, wandb="disabled")
         config = dataclasses.replace(config, run=elsewhere)
-        with Run(config.run, config.train.precision, entry) as run:
+        with Run(config.run, config.train.precision, script) as run:
             require_inputs(missing(), needs)
             code = train(config, run, True)
     print(f"not checked: {NOT_CHECKED.format(folder=own)}")

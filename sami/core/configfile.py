@@ -2,7 +2,6 @@
 
 import codecs
 import dataclasses
-import importlib
 import os
 import typing
 from pathlib import Path
@@ -10,16 +9,11 @@ from typing import Any
 
 import yaml
 
+from sami.core.entries import ENTRIES
 from sami.core.errors import UserError, raise_if_machine
 from sami.core.paths import exists, expand_path
 from sami.core.shipped import find
 
-# The entries and what each is configured by. They are looked up by name, to say whose a file is.
-ENTRIES = {
-    "sami/pretrain.py": ("sami.pretrain", "PretrainConfig"),
-    "finetune/train.py": ("finetune.train", "FinetuneConfig"),
-    "finetune/classify.py": ("finetune.classify", "ClassifyConfig"),
-}
 BASE = "base"  # key of a configuration that is another one but for what it says itself
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -175,17 +169,11 @@ def meant_for(content: dict[str, Any], path: str) -> str | None:
 
 def entry_of(content: dict[str, Any]) -> str | None:
     """The first entry that has all keys of a configuration; None if none has."""
-    for entry in ENTRIES:
-        types = types_of(config_class_of(entry))
+    for script, entry in ENTRIES.items():
+        types = types_of(entry.config_class)
         if all(key in types for key in flatten(content, types)):
-            return entry
+            return script
     return None
-
-
-def config_class_of(entry: str) -> type:
-    """The dataclass that an entry is configured by."""
-    module, name = ENTRIES[entry]
-    return getattr(importlib.import_module(module), name)
 
 
 def _line(text: str, mark: Any) -> str:

@@ -17,16 +17,10 @@ import torch
 from torch import nn
 
 from sami.core.checkpoint import META, STATE, Damaged, check_file, list_checkpoints, read_meta
+from sami.core.entries import ENTRIES, entry_of_groups, exporters
 from sami.core.errors import UserError, raise_if_machine
 from sami.core.paths import NOT_THERE, exists, is_file
 from sami.core.weightfile import WEIGHTS, NotWeights, identify, read_header, read_tensors
-
-# What the entries leave behind: the key of the file's header, what it is, and who writes it.
-EXPORTS = {
-    "encoder": ("encoder.safetensors", "an encoder of stage 1", "sami/pretrain.py"),
-    "model": ("model.safetensors", "a model of stage 2", "finetune/train.py"),
-    "classifier": ("classifier.safetensors", "a classifier", "finetune/classify.py"),
-}
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,7 @@ class Takes:
     """What an option that names weights takes.
 
     Attributes:
-        kinds: keys of EXPORTS whose files are looked for in a run folder, in this order.
+        kinds: what entries export (``Entry.exports``), looked for in a run folder in this order.
         words: all that it takes, for a sentence.
     """
 
@@ -51,8 +45,9 @@ class Takes:
             UserError: one of our exports, and none of ``kinds``.
         """
         if kind is not None and kind not in self.kinds:
-            _, is_a, entry = EXPORTS[kind]
-            raise UserError(f"{what} is {is_a} (of {entry}); {self.remedy(option)}")
+            makers = exporters([kind])
+            scripts = " or ".join(entry.script for entry in makers)
+            raise UserError(f"{what} is {makers[0].makes} (of {scripts}); {self.remedy(option)}")
 
 
 @dataclass(frozen=True)
@@ -88,8 +83,8 @@ class Weights:
 
     @property
     def kind(self) -> str | None:
-        """Which of EXPORTS it is; None for weights of others."""
-        return next((kind for kind in EXPORTS if kind in self.metadata), None)
+        """Which of our exports it is; None for weights of others."""
+        return _kind_of(self.metadata)
 
     def below(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors whose names begin with ``prefix``, without it."""
@@ -133,7 +128,7 @@ def find_weights(path: str | Path | None, takes: Takes, option: str = "") -> Fou
         return Found(place)
     if not stat.S_ISDIR(mode):
         raise UserError(f"{what} is neither a file nor a folder; {remedy}")
-    names = [EXPORTS[kind][0] for kind in takes.kinds]
+    names = [f"{kind}.safetensors" for kind in takes.kinds]
     if exists(place / META):  # one checkpoint
         return _of_checkpoint(place, names, what, remedy)
     for name in names:
@@ -163,9 +158,11 @@ def _of_checkpoint(place: Path, names: list[str], what: str, remedy: str) -> Fou
     """
     name = next((name for name in names if is_file(place / name)), None)
     if name is None:
-        other = next((one for one in EXPORTS.values() if is_file(place / one[0])), None)
+        other = next((one for one in ENTRIES.values() if is_file(place / one.file)), None)
         if other is not None:
-            raise UserError(f"{what} is a checkpoint of {other[2]} and holds {other[1]}; {remedy}")
+            raise UserError(
+                f"{what} is a checkpoint of {other.script} and holds {other.makes}; {remedy}"
+            )
         raise UserError(
             f"{what} has no weights of its own, as checkpoints of earlier versions: the same "
             f"command that made it goes on from it, and leaves some; {remedy}"
@@ -180,10 +177,10 @@ def _of_checkpoint(place: Path, names: list[str], what: str, remedy: str) -> Fou
 def _describe(place: Path, takes: Takes, spoilt: list[str]) -> str:
     """What a folder without the weights that are wanted is."""
     entry = entry_of_run(place)
-    wanted = {EXPORTS[kind][2] for kind in takes.kinds}
+    wanted = [entry.script for entry in exporters(takes.kinds)]
     if entry is not None and entry not in wanted:
-        holds = next((what for _, what, who in EXPORTS.values() if who == entry), "other weights")
-        return f"is a run of {entry}, which makes {holds}"
+        makes = ENTRIES[entry].makes if entry in ENTRIES else "other weights"
+        return f"is a run of {entry}, which makes {makes}"
     if spoilt:
         return f"is a run without whole weights ({spoilt[0].split(';')[0]})"
     if entry is not None:
@@ -212,24 +209,19 @@ def entry_of_run(folder: Path) -> str | None:
     A start that failed before it began leaves a summary.json alone, and is no run.
     """
     checkpoints = list_checkpoints(folder / "checkpoints")
-    exported = [who for name, _, who in EXPORTS.values() if exists(folder / name)]
+    exported = [entry for entry in ENTRIES.values() if exists(folder / entry.file)]
     if not (checkpoints or exported or exists(folder / "config.yaml")):
         return None
-    entry = read_summary(folder).get("entry")
-    if isinstance(entry, str):
-        return entry
+    script = read_summary(folder).get("entry")
+    if isinstance(script, str):
+        return script
     try:  # a run of an earlier version, or without its summary
         groups = re.findall(r"^(\w+):", (folder / "config.yaml").read_text(encoding="utf-8"), re.M)
     except (OSError, ValueError) as error:
         raise_if_machine(error, folder / "config.yaml")
         groups = []
-    return entry_of_groups(groups) or next(iter(exported), None)
-
-
-def entry_of_groups(groups: Collection[str]) -> str | None:
-    """The entry that has these groups of fields."""
-    of_group = (("mask", "encoder"), ("prompt", "model"), ("augment", "classifier"))
-    return next((EXPORTS[kind][2] for group, kind in of_group if group in groups), None)
+    entry = entry_of_groups(groups) or next(iter(exported), None)
+    return entry and entry.script
 
 
 def check_weights(path: str | Path | None, takes: Takes, option: str) -> str | None:
@@ -244,8 +236,8 @@ def check_weights(path: str | Path | None, takes: Takes, option: str) -> str | N
         with file.open("rb") as stream:
             what = f"{option} {file}".strip()
             if identify(stream, file, what) == "safetensors":
-                kinds = read_header(stream).get("__metadata__") or {}
-                takes.refuse(next((kind for kind in EXPORTS if kind in kinds), None), what, option)
+                metadata = read_header(stream).get("__metadata__") or {}
+                takes.refuse(_kind_of(metadata), what, option)
     except NotWeights as error:
         return f"{error}; {takes.remedy(option)}"
     except UserError as error:
@@ -273,6 +265,10 @@ def read_weights(file: Path, takes: Takes, option: str = "") -> Weights:
         raise
     takes.refuse(weights.kind, what, option)
     return weights
+
+
+def _kind_of(metadata: Collection[str]) -> str | None:
+    return next((entry.exports for entry in ENTRIES.values() if entry.exports in metadata), None)
 
 
 def load_strictly(
