@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
-from timm.data.auto_augment import AugmentOp, posterize
+from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -76,6 +76,11 @@ class AugmentConfig:
     smoothing: float = 0.1
     drop_path: float = 0.1
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
     def check(self) -> None:
         for name in ("erase", "smoothing", "drop_path"):
             value = getattr(self, name)
@@ -113,6 +118,8 @@ class LabelTransform:
     def __init__(self, data: LabelDataConfig, augment: AugmentConfig, seed: int) -> None:
         self.seed, self.classes = seed, data.classes
         common = {"interpolation": "bicubic", "mean": MEAN, "std": STD}
+        for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+            NAME_TO_OP[name] = _posterize
         self.augmented = create_transform(
             data.image_size,
             is_training=True,
@@ -122,7 +129,6 @@ class LabelTransform:
             re_mode="pixel",
             **common,
         )
-        _guard_posterize(self.augmented)
         self.plain = create_transform(data.image_size, crop_pct=224 / 256, **common)
 
     def decode(self, sample: RawSample, epoch: int, replacement: bool) -> tuple:
@@ -130,16 +136,16 @@ class LabelTransform:
         key = f"{sample.key}/replacement" if replacement else sample.key
         rng = sample_rng(self.seed, epoch, key)
         # timm draws from all three libraries' own generators.
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        before = random.getstate(), np.random.get_state()
         try:
-            random.seed(int(rng.integers(2**63)))
-            np.random.seed(int(rng.integers(2**32)))
-            torch.manual_seed(int(rng.integers(2**63)))
-            return self._make(sample, self.augmented)
+            with torch.random.fork_rng(devices=[]):
+                random.seed(int(rng.integers(2**63)))
+                np.random.seed(int(rng.integers(2**32)))
+                torch.manual_seed(int(rng.integers(2**63)))
+                return self._make(sample, self.augmented)
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
-            torch.set_rng_state(before[2])
 
     def decode_held_out(self, sample: RawSample) -> tuple:
         """The same of a held-out sample: the central part, unchanged."""
@@ -163,30 +169,16 @@ def _shorten(image: Image.Image) -> Image.Image:
     """
     width, height = image.size
     most = 8 * min(width, height)
-    if max(width, height) <= most:
-        return image
     left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
     return image.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
-def _guard_posterize(transform: Any) -> None:
-    """Let the magnitude at which timm keeps no bit of an image give black, as it did.
-
-    "PosterizeIncreasing" keeps 4 to 0 bits; Pillow 13 refuses 0 with a ValueError, and Pillow
-    before gave black, which is what timm's recipes were trained with.
-    """
-    if isinstance(transform, AugmentOp):
-        if transform.aug_fn is posterize:
-            transform.aug_fn = _posterize
-    elif isinstance(transform, (list, tuple)):
-        for one in transform:
-            _guard_posterize(one)
-    else:
-        for name in ("transforms", "ops", "policy"):  # Compose; RandAugment, AugMix; AutoAugment
-            _guard_posterize(getattr(transform, name, ()))
-
-
 def _posterize(image: Image.Image, bits: int, **rest: Any) -> Image.Image:
+    """timm's, with black for no bits left, as the magnitude 10 of "PosterizeIncreasing" asks.
+
+    Pillow 13 refuses that with a ValueError; before it gave black, which timm's recipes were
+    trained with.
+    """
     return posterize(image, bits, **rest) if bits > 0 else Image.new(image.mode, image.size)
 
 
@@ -199,9 +191,6 @@ def build_classifier(
         UserError: a checkpoint of another shape.
     """
     shape = encoder.student(data.image_size)
-    start = None
-    if encoder.checkpoint:
-        start = load_encoder(encoder.checkpoint, "encoder.checkpoint", shape)
     model = VisionTransformer(
         img_size=shape.image_size,
         patch_size=shape.patch_size,
@@ -213,8 +202,9 @@ def build_classifier(
         drop_path_rate=augment.drop_path,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
-    if start is not None:  # the final norm is a new one behind the pooling, as in MAE
-        tensors = {k: v for k, v in start.state_dict().items() if not k.startswith("norm.")}
+    if encoder.checkpoint:  # the final norm is a new one behind the pooling, as in MAE
+        start = load_encoder(encoder.checkpoint, "encoder.checkpoint", shape).state_dict()
+        tensors = {name: t for name, t in start.items() if not name.startswith("norm.")}
         lacking = model.load_state_dict(tensors, strict=False)
         new = [name for name in lacking.missing_keys if not name.startswith(("fc_norm", "head"))]
         assert not (new or lacking.unexpected_keys), "an Encoder has timm's names"
@@ -224,13 +214,11 @@ def build_classifier(
 
 def build_groups(model: VisionTransformer, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW over timm's groups, with its layer decay."""
-    keep = model.no_weight_decay()
+    decay, keep = optim.weight_decay, model.no_weight_decay()
     if optim.layer_decay < 1:
-        groups = param_groups_layer_decay(
-            model, optim.weight_decay, keep, layer_decay=optim.layer_decay
-        )
+        groups = param_groups_layer_decay(model, decay, keep, layer_decay=optim.layer_decay)
     else:
-        groups = param_groups_weight_decay(model, optim.weight_decay, keep)
+        groups = param_groups_weight_decay(model, decay, keep)
     groups = [{"lr_scale": 1.0, **group} for group in groups]
     groups.sort(key=lambda group: -group["lr_scale"])  # the first one's rate is the one recorded
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
@@ -242,20 +230,11 @@ class Classification(nn.Module):
     def __init__(self, model: VisionTransformer, augment: AugmentConfig, classes: int) -> None:
         super().__init__()
         self.model = model
-        mixed = augment.mixup > 0 or augment.cutmix > 0
-        self.mixup = (
-            Mixup(
-                augment.mixup,
-                augment.cutmix,
-                label_smoothing=augment.smoothing,
-                num_classes=classes,
-            )
-            if mixed
-            else None
-        )
-        self.loss = (
-            SoftTargetCrossEntropy() if mixed else LabelSmoothingCrossEntropy(augment.smoothing)
-        )
+        self.mixup, self.loss = None, LabelSmoothingCrossEntropy(augment.smoothing)
+        if augment.mixes:
+            shares = {"mixup_alpha": augment.mixup, "cutmix_alpha": augment.cutmix}
+            smoothing = {"label_smoothing": augment.smoothing, "num_classes": classes}
+            self.mixup, self.loss = Mixup(**shares, **smoothing), SoftTargetCrossEntropy()
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """``loss`` of a micro-batch, mixed up if that is asked for (numpy's generator decides).
@@ -300,8 +279,4 @@ def evaluate(
         "data.val_shards hold no labelled image (.cls) under data.classes; leave them empty, or "
         "make shards with labels (tools/make_shards.py on a folder per class)",
     )
-    return {
-        "top1": 100 * right / images,
-        "top5": 100 * among / images,
-        "pictures": images,
-    }
+    return {"top1": 100 * right / images, "top5": 100 * among / images, "pictures": images}

@@ -72,9 +72,8 @@ def train(cfg: ClassifyConfig, run: Run, only_check: bool = False) -> int:
     files, started_from = find_starts(run, cfg, STARTS)
     plan = plan_training(cfg.data, cfg.train, run)
     shards, held_out = plan.order.shards, plan.held_out
-    mixed = cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
     require(
-        not mixed or plan.micro_batch % 2 == 0,
+        not cfg.augment.mixes or plan.micro_batch % 2 == 0,
         f"augment.mixup needs an even micro-batch, and it has {plan.micro_batch} images; "
         "set --train.micro_batch_size even, or --augment.mixup 0 --augment.cutmix 0",
     )
