@@ -15,6 +15,7 @@ from typing import Any
 from finetune.coco_masks import is_normalised, to_sa1b, why_none, with_area
 from finetune.folders import count_words, find_files, plain_path, read_file, read_image
 from finetune.rle import read_json
+from sami.core.config import require
 from sami.core.errors import BadSample, UserError
 from sami.core.reading import RawSample
 from sami.core.scanning import IMAGE
@@ -25,7 +26,7 @@ OTHER_SIZES = "image entries of one file differ in size"
 
 @dataclass(frozen=True)
 class Entry:
-    """An image: COCO's image entries of its file (several where a tool writes one an object)."""
+    """An image: its image entries (some tools write one for each object) and annotations."""
 
     images: list[dict[str, Any]]
     annotations: list[dict[str, Any]]
@@ -56,11 +57,7 @@ class Coco:
 
     file: Path
     entries: dict[str, Entry]
-    left_out: Counter[str] = field(default_factory=Counter)
-
-    def annotated(self) -> dict[str, Entry]:
-        """The images with annotations, in the order of their names."""
-        return {name: one for name, one in sorted(self.entries.items()) if one.annotations}
+    left_out: Counter[str]
 
 
 def read_coco(path: Path) -> Coco:
@@ -79,7 +76,11 @@ def read_coco(path: Path) -> Coco:
         if not isinstance(images, list) or not isinstance(annotations, list):
             raise TypeError("images and annotations have to be lists")
         by_id = _images_by_id(path, images, left_out)
-        by_image = _annotations_by_image(annotations, by_id, left_out)
+        objects = [one for one in annotations if isinstance(one, dict)]
+        left_out["annotation without an image_id"] += len(annotations) - len(objects)
+        by_image = _annotations_by_image(objects, by_id, left_out)
+        if annotations and left_out["annotation without an image_id"] == len(annotations):
+            raise KeyError("image_id")
     except UserError:  # is a ValueError, and has its own words
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -87,14 +88,18 @@ def read_coco(path: Path) -> Coco:
             f"--coco {path} is not in COCO's format ({type(error).__name__}: {error}); it needs "
             "images (id, file_name, width, height) and annotations (image_id, segmentation)"
         ) from error
-    _count_unknown_categories(content.get("categories"), annotations, left_out)
-    _refuse_normalised(path, annotations)
+    if isinstance(content.get("categories"), list) and content["categories"]:
+        known = {_identity(c.get("id")) for c in content["categories"] if isinstance(c, dict)}
+        used = [one["category_id"] for one in objects if one.get("category_id") is not None]
+        unknown = sum(_identity(one) not in known for one in used)
+        left_out["annotation of an unknown category_id (its mask is used)"] += unknown
+    _refuse_normalised(path, objects)
     entries: dict[str, Entry] = {}
     for identity, found in by_id.items():
         entry = entries.setdefault(plain_name(found[0]), Entry([], []))
         entry.images.extend(found)
         entry.annotations.extend(by_image[identity])
-    return Coco(path, entries, left_out)
+    return Coco(path, entries, +left_out)  # without the zeros
 
 
 def _images_by_id(
@@ -107,75 +112,61 @@ def _images_by_id(
         ValueError: none of them is usable; the first's reason.
     """
     by_id: dict[str, list[dict[str, Any]]] = {}
-    reasons: Counter[str] = Counter()
     for image in images:
-        sides = {s: _whole(image.get(s)) for s in ("height", "width")} if _is_object(image) else {}
-        lacking = (
-            ("not an object", not sides),
-            ("no size", not all(sides.values())),
-            ("no file_name", sides and not plain_name(image)),
-            ("no id", sides and _identity(image.get("id")) is None),
-        )
-        reason = next((reason for reason, lacks in lacking if lacks), None)
+        reason = _unusable(image)
         if reason is not None:
-            reasons[f"image entry: {reason}"] += 1
+            left_out[f"image entry: {reason}"] += 1
             continue
-        image, identity = image | sides, _identity(image["id"])
+        image = image | {side: _whole(image[side]) for side in ("height", "width")}
+        identity, name = _identity(image["id"]), plain_name(image)
         known = by_id.setdefault(identity, [])
-        if known and plain_name(known[0]) != plain_name(image):
+        if known and plain_name(known[0]) != name:
             raise UserError(
                 f"--coco {path}: image id {identity} is that of two images, "
-                f"{plain_name(known[0])} and {plain_name(image)}; give each its own id (files that "
-                "were joined often number their images from 0 on each)"
+                f"{plain_name(known[0])} and {name}; give each its own id (files that were joined "
+                "often number their images from 0 on each)"
             )
         if image not in known:
             known.append(image)
-    if reasons and not by_id:
-        raise ValueError(next(iter(reasons)))
-    left_out.update(reasons)
+    if left_out and not by_id:
+        raise ValueError(next(iter(left_out)))
     return by_id
 
 
-def _annotations_by_image(
-    annotations: list[Any], by_id: dict[str, Any], left_out: Counter[str]
-) -> dict[str, list[dict[str, Any]]]:
-    """Annotations by the id of their image; those of unknown ones are counted.
+def _unusable(image: Any) -> str | None:
+    """Why an image entry cannot be used; None if it can."""
+    if not isinstance(image, dict):
+        return "not an object"
+    lacking = {
+        "no size": None in (_whole(image.get("height")), _whole(image.get("width"))),
+        "no file_name": not plain_name(image),
+        "no id": _identity(image.get("id")) is None,
+    }
+    return next((reason for reason, lacks in lacking.items() if lacks), None)
 
-    Raises:
-        KeyError: none has an image_id.
-    """
-    by_image, without = defaultdict(list), 0
+
+def _annotations_by_image(
+    annotations: list[dict[str, Any]], by_id: dict[str, Any], left_out: Counter[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Annotations by the id of their image; those of unknown ones are counted."""
+    by_image = defaultdict(list)
     for annotation in annotations:
-        identity = _identity(annotation.get("image_id")) if _is_object(annotation) else None
+        identity = _identity(annotation.get("image_id"))
         if identity in by_id:
             by_image[identity].append(annotation)
         elif identity is None:
-            without += 1
+            left_out["annotation without an image_id"] += 1
         else:
             left_out["annotation of an unknown image_id"] += 1
-    if without and without == len(annotations):
-        raise KeyError("image_id")
-    left_out.update({"annotation without an image_id": without} if without else {})
     return by_image
 
 
-def _count_unknown_categories(categories: Any, annotations: list, left_out: Counter[str]) -> None:
-    """Their masks are used all the same: nothing here depends on the category."""
-    if not isinstance(categories, list) or not categories:
-        return
-    known = {_text(one.get("id")) for one in categories if _is_object(one)}
-    used = [one.get("category_id") for one in annotations if _is_object(one)]
-    unknown = sum(one is not None and _text(one) not in known for one in used)
-    reason = "annotation of an unknown category_id (its mask is used)"
-    left_out.update({reason: unknown} if unknown else {})
-
-
-def _refuse_normalised(path: Path, annotations: list[Any]) -> None:
+def _refuse_normalised(path: Path, annotations: list[dict[str, Any]]) -> None:
     """
     Raises:
         UserError: most polygons are in 0..1.
     """
-    parts = [one.get("segmentation") for one in annotations if _is_object(one)]
+    parts = [one.get("segmentation") for one in annotations]
     objects = [with_area(one) for one in parts if isinstance(one, list) and one]
     normalised = sum(map(is_normalised, objects))
     if 2 * normalised > len(objects):
@@ -186,10 +177,6 @@ def _refuse_normalised(path: Path, annotations: list[Any]) -> None:
         )
 
 
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
 def _identity(value: Any) -> str | None:
     """An id as text: 12, 12.0 and "12" are the same; None if it is neither a number nor text."""
     if isinstance(value, str):
@@ -197,12 +184,6 @@ def _identity(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return str(int(value)) if isinstance(value, int) or value.is_integer() else repr(value)
-
-
-def _text(value: Any) -> str:
-    """An id as text, whatever it is."""
-    identity = _identity(value)
-    return repr(value) if identity is None else identity
 
 
 def _whole(value: Any) -> int | None:
@@ -231,7 +212,7 @@ def plain_name(image: dict[str, Any]) -> str:
 class CocoSource:
     """Images in a folder with their annotations, as samples of SA-1B's layout.
 
-    ``entries`` are (path below the folder, entry); ``counts`` tell of all images of the file.
+    ``entries`` are (path below the folder, entry); ``counts`` are of all images of the file.
     """
 
     folder: Path
@@ -252,23 +233,21 @@ class CocoSource:
         Raises:
             UserError: there are none, or none is in the folder; or see :func:`find_files`.
         """
-        annotated = coco.annotated()
-        if not annotated:
-            reasons = f" ({count_words(coco.left_out)})" if coco.left_out else ""
-            raise UserError(
-                f"--coco {coco.file}: none of its {len(coco.entries)} images has an annotation"
-                f"{reasons}; name a file whose annotations have the image_id of its images"
-            )
+        annotated = {name: one for name, one in sorted(coco.entries.items()) if one.annotations}
+        reasons = f" ({count_words(coco.left_out)})" if coco.left_out else ""
+        require(
+            bool(annotated),
+            f"--coco {coco.file}: none of its {len(coco.entries)} images has an annotation"
+            f"{reasons}; name a file whose annotations have the image_id of its images",
+        )
         bare = [name for name in coco.entries if name not in annotated]
         found = find_files(list(annotated), folder, bare)
-        entries = [
-            (found.files[name], one) for name, one in annotated.items() if name in found.files
-        ]
-        if not entries:
-            raise UserError(
-                f"{folder} holds none of the annotated images of {coco.file} (the first is "
-                f"{next(iter(annotated))}); name the folder that their file_name is relative to"
-            )
+        entries = [(found.files[n], one) for n, one in annotated.items() if n in found.files]
+        require(
+            bool(entries),
+            f"{folder} holds none of the annotated images of {coco.file} (the first is "
+            f"{next(iter(annotated))}); name the folder that their file_name is relative to",
+        )
         counts = {
             "pictures": len(coco.entries),
             "found": len(entries) + found.counted,
@@ -284,12 +263,12 @@ class CocoSource:
         return CocoSource(folder, entries[:most], keep_crowd, counts, remarks)
 
     def summary(self, used: int, left_out: Counter[str], others: str) -> list[str]:
-        """What became of the file's images, as lines to be printed.
+        """Lines to print: how many of the file's images were used, and why the others were not.
 
         Args:
-            used: with masks.
-            left_out: of those that were found, by reason.
-            others: what is to be said of what is left.
+            used: images used with masks.
+            left_out: images found and left out, by reason.
+            others: words for the rest.
         """
         counts = self.counts
         rest = counts["annotated_and_found"] - used - left_out.total()

@@ -39,7 +39,7 @@ def to_sa1b(
         except BadSample as error:
             left_out[str(error)] += 1
             continue
-        left_out.update({DEGENERATE: degenerate} if degenerate else {})
+        left_out[DEGENERATE] += degenerate
         left, top, right, bottom = box(ends, height)
         starts, stops = ends[0:-1:2], ends[1::2]
         longest = int(np.argmax(stops - starts[: len(stops)]))
@@ -57,13 +57,12 @@ def to_sa1b(
             }
         )
     about = {"image_id": image["id"], "width": width, "height": height, "file_name": name}
-    return {"image": about, "annotations": kept}, left_out
+    return {"image": about, "annotations": kept}, +left_out  # without zeros
 
 
 def why_none(left_out: Counter[str]) -> str:
-    """The reason of an image without a usable mask: its most frequent one."""
-    (first, _), *_ = left_out.most_common(1) or [("no annotation", 0)]
-    return f"no usable mask ({first})"
+    """The reason of an image without a usable mask: the one most of its objects have."""
+    return f"no usable mask ({max(left_out, key=left_out.get, default='no annotation')})"
 
 
 def _run_lengths(
