@@ -35,6 +35,7 @@ MANIFEST, VERIFIED = "manifest.json", "verified.json"
 FORMAT = 1
 OVERHEAD = 3 * 512 + 700  # bytes of a member's header and padding, and of an npz around its arrays
 READERS = 8  # shards that a process reads at once for their checksums
+REMEDY = "bring it back, or delete the folder"  # of a manifest that is damaged
 
 
 class Manifest:
@@ -52,7 +53,7 @@ class Manifest:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._changed() as content:
+            with changed(self.path, REMEDY) as content:
                 self._compare(content.setdefault("cache", self.cache.header()))
                 content.setdefault("format", FORMAT)
                 content.setdefault("preprocessing", self.preprocessing)
@@ -86,11 +87,8 @@ class Manifest:
 
     def put(self, name: str, record: dict[str, Any] | None) -> None:
         """Put down that a shard is finished."""
-        with self._changed() as content:
+        with changed(self.path, REMEDY) as content:
             content["shards"][name] = record
-
-    def _changed(self) -> contextlib.AbstractContextManager[dict[str, Any]]:
-        return changed(self.path, "bring it back, or delete the folder")
 
 
 @contextlib.contextmanager
@@ -176,7 +174,8 @@ def open_cache(
         UserError: no manifest, or one that tells of another teacher, or of other shards.
     """
     asked = {"name": config.name, "layer": config.layer, "image_size": config.image_size}
-    asked |= {} if sha256 is None else {"sha256": sha256}
+    if sha256 is not None:
+        asked["sha256"] = sha256
     found: dict[Path, dict[str, Any]] = {}
     for shard in shards:
         require(
@@ -186,45 +185,39 @@ def open_cache(
         )
         path = Path(shard.url)
         if path.parent not in found:
-            manifest = found[path.parent] = read_manifest(path.parent)
-            for name, value in asked.items():
-                theirs = manifest["cache"][name]
-                require(
-                    theirs == value,
-                    f"{path.parent / MANIFEST} has features of teacher.{name} {theirs}, and the "
-                    f"configuration asks for {value}; set teacher.{name} {theirs}, or make another "
-                    "cache",
-                )
+            found[path.parent] = read_manifest(path.parent)
+        names = found[path.parent]["shards"]
         require(
-            path.name in found[path.parent]["shards"],
-            f"{path} is not in {path.parent / MANIFEST}, which has "
-            f"{len(found[path.parent]['shards'])} other shards; cache it too, or leave it out of "
-            "data.shards",
+            path.name in names,
+            f"{path} is not in {path.parent / MANIFEST}, which has {len(names)} other shards; "
+            "cache it too, or leave it out of data.shards",
         )
+    first = next(iter(found))
+    own = asdict(Cache(**found[first]["cache"]))
     for folder, manifest in found.items():
-        gone = [name for name in manifest["shards"] if not exists(folder / name)]
+        names, theirs = manifest["shards"], asdict(Cache(**manifest["cache"]))
+        for name, value in asked.items():
+            require(
+                theirs[name] == value,
+                f"{folder / MANIFEST} has features of teacher.{name} {theirs[name]}, and the "
+                f"configuration asks for {value}; set teacher.{name} {theirs[name]}, or make "
+                "another cache",
+            )
+        gone = [name for name in names if not exists(folder / name)]
         require(
             not gone,
-            f"{folder / MANIFEST} names {len(manifest['shards'])} shards and {len(gone)} of them "
-            f"are not there, such as {gone[0] if gone else ''}; bring them back, or run "
-            "tools/cache_teacher.py again",
+            f"{folder / MANIFEST} names {len(names)} shards and {len(gone)} of them are not there, "
+            f"such as {', '.join(gone[:1])}; bring them back, or run tools/cache_teacher.py again",
         )
-    caches = [Cache(**manifest["cache"]) for manifest in found.values()]
-    folders = list(found)
-    for folder, cache in zip(folders, caches, strict=True):
-        differing = [
-            f"{name} {value} and {getattr(cache, name)}"
-            for name, value in vars(caches[0]).items()
-            if value != getattr(cache, name)
-        ]
+        differing = [f"{k} {own[k]} and {theirs[k]}" for k in own if own[k] != theirs[k]]
         require(
             not differing,
-            f"{folders[0]} and {folder} hold features of different kinds ({', '.join(differing)}); "
+            f"{first} and {folder} hold features of different kinds ({', '.join(differing)}); "
             "cache both alike",
         )
     if part is not None:
         check_sums(shards, found, fallback, say, part)
-    return caches[0]
+    return Cache(**own)
 
 
 class Verified:
@@ -247,11 +240,12 @@ class Verified:
                 found |= json.loads(file.read_bytes())
         return found
 
-    def add(self, path: Path, identity: list[Any]) -> None:
+    def add(self, name: str, identity: list[Any]) -> None:
         """Remember it; what cannot be written into the cache's folder, into the run's."""
         if not exists(self.other):
             try:
-                self._write(self.own, path.name, identity)
+                with changed(self.own) as content:
+                    content[name] = identity
                 return
             except OSError as error:
                 self.say(
@@ -259,16 +253,8 @@ class Verified:
                     f"{self.other.parent}, for this run alone"
                 )
         self.other.parent.mkdir(parents=True, exist_ok=True)
-        self._write(self.other, path.name, identity)
-
-    def _write(self, file: Path, name: str, identity: list[Any]) -> None:
-        with changed(file) as content:
+        with changed(self.other) as content:
             content[name] = identity
-
-
-def _identity(path: Path, sha256: str) -> list[Any]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino, sha256]
 
 
 def check_sums(
@@ -286,11 +272,12 @@ def check_sums(
     Raises:
         UserError: one is another, or damaged.
     """
-    memories = {folder: Verified(folder, fallback, say) for folder in manifests}
-    found = {folder: memory.read() for folder, memory in memories.items()}
-    paths = sorted({Path(shard.url) for shard in shards})
-    wanted = {path: manifests[path.parent]["shards"][path.name]["sha256"] for path in paths}
-    identities = {path: _identity(path, sha256) for path, sha256 in wanted.items()}
+    verified = {folder: Verified(folder, fallback, say) for folder in manifests}
+    found = {folder: one.read() for folder, one in verified.items()}
+    paths, identities = sorted({Path(shard.url) for shard in shards}), {}
+    for path in paths:
+        status, sha256 = path.stat(), manifests[path.parent]["shards"][path.name]["sha256"]
+        identities[path] = [status.st_size, status.st_mtime_ns, status.st_ino, sha256]
     unread = {path for path in paths if found[path.parent].get(path.name) != identities[path]}
     if unread:
         say(f"reading {len(unread)} cached shards for their checksums, once")
@@ -300,21 +287,22 @@ def check_sums(
     mine = mine[start:] + mine[:start]
 
     def sum_of(path: Path) -> str | None:
-        if memories[path.parent].read().get(path.name) == identities[path]:
-            return None
-        return sha256_of(path)
+        known = verified[path.parent].read().get(path.name)  # another run may have read it since
+        return None if known == identities[path] else sha256_of(path)
 
     with ThreadPoolExecutor(READERS) as pool:
         for path, own in zip(mine, pool.map(sum_of, mine), strict=True):
-            if own is not None and own != wanted[path]:
+            if own is None:
+                continue
+            wanted = identities[path][-1]
+            if own != wanted:
                 pool.shutdown(cancel_futures=True)
                 raise UserError(
                     f"{path} has the sha256 {own[:16]}... and {path.parent / MANIFEST} says "
-                    f"{wanted[path][:16]}...; it was changed or damaged: delete it and run "
+                    f"{wanted[:16]}...; it was changed or damaged: delete it and run "
                     "tools/cache_teacher.py again"
                 )
-            if own is not None:
-                memories[path.parent].add(path, identities[path])
+            verified[path.parent].add(path.name, identities[path])
 
 
 def estimate_bytes(shards: list[Shard], cache: Cache, looked_at: int = 200) -> int:

@@ -10,7 +10,7 @@ import itertools
 import os
 import tarfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,6 @@ from sami.core.scanning import IMAGE, TEACHER, split_name
 from sami.features import Cache, QuantizedFeatures, from_bytes, pack, quantise, to_bytes
 from sami.teacher import Teacher
 
-RESIZED = {
-    "longest": "upright, longest side to image_size, antialiased bilinear",
-    "square": "upright, both sides to image_size, antialiased bilinear",
-}
 TOLERANCE = 0.03  # relative difference within which features count as recomputed: int8 has 0.01
 
 
@@ -55,10 +51,10 @@ class FeatureExtractor:
     workers: int
     fixed: bool = False
 
-    def start(self, batch: list[tuple]) -> tuple[list[list[torch.Tensor]], torch.Event | None]:
-        """What is stored of samples of :func:`_decoded`, on its way to the main memory.
+    def start(self, batch: list[tuple]) -> tuple[list[list[torch.Tensor]], Callable[[], None]]:
+        """What is stored of samples of :func:`_decoded`, and what waits until it is there.
 
-        On a GPU nothing waits for it here; the event tells when it is there.
+        On a GPU the next batch can be decoded while this one is computed and copied.
         """
         features = self.extract([pixels for _, _, _, pixels in batch])
         on_cuda = self.device.type == "cuda"
@@ -67,10 +63,10 @@ class FeatureExtractor:
             for one, (_, _, size, _) in zip(features, batch, strict=True)
         ]
         if not on_cuda:
-            return stored, None
-        there = torch.cuda.Event()
-        there.record()
-        return stored, there
+            return stored, lambda: None
+        copied = torch.cuda.Event()
+        copied.record()
+        return stored, copied.synchronize
 
     def extract(self, images: list[np.ndarray]) -> torch.Tensor:
         """Features [B, C, s, s] of images as :func:`extract_whole` takes them."""
@@ -107,9 +103,14 @@ def describe_preprocessing(teacher: Teacher) -> dict[str, Any]:
         [round(255 * value, 4) for value in tensor.double().flatten().tolist()]
         for tensor in (teacher.normalise.mean, teacher.normalise.std)
     )
-    padding = "zeros on the right and below after normalisation"
-    padding = padding if teacher.resize == "longest" else "none"
-    return {"resize": RESIZED[teacher.resize], "mean": mean, "std": std, "padding": padding}
+    longest = teacher.resize == "longest"
+    sides = "longest side" if longest else "both sides"
+    return {
+        "resize": f"upright, {sides} to image_size, antialiased bilinear",
+        "mean": mean,
+        "std": std,
+        "padding": "zeros on the right and below after normalisation" if longest else "none",
+    }
 
 
 def prepare(data: bytes, cache: Cache) -> tuple[tuple[int, int], np.ndarray]:
@@ -137,16 +138,14 @@ def cache_shard(
         UserError: another process writes the same shard, or the teacher's features are not finite.
     """
     left_out: Counter[str] = Counter()
-    temporary = path.with_name(f".{path.name}.writing")
-    samples = 0
+    temporary, samples = path.with_name(f".{path.name}.writing"), 0
     with _exclusive(temporary, path) as file:
         try:
             with tarfile.open(fileobj=file, mode="w") as tar, ThreadPoolExecutor(1) as writer:
                 writing: deque[Future] = deque()
                 for key, members, stored in _extracted(extractor, source, left_out):
                     samples += 1
-                    features = to_bytes(stored)
-                    named = {**members, f"{key}.{TEACHER}": features}
+                    named = {**members, f"{key}.{TEACHER}": to_bytes(stored)}
                     writing.append(writer.submit(_write, tar, named))
                     if len(writing) > 2 * extractor.batch:
                         writing.popleft().result()
@@ -172,34 +171,24 @@ def _extracted(
     extractor: FeatureExtractor, source: Shard, left_out: Counter[str]
 ) -> Iterator[tuple[str, dict[str, bytes], QuantizedFeatures]]:
     """Key, members and features of a shard's samples; decoding, teacher and packing overlap."""
-    before = None
-    for batch in _batched(_decoded(extractor, source, left_out), extractor.batch):
-        now = (batch, *extractor.start(batch))
-        if before is not None:
-            yield from _packed(extractor, source, *before)
-        before = now
-    if before is not None:
-        yield from _packed(extractor, source, *before)
-
-
-def _packed(
-    extractor: FeatureExtractor,
-    source: Shard,
-    batch: list[tuple],
-    stored: list[list[torch.Tensor]],
-    there: torch.Event | None,
-) -> Iterator[tuple[str, dict[str, bytes], QuantizedFeatures]]:
-    if there is not None:
-        there.synchronize()
-    for (key, members, _, _), one in zip(batch, stored, strict=True):
-        try:
-            yield key, members, pack(one)
-        except BadSample as error:
-            raise UserError(
-                f"the teacher's {error} for {key} of {source.url}, computed in "
-                f"{extractor.cache.precision}; look at the checkpoint, or take --precision fp32 "
-                "and --dtype int8"
-            ) from error
+    started: deque[tuple] = deque()
+    samples = _decoded(extractor, source, left_out)
+    while (batch := list(itertools.islice(samples, extractor.batch))) or started:
+        if batch:
+            started.append((batch, *extractor.start(batch)))
+        if batch and len(started) < 2:
+            continue  # a batch is packed while the teacher is at the next one
+        ready, stored, wait = started.popleft()
+        wait()
+        for (key, members, _, _), one in zip(ready, stored, strict=True):
+            try:
+                yield key, members, pack(one)
+            except BadSample as error:
+                raise UserError(
+                    f"the teacher's {error} for {key} of {source.url}, computed in "
+                    f"{extractor.cache.precision}; look at the checkpoint, or take --precision "
+                    "fp32 and --dtype int8"
+                ) from error
 
 
 def _decoded(extractor: FeatureExtractor, source: Shard, left_out: Counter[str]) -> Iterator[tuple]:
@@ -227,12 +216,6 @@ def _decoded(extractor: FeatureExtractor, source: Shard, left_out: Counter[str])
                 left_out[str(error)] += 1
 
 
-def _batched(items: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
 def _write(tar: tarfile.TarFile, members: dict[str, bytes]) -> None:
     for name, data in members.items():
         info = tarfile.TarInfo(name)
@@ -244,12 +227,13 @@ def _write(tar: tarfile.TarFile, members: dict[str, bytes]) -> None:
 def _exclusive(path: Path, wanted: Path) -> Iterator[BinaryIO]:
     """A file that this process alone writes, empty; the lock goes with the process."""
     with contextlib.ExitStack() as stack:
-        try:
+        file = None
+        with contextlib.suppress(BlockingIOError):
             file = stack.enter_context(locked(path, wait=False))
-            mine = is_named(path, file)
-        except BlockingIOError:
-            mine = False
-        require(mine, f"{wanted} is being written by another process; are there two of one slice?")
+        require(
+            file is not None and is_named(path, file),
+            f"{wanted} is being written by another process; are there two of one slice?",
+        )
         file.truncate(0)
         yield file
 
@@ -276,20 +260,15 @@ def verify(
             f"{path} is not the file that {manifest.path} tells of; delete it and run the same "
             "command without --verify",
         )
-        for batch in _batched(
-            ((sample,) for sample in read_samples(shard, some, (IMAGE, TEACHER))), extractor.batch
-        ):
-            samples = [sample for (sample,) in batch]
-            read = (_read_back(extractor.cache, path, sample) for sample in samples)
-            seen, kept = zip(*read, strict=True)
-            features = extractor.extract([pixels for _, pixels in seen])
-            for sample, stored, (size, _), one in zip(samples, kept, seen, features, strict=True):
-                again, before = (
-                    _restored(pack(quantise(one, extractor.cache, size))),
-                    _restored(stored),
-                )
-                difference = np.linalg.norm(again - before) / max(np.linalg.norm(again), 1e-12)
-                worst, compared = max(worst, float(difference)), compared + 1
+        samples = iter(read_samples(shard, some, (IMAGE, TEACHER)))
+        while batch := list(itertools.islice(samples, extractor.batch)):
+            read = [_read_back(extractor.cache, path, sample) for sample in batch]
+            features = extractor.extract([pixels for _, pixels, _ in read])
+            for sample, (size, _, stored), one in zip(batch, read, features, strict=True):
+                again = pack(quantise(one, extractor.cache, size)).restored()
+                change = np.linalg.norm(again - stored.restored())
+                difference = float(change / max(np.linalg.norm(again), 1e-12))
+                worst, compared = max(worst, difference), compared + 1
                 require(
                     difference <= TOLERANCE,
                     f"{sample.key} in {path} differs from what the teacher gives by "
@@ -301,17 +280,13 @@ def verify(
 
 def _read_back(
     cache: Cache, path: Path, sample: RawSample
-) -> tuple[tuple[tuple[int, int], np.ndarray], QuantizedFeatures]:
-    """A cached sample's size and pixels, and its features."""
+) -> tuple[tuple[int, int], np.ndarray, QuantizedFeatures]:
+    """A cached sample's size, pixels and features."""
     try:
         size, pixels = prepare(sample.part(IMAGE), cache)
-        return (size, pixels), from_bytes(sample.part(TEACHER), cache, size)
+        return size, pixels, from_bytes(sample.part(TEACHER), cache, size)
     except BadSample as error:
         raise UserError(
             f"{sample.key} in {path} is unusable ({error}); delete the shard and run the same "
             "command without --verify"
         ) from error
-
-
-def _restored(stored: QuantizedFeatures) -> np.ndarray:
-    return stored.values.astype(np.float32) * stored.scale[:, None, None]

@@ -104,6 +104,10 @@ class QuantizedFeatures:
     values: np.ndarray
     scale: np.ndarray
 
+    def restored(self) -> np.ndarray:
+        """fp32 [C, h, w]."""
+        return self.values.astype(np.float32) * self.scale[:, None, None]
+
 
 def quantise(features: torch.Tensor, cache: Cache, size: tuple[int, int]) -> list[torch.Tensor]:
     """What is stored of a teacher's output, on its device, without waiting for it.
@@ -165,12 +169,12 @@ def from_bytes(data: bytes, cache: Cache, size: tuple[int, int]) -> QuantizedFea
     except UNREADABLE as error:
         raise BadSample("damaged features") from error
     shape = (cache.channels, *cache.cells(*size))
-    if (stored.values.dtype, stored.values.shape) != (DTYPES[cache.dtype], shape):
+    if (stored.values.dtype, stored.values.shape) != (DTYPES[cache.dtype], shape) or (
+        (stored.scale.dtype, stored.scale.shape) != (np.float32, shape[:1])
+    ):
         raise BadSample("features of another shape")
-    if stored.scale.shape != shape[:1] or stored.scale.dtype != np.float32:
-        raise BadSample("features of another shape")
-    whole = cache.dtype == "int8" or np.isfinite(stored.values).all()
-    if not (whole and np.isfinite(stored.scale).all()):
+    finite = cache.dtype == "int8" or np.isfinite(stored.values).all()
+    if not (finite and np.isfinite(stored.scale).all()):
         raise BadSample("features are not finite")
     return stored
 
@@ -218,26 +222,18 @@ def region_weights(
         box: the crop in its pixels: left, top, right, bottom.
         flip: mirror left and right.
     """
-    result = []
-    for low, high, side, extent, cells in zip(
-        (box[1], box[0]),
-        (box[3], box[2]),
-        (size[1], size[0]),
-        cache.extent(*size),
-        cache.cells(*size),
-        strict=True,
-    ):
-        unit = extent / side
-        weights = np.zeros((out, cache.grid), np.float32)
-        weights[:, :cells] = axis_weights(low * unit, high * unit, cells, out, pool)
-        result.append(weights)
-    rows, columns = result
+    left, top, right, bottom = box
+    rows, columns = np.zeros((2, out, cache.grid), np.float32)
+    extents, cells = cache.extent(*size), cache.cells(*size)
+    for axis, weights, low, high in ((0, rows, top, bottom), (1, columns, left, right)):
+        unit = extents[axis] / size[1 - axis]  # cells per pixel; size is width and height
+        weights[:, : cells[axis]] = axis_weights(low * unit, high * unit, cells[axis], out, pool)
     return rows, columns[::-1].copy() if flip else columns
 
 
 @dataclass
 class FeatureBatch(TensorBatch):
-    """QuantizedFeatures features of a batch and the crops that are wanted of them.
+    """Stored features of a batch and the crops that are wanted of them.
 
     ``values`` int8 or fp16 [B, C, s, s]; ``scale`` fp32 [B, C]; ``rows`` and ``columns`` fp32
     [B, g, s].

@@ -35,7 +35,7 @@ from sami.caching import Manifest, estimate_bytes, require_room
 from sami.core.config import require
 from sami.core.errors import BadSample
 from sami.core.exits import run_entry
-from sami.core.index import Shard, Source, open_sources
+from sami.core.index import Shard, open_sources
 from sami.core.network import is_url
 from sami.core.options import Options, require_least
 from sami.core.paths import exists, local_path, path_pattern
@@ -133,16 +133,8 @@ def name_shards(patterns: list[str], out: Path) -> dict[str, str]:
 
 def make_extractor(args: argparse.Namespace) -> tuple[FeatureExtractor, dict[str, object]]:
     """The teacher on its device, and what the manifest tells of it."""
-    config = TeacherConfig(
-        name=args.teacher,
-        checkpoint=args.checkpoint,
-        image_size=args.image_size,
-        layer=args.layer,
-        attention=args.attention,
-        width=args.width,
-        depth=args.depth,
-        heads=args.heads,
-    )
+    names = ("checkpoint", "image_size", "layer", "attention", "width", "depth", "heads")
+    config = TeacherConfig(args.teacher, **{name: getattr(args, name) for name in names})
     config.check()
     if args.dry_run and not exists(args.checkpoint or ""):
         print("--checkpoint is not there yet: counted and timed with random weights instead")
@@ -159,9 +151,10 @@ def make_extractor(args: argparse.Namespace) -> tuple[FeatureExtractor, dict[str
     device = choose_device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    automatic = "bf16" if bf16 else "fp32"
-    precision = automatic if args.precision == "auto" else args.precision
+    precision = args.precision
+    if precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = "bf16" if bf16 else "fp32"
     cache = Cache.of(teacher, info, grid, args.dtype, precision)
     if args.compile:
         teacher.features = torch.compile(teacher.features, dynamic=False)
@@ -213,20 +206,20 @@ def write_all(
         TimeLeft(),
         TextColumn("left"),
     )
-    lines = Lines("image", total)  # where there is no terminal
-    if not sys.stdout.isatty():
+    lines = None if sys.stdout.isatty() else Lines("image", total)
+    if lines:
         lines.tell(0)
     with Progress(*columns) as progress:
         task = progress.add_task("", total=total, rate=0.0, written=0.0)
-        began, seen, written = time.perf_counter(), 0, 0
+        began, done, written = time.perf_counter(), 0, 0
 
         def advance(images: int, size: int) -> None:
-            nonlocal seen, written
-            seen, written = seen + images, written + size
-            rate = seen / (time.perf_counter() - began)
+            nonlocal done, written
+            done, written = done + images, written + size
+            rate = done / (time.perf_counter() - began)
             progress.update(task, advance=images, rate=rate, written=written / 1e9)
-            if not sys.stdout.isatty():
-                lines.at(seen)
+            if lines:
+                lines.at(done)
 
         for number, name in enumerate(missing, 1):
             if manifest.finished()[name] is not None:  # by another process, since
@@ -238,7 +231,7 @@ def write_all(
             left_out = f", left out: {record['left_out']}" if record["left_out"] else ""
             progress.console.print(
                 f"{name}: {record['samples']} images{left_out}; {number} of {len(missing)}, "
-                f"{seen / (time.perf_counter() - began):.2f} images/s",
+                f"{done / (time.perf_counter() - began):.2f} images/s",
                 soft_wrap=True,
                 highlight=False,
             )
@@ -263,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         print("*** THE TEACHER IS RANDOM (--checkpoint random): these are not SAM's features ***")
     manifest = Manifest(args.out, cache, describe_preprocessing(extractor.teacher))
     if args.verify:
-        return check(args, extractor, manifest, [names[url] for url in mine])
+        return verify_finished(args, extractor, manifest, [names[url] for url in mine])
     if not args.dry_run:
         manifest.claim(
             list(names.values()),
@@ -299,10 +292,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check(
+def verify_finished(
     args: argparse.Namespace, extractor: FeatureExtractor, manifest: Manifest, names: list[str]
 ) -> int:
-    """``--verify``: what is finished of these, if it is this teacher's."""
+    """``--verify``: checksums of what is finished of these shards, if it is this teacher's, and
+    ``--verify-fraction`` of the images, drawn anew each time."""
     manifest.check()
     finished = manifest.finished()
     names = [name for name in names if finished.get(name) is not None]
@@ -310,25 +304,16 @@ def check(
     urls = [str(args.out / name) for name in names]
     with tempfile.TemporaryDirectory() as index:  # a cache may be read-only
         (source,) = open_sources([(urls, None)], Path(index), print)
-        return compare(args, extractor, manifest, source)
-
-
-def compare(
-    args: argparse.Namespace, extractor: FeatureExtractor, manifest: Manifest, source: Source
-) -> int:
-    """Checksums of all shards, and ``--verify-fraction`` of the images, drawn anew each time."""
-    draw = np.random.default_rng()
-    ends = np.cumsum([shard.count for shard in source.shards])
-    number = max(min(int(ends[-1]), 8), round(ends[-1] * args.verify_fraction))
-    picked = np.sort(draw.choice(ends[-1], number, replace=False))
-    rows = [
-        picked[(picked >= end - shard.count) & (picked < end)] - (end - shard.count)
-        for shard, end in zip(source.shards, ends, strict=True)
-    ]
-    compared, worst = verify(extractor, source.shards, rows, manifest)
+        ends = np.cumsum([shard.count for shard in source.shards])
+        number = max(min(int(ends[-1]), 8), round(ends[-1] * args.verify_fraction))
+        picked = np.sort(np.random.default_rng().choice(ends[-1], number, replace=False))
+        parts = np.split(picked, np.searchsorted(picked, ends[:-1]))
+        starts = [0, *ends[:-1]]
+        rows = [part - start for part, start in zip(parts, starts, strict=True)]
+        compared, worst = verify(extractor, source.shards, rows, manifest)
     print(
-        f"{len(source.shards)} shards have their checksums; {compared} of {ends[-1]} images "
-        f"computed again, the largest relative difference is {worst:.2%}"
+        f"{len(urls)} shards have their checksums; {compared} of {ends[-1]} images computed again, "
+        f"the largest relative difference is {worst:.2%}"
     )
     return 0
 

@@ -69,14 +69,14 @@ class Part:
         parameters: their number.
         macs: multiply-adds of a forward pass, per image.
         passes: forward passes that an image costs: 3 with the backward one.
-        times: in how many epochs; None for all.
+        once: it is run once per image, not in every epoch.
     """
 
     name: str
     parameters: int
     macs: float
     passes: int = 3
-    times: int | None = None
+    once: bool = False
 
 
 def count(call: Any) -> FlopCounterMode:
@@ -139,8 +139,8 @@ def pretrain_parts(config: Any, teacher: Teacher | None) -> list[Part]:
         side = teacher.image_size
         name = f"teacher {config.teacher.name}, {side} px"
         seen = macs(count(lambda: teacher.features(torch.zeros(1, 3, side, side))))
-        times = 1 if config.teacher.cached else None
-        parts, channels = [Part(name, parameters(teacher), seen, 1, times)], teacher.channels
+        parts = [Part(name, parameters(teacher), seen, 1, config.teacher.cached)]
+        channels = teacher.channels
     student = build_encoder(replace(config.encoder, checkpoint=None), size)
     ratio = config.mask.ratio
     model = MaskedReconstruction(student, config.decoder, TokenLossConfig(), channels, ratio)
@@ -268,12 +268,11 @@ def main(argv: list[str] | None = None) -> int:
     rate, hours, rows = args.share * CARDS[args.card] * 1e12, 0.0, []
     for part in parts:
         flops = 2 * part.macs * part.passes
-        times = seen if part.times is None else part.times * images
-        own = flops * times / rate / 3600
+        own = flops * (images if part.once else seen) / rate / 3600
         hours += own
         rows.append(
             [
-                part.name + " (once per image)" * bool(part.times),
+                part.name + " (once per image)" * part.once,
                 f"{part.parameters / 1e6:.2f}",
                 f"{part.macs / 1e9:.2f}",
                 f"{flops / 1e9:.1f}",
