@@ -10,7 +10,7 @@ import io
 import json
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +55,9 @@ class Classes:
             raise
         except ValueError as error:
             raise UserError(f"--classes {path} is not JSON ({error})") from error
-        numbers = sorted(map(str, range(len(names)))) if isinstance(names, dict) else None
-        if numbers is not None and sorted(map(str, names.values())) == numbers:
-            names = sorted(names, key=lambda name: int(names[name]))
+        if isinstance(names, dict):  # numbered from 0 on, or no list of names
+            of_number = {str(number): name for name, number in names.items()}
+            names = [of_number.get(str(number)) for number in range(len(names))]
         texts = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
         require(
             texts and len(set(names)) == len(names) > 0,
@@ -91,12 +91,12 @@ class Classes:
         numbers = {unicodedata.normalize("NFC", name): n for n, name in enumerate(self.names)}
         found = {name: numbers.get(unicodedata.normalize("NFC", name)) for name in sorted(used)}
         unknown = [name for name, number in found.items() if number is None]
-        if unknown:
-            raise UserError(
-                f"{len(unknown)} of {len(used)} class names are not in {self.file}: "
-                f"{', '.join(map(self._nearest, unknown))}; rename them as they are there, or move "
-                "them away"
-            )
+        require(
+            not unknown,
+            f"{len(unknown)} of {len(used)} class names are not in {self.file}: "
+            f"{', '.join(map(self._nearest, unknown))}; rename them as they are there, or move "
+            "them away",
+        )
         return found
 
     def _nearest(self, name: str) -> str:
@@ -108,12 +108,12 @@ class Classes:
     def describe(self, labels: list[int]) -> str:
         """How many images each class has, in words: the first few classes and the last."""
         counts = Counter(labels)
-        words = [f"{name} {counts[number]}" for number, name in enumerate(self.names)]
-        if len(words) > 8:
-            words = [*words[:5], f"... ({len(words) - 6} more)", words[-1]]
+        each = [f"{name} {counts[number]}" for number, name in enumerate(self.names)]
+        if len(each) > 8:
+            each = [*each[:5], f"... ({len(each) - 6} more)", each[-1]]
         empty = [name for number, name in enumerate(self.names) if not counts[number]]
         without = f"; no image of {_listed(empty)}" if empty else ""
-        return f"{len(self.names)} classes: {', '.join(words)}{without}"
+        return f"{len(self.names)} classes: {', '.join(each)}{without}"
 
 
 def _folded(name: str) -> str:
@@ -140,15 +140,14 @@ def class_folders(files: list[str], source: Path) -> dict[str, str]:
 
 
 def question_names(class_of: dict[str, str], source: Path) -> None:
-    """Refuse folders that do not look like classes.
-
+    """
     Raises:
-        UserError: with what to do if they are.
+        UserError: the folders do not look like classes; with what to do if they are.
     """
     names = list(dict.fromkeys(class_of.values()))
     sure = "or say that these are the classes: --these-are-classes"
     levels = [name for name in names if _is_level(name)]
-    if len(levels) >= min(2, len(names)) and levels:
+    if levels and len(levels) >= min(2, len(names)):
         raise UserError(
             f"the folders in {source} would be the classes, and {_listed(levels)} do not look so; "
             f"name the folder of the class folders, such as {source / levels[0]}, and each split "
@@ -160,14 +159,12 @@ def question_names(class_of: dict[str, str], source: Path) -> None:
             f"{source} holds one folder of images, {names[0]}, with folders in it "
             f"({_listed(below)}); name {source / names[0]} if those are the classes, {sure}"
         )
-    twins = defaultdict(list)
-    for name in names:
-        twins[_folded(name)].append(name)
-    alike = next((some for some in twins.values() if len(some) > 1), None)
+    forms = Counter(map(_folded, names))
+    alike = [name for name in names if forms[_folded(name)] > 1]
     require(
-        alike is None,
-        f"the folders {_listed(alike or [])} in {source} differ in case or Unicode form alone; "
-        f"join them, {sure}",
+        not alike,
+        f"the folders {_listed(alike)} in {source} differ in case or Unicode form alone; join "
+        f"them, {sure}",
     )
 
 
@@ -190,10 +187,9 @@ def number_classes(
         UserError: names that are not known.
     """
     used = set(class_of.values())
-    if known is None:
-        numeric = from_file and all(name.isdecimal() for name in used)
-        names = map(str, range(max(map(int, used)) + 1)) if numeric else sorted(used)
-        known = Classes(list(names))
+    if known is None and from_file and all(name.isdecimal() for name in used):
+        known = Classes([str(number) for number in range(max(map(int, used)) + 1)])
+    known = known or Classes(sorted(used))
     numbers = known.numbers(used)
     return known, [numbers[name] for name in class_of.values()]
 
@@ -222,10 +218,10 @@ def listed_classes(
     if synsets is not None:
         require(numeric, f"--synsets goes with numbers, and --labels {path} holds names")
         wnids = read_synsets(synsets)
-        strange = next((word for word in words if int(word) not in wnids), None)
+        strange = [word for word in words if int(word) not in wnids][:1]
         require(
-            strange is None,
-            f"--labels {path} holds {strange}, which is no ILSVRC2012_ID of {synsets}",
+            not strange,
+            f"--labels {path} holds {''.join(strange)}, which is no ILSVRC2012_ID of {synsets}",
         )
         words = [wnids[int(word)] for word in words]
     elif numeric and names is None:
@@ -248,8 +244,7 @@ def listed_classes(
     for name, word in zip(names, words, strict=True):
         first = class_of_name.setdefault(plain_path(name), word)
         require(first == word, f"--labels {path}: '{name}' is of two classes, {first} and {word}")
-    images = set(files)
-    found = find_files(list(class_of_name), source).files
+    images, found = set(files), find_files(list(class_of_name), source).files
     class_of = {file: class_of_name[name] for name, file in found.items() if file in images}
     lacking = [file for file in files if file not in class_of]
     require(
@@ -310,16 +305,16 @@ def _read_labels(path: Path) -> tuple[list[str] | None, list[str]]:
 
 def _places(path: Path, numbers: list[int], known: Classes | None) -> list[str]:
     """Numbers of lines with names, as the names of their classes."""
-    first, last = min(numbers), max(numbers)
+    if known is None:
+        require(
+            min(numbers) == 0,
+            f"--labels {path} holds numbers from {min(numbers)} on; write them from 0 on, or the "
+            "classes' names",
+        )
+        return [str(number) for number in numbers]
     require(
-        known is None or last < len(known.names),
-        f"--labels {path} holds the number {last}, and the classes are 0 to "
-        f"{len(known.names) - 1 if known else 0}; if it counts from 1, make that 0",
+        max(numbers) < len(known.names),
+        f"--labels {path} holds the number {max(numbers)}, and the classes are 0 to "
+        f"{len(known.names) - 1}; if it counts from 1, make that 0",
     )
-    require(
-        first == 0 or known is not None,
-        f"--labels {path} holds numbers from {first} on; write them from 0 on, or the classes' "
-        "names",
-    )
-    names = known.names if known else [str(number) for number in range(last + 1)]
-    return [names[number] for number in numbers]
+    return [known.names[number] for number in numbers]

@@ -167,8 +167,8 @@ class EvalDataset(Dataset):
         if any(spec.kind == "centre" for spec in self.specs):
             centres = np.array([centre_of(paint(one, *size)) for one in ends], float)
         image = resize_whole(encoded, *self.shape.frame(*size), drawn).transpose(2, 0, 1)
-        words = {DEGENERATE: "left out"}
-        notes = [f"{words.get(why, 'object left out')}: {why}" for why in left_out.elements()]
+        what = {DEGENERATE: "left out"}  # the object itself is kept
+        notes = [f"{what.get(why, 'object left out')}: {why}" for why in left_out.elements()]
         sample = EvalSample(
             raw.key,
             torch.from_numpy(np.ascontiguousarray(image)),
@@ -228,13 +228,10 @@ def evaluate(
     noted = sum(run.gather(noted), Counter())
     if noted:
         run.say_once(f"noted of held-out images: {dict(noted)}")
-    words = [spec.name.replace(" ", "_") for spec in PROMPTS]
-    names = [f"{kind}_{word}" for kind in ("miou", "trivial") for word in words]
-    means = {
-        name: total / objects if objects else None
-        for name, total in zip(names, totals + best, strict=True)
-    }
-    return means | {"pictures": images, "objects": objects}
+    prompts = [spec.name.replace(" ", "_") for spec in PROMPTS]
+    names = [f"{kind}_{prompt}" for kind in ("miou", "trivial") for prompt in prompts]
+    means = [total / objects if objects else None for total in totals + best]
+    return dict(zip(names, means, strict=True)) | {"pictures": images, "objects": objects}
 
 
 @torch.no_grad()
@@ -257,17 +254,14 @@ def score(
         found = []
         for part in _parts(len(sample.ends), DECODED_AT_ONCE):
             logits, best, *_ = _decode(model, embedding, sample, spec, part)
+            masks = {"predicted": _chosen(logits, best), "oracle": logits[:, 1:]}
             for inner in _parts(len(logits), step):
-                ends = sample.ends[part][inner]
-                truth = torch.stack([torch.from_numpy(paint(e, height, width)) for e in ends])
-                truth = truth.to(device)[:, None]
+                truth = [paint(ends, height, width) for ends in sample.ends[part][inner]]
+                truth = torch.from_numpy(np.stack(truth)).to(device)[:, None]
                 rows = []
                 for choice in choices:
-                    masks = logits[inner, 1:]
-                    if choice == "predicted":
-                        masks = logits[inner].take_along_dim(best[inner, None, None, None], 1)
-                    iou = mask_iou(_at_full_size(model, masks, sample.size), truth)
-                    rows.append(iou.to(exact(device)).max(1).values)
+                    full = _at_full_size(model, masks[choice][inner], sample.size)
+                    rows.append(mask_iou(full, truth).to(exact(device)).max(1).values)
                 found.append(torch.stack(rows))
         table.append(torch.cat(found, 1))
     return torch.stack(table)
@@ -284,7 +278,7 @@ def masks_of(
     """
     embedding = model.get_image_embeddings(sample.image.to(device)[None])
     logits, best, points, labels = _decode(model, embedding, sample, spec, slice(None))
-    chosen = logits.take_along_dim(best[:, None, None, None], 1)
+    chosen = _chosen(logits, best)
     masks = torch.cat([_at_full_size(model, c[None], sample.size)[0].cpu() for c in chosen])
     return masks, points.cpu(), labels.cpu()
 
@@ -305,7 +299,7 @@ def _decode(
         best = iou.float().masked_fill(~model.asked(labels[None]), -torch.inf).argmax(2)[0]
         logits = logits[0].float()
         if turn + 1 < rounds:
-            chosen = logits.take_along_dim(best[:, None, None, None], 1)
+            chosen = _chosen(logits, best)
             clicks, kinds = _correct(model, chosen, sample, part)
             points = torch.cat([points, clicks], 1)
             labels = torch.cat([labels, kinds.to(labels)], 1)
@@ -329,6 +323,11 @@ def _correct(
         more.append(correction_clicks(mask, truth, places, model.takes_background))
     clicks, kinds = (torch.cat(parts)[:, 0] for parts in zip(*more, strict=True))
     return clicks, kinds
+
+
+def _chosen(logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """Of logits [K, 4, 4h, 4w] those numbered ``best`` [K]: [K, 1, 4h, 4w]."""
+    return logits.take_along_dim(best[:, None, None, None], 1)
 
 
 def _at_full_size(model: Sam, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -12,7 +12,6 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -58,9 +57,12 @@ def walk(folder: Path) -> Listing:
 
     above = {str(folder): {_inode(folder)}}  # of each folder, itself and those that it lies in
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        shown, above_it = sorted(n for n in folders if not is_hidden(n)), above.pop(place)
-        folders[:] = []
-        for name in [*shown, *sorted(name for name in files if not is_hidden(name))]:
+        names, above_it = (
+            [n for n in sorted(folders) + sorted(files) if not is_hidden(n)],
+            above.pop(place),
+        )
+        folders[:] = []  # of these, only what is appended below is listed
+        for name in names:
             path = os.path.join(place, name)
             relative = Path(path).relative_to(folder).as_posix()
             if not os.path.exists(path):
@@ -104,11 +106,10 @@ def find_images(folder: Path) -> tuple[Listing, Counter[str]]:
         else:
             others[f".{extension}" if extension else "without an extension"] += 1
     rest = f"; {count_words(others)} other files" if others else ""
-    links = f"; {len(listing.remarks)} links lead nowhere" if listing.remarks else ""
+    rest += f"; {len(listing.remarks)} links lead nowhere" if listing.remarks else ""
     require(
         bool(images),
-        f"{folder} holds no image ({', '.join(EXTENSIONS)}){rest}{links}; name the folder of the "
-        "images",
+        f"{folder} holds no image ({', '.join(EXTENSIONS)}){rest}; name the folder of the images",
     )
     return Listing(images, listing.remarks), others
 
@@ -137,7 +138,7 @@ def listed(words: list[str], more: str = "more") -> str:
     return ", ".join(words[:LISTED]) + rest
 
 
-def read_file(path: Path, option: str, remedy: str = "") -> bytes:
+def read_file(path: Path, option: str, remedy: str = "name another file") -> bytes:
     """What a file holds that an option names.
 
     Raises:
@@ -147,9 +148,7 @@ def read_file(path: Path, option: str, remedy: str = "") -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise_if_machine(error, path)
-        raise UserError(
-            f"{option} {path} cannot be read ({error.strerror})" + f"; {remedy}" * bool(remedy)
-        ) from error
+        raise UserError(f"{option} {path} cannot be read ({error.strerror}); {remedy}") from error
 
 
 def read_image(path: Path) -> bytes:
@@ -285,8 +284,7 @@ def _best(name: str, by_last: ByLast, anywhere: bool) -> list[str]:
 
 def _common(one: list[str], other: list[str]) -> int:
     """Parts that two paths have in common at their ends."""
-    pairs = zip(reversed(one), reversed(other), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return len(os.path.commonprefix([one[::-1], other[::-1]]))
 
 
 def _unescaped(name: str) -> str:

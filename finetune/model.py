@@ -6,7 +6,7 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ import torch
 
 from finetune.sam import ModelShape, Sam
 from sami.core.config import PATH, require
-from sami.core.errors import UserError
 from sami.core.weights import Takes, Weights, load_strictly
 from sami.encoder import EncoderConfig
 from sami.encoders.files import read_model, read_shape
@@ -125,8 +124,8 @@ def build_model(
     if decoder.checkpoint:
         parts, what = _load_decoder(decoder, say)
         for name, tensors in parts.items():
-            words = f"{what} {does_not}"
-            load_strictly(getattr(model, name), tensors, words, remedy, prefix=f"{name}.")
+            module = getattr(model, name)
+            load_strictly(module, tensors, f"{what} {does_not}", remedy, prefix=f"{name}.")
     if decoder.freeze == "encoder":
         model.image_encoder.requires_grad_(False)
     if decoder.freeze == "decoder":
@@ -154,9 +153,8 @@ def _load_image_encoder(
             forms = [build(one).state_dict() for one in (stored, replace(stored, channels=1))]
         left = forms[0].keys() - forms[1].keys()
         tensors = {name: t for name, t in weights.tensors.items() if name not in left}
-    heads_known = weights.kind is not None or stored.kind == "sam"
     pairs = {"patch_size": (encoder.patch_size, stored.patch_size)}
-    if heads_known:  # no tensor's shape tells them
+    if weights.kind is not None or stored.kind == "sam":  # no tensor's shape tells the heads
         pairs["heads"] = (encoder.shape[2], stored.heads)
     for name, (asked, own) in pairs.items():
         require(
@@ -165,9 +163,6 @@ def _load_image_encoder(
             f"{asked}; set encoder.name or encoder.{name} to its own",
         )
     return stored, tensors, what
-
-
-PARTS = ("prompt_encoder", "mask_decoder")
 
 
 def _load_decoder(
@@ -180,9 +175,8 @@ def _load_decoder(
     option = "decoder.checkpoint"
     weights, file = read_model(decoder.checkpoint, TAKES_MODEL, option, say)
     what = f"{option} {file}"
-    parts = {part: weights.below(f"{part}.") for part in PARTS}
-    if not all(parts.values()):
-        raise UserError(f"{what} holds no mask decoder; {TAKES_MODEL.remedy(option)}")
+    parts = {part: weights.below(f"{part}.") for part in ("prompt_encoder", "mask_decoder")}
+    require(all(parts.values()), f"{what} holds no mask decoder; {TAKES_MODEL.remedy(option)}")
     if decoder.kind != "sam" and of_sam(weights):
         parts = {name: _renamed(part) for name, part in parts.items()}
     return parts, what
@@ -223,7 +217,7 @@ def _renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def model_header(model: Sam, **more: Any) -> dict[str, str]:
     """Metadata of ``model.safetensors``: JSON with the shape and what else there is to know."""
-    return {"model": json.dumps({**model.shape.header(), **more})}
+    return {"model": json.dumps(asdict(model.shape) | more)}
 
 
 def load_model(path: str | Path, option: str = "", say: Callable[[str], None] = print) -> Sam:

@@ -2,8 +2,8 @@
 SAM's own."""
 
 import logging
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -51,21 +51,12 @@ class ModelShape:
 
     @property
     def grid(self) -> int:
-        """Side of the image embedding."""
+        """Side of the image embedding; the mask decoder's output has four times as many pixels."""
         return self.image_size // self.encoder.patch_size
-
-    @property
-    def mask_size(self) -> int:
-        """Side of the mask decoder's output."""
-        return 4 * self.grid
 
     def frame(self, height: int, width: int) -> tuple[int, int]:
         """Height and width in pixels that an image has within the model's input."""
         return frame_of(self.image_size, self.resize, height, width)
-
-    def header(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
 
 
 class Sam(nn.Module):
@@ -90,15 +81,13 @@ class Sam(nn.Module):
         self.image_encoder = build(shape.encoder)
         self.image_encoder.checkpointing = checkpointing
         self.image_encoder.register_forward_hook(_keep_frame)
-        own = shape.decoder == "efficientsam"
-        self.prompt_encoder = (PromptEncoder if own else SamPromptEncoder)(
-            channels, shape.grid, shape.image_size, shape.resize == "square"
-        )
-        if own:
-            self.mask_decoder = MaskDecoder(channels, dropout, shape.single_mask)
-        else:
+        geometry = shape.grid, shape.image_size, shape.resize == "square"
+        if shape.decoder == "sam":
+            self.prompt_encoder = SamPromptEncoder(channels, *geometry)
             self.mask_decoder = SamMaskDecoder(channels, shape.single_mask)
-        if own:  # SAM's modules, and any encoder, bring their own initialisation
+        else:  # SAM's modules, and any encoder, bring their own initialisation
+            self.prompt_encoder = PromptEncoder(channels, *geometry)
+            self.mask_decoder = MaskDecoder(channels, dropout, shape.single_mask)
             self.prompt_encoder.apply(initialise)
             self.mask_decoder.apply(initialise)
 
@@ -110,7 +99,7 @@ class Sam(nn.Module):
     @property
     def max_points(self) -> int | None:
         """Of a prompt, a box counted as two; None for any number."""
-        return None if self.shape.decoder == "sam" else MAX_POINTS
+        return None if self.takes_background else MAX_POINTS
 
     # -- the released model's interface -------------------------------------------------------
 
@@ -238,8 +227,7 @@ class Sam(nn.Module):
         """
         given = (labels == FOREGROUND) | (labels == BACKGROUND) | (labels == TOP_LEFT)
         single = (given.sum(2) > 1) & self.shape.single_mask
-        number = torch.arange(4, device=labels.device)
-        return (number == 0) == single.unsqueeze(2)
+        return (torch.arange(4, device=labels.device) == 0) == single.unsqueeze(2)
 
     def predict_low_resolution(
         self,
@@ -323,18 +311,14 @@ class Sam(nn.Module):
         """
         if 0 in size:
             raise ValueError(f"masks of {size[0]} x {size[1]} pixels: the image is empty")
-        prompts = logits.shape[:2]
-        logits = logits.flatten(0, 1)
-        if self.shape.resize == "longest":
-            full = self.shape.image_size
-            logits = F.interpolate(logits, (full, full), mode="bilinear", align_corners=False)
+        flat = logits.flatten(0, 1)
+        if self.shape.resize == "longest":  # as segment_anything's Sam
+            flat = F.interpolate(flat, (self.shape.image_size,) * 2, mode="bilinear")
             height, width = self.shape.frame(*image)
-            logits = F.interpolate(
-                logits[..., :height, :width], size, mode="bilinear", align_corners=False
-            )
-        else:
-            logits = F.interpolate(logits, size, mode="bicubic", align_corners=False)
-        return logits.unflatten(0, prompts)
+            flat = F.interpolate(flat[..., :height, :width], size, mode="bilinear")
+        else:  # as the released EfficientSAM
+            flat = F.interpolate(flat, size, mode="bicubic")
+        return flat.unflatten(0, logits.shape[:2])
 
 
 def _keep_frame(encoder: nn.Module, given: tuple[torch.Tensor], embedding: torch.Tensor) -> None:
@@ -342,8 +326,6 @@ def _keep_frame(encoder: nn.Module, given: tuple[torch.Tensor], embedding: torch
 
     Not in a compiled step of training, which asks for no shape: torch would warn of gradients.
     """
-    if torch.compiler.is_compiling() and torch.is_grad_enabled():
-        return
-    frame = getattr(given[0], "frame", None)
-    if frame is not None:
-        embedding.frame = frame
+    training_step = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    if not training_step and hasattr(given[0], "frame"):
+        embedding.frame = given[0].frame

@@ -107,7 +107,7 @@ def train(cfg: FinetuneConfig, run: Run, only_check: bool = False) -> int:
     )
     objective = Objective(model, cfg.loss, cfg.prompt).to(run.device)
     state = State(objective, cfg.optim, cfg.train, run, model.image_encoder.layer_id)
-    loss_size = cfg.loss.size or model.shape.mask_size
+    loss_size = cfg.loss.size or 4 * model.shape.grid
     transform = PromptTransform(cfg.data, cfg.prompt, loss_size, cfg.run.seed)
 
     def export(step: int, weights: str) -> Export:

@@ -1,6 +1,7 @@
 """The protocol that every encoder and every teacher keeps, and the headers of their files."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_headers_of_earlier_files(tmp_path):
         told |= {"image_size": 64, "grid": 4, "channels": 64}
         head = {"decoder": "sam", "resize": "longest", "single_mask": False}
         model = load_made(tmp_path / f"{kind}.safetensors", told, head)
-        assert model.shape.header() == {"encoder": told, **head}
+        assert asdict(model.shape) == {"encoder": told, **head}
 
 
 def load_made(path, told, head):

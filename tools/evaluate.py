@@ -21,6 +21,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ def main() -> int:
     if args.out is not None:
         info = {"path": args.model, "sha256": sha256_of(weights.file), "step": weights.step}
         result = {
-            "model": info | model.shape.header(),
+            "model": info | asdict(model.shape),
             "command": sys.argv,
             "pictures": images,
             "unusable": unusable.total(),
