@@ -4,6 +4,7 @@ What is written can be read: an image's bytes are copied where shards take its k
 become PNG without a loss, and what cannot is left out by its reason.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -217,8 +218,8 @@ def claim(
         raise UserError(
             f"{file} is damaged; delete it and the shards of --prefix {prefix}"
         ) from error
-    names = {"listing": "the images, their labels or annotations", "pictures": "their number"}
-    changed = [names.get(n, n) for n in plan if plan[n] != found.get(n, plan[n])]
+    meaning = {"listing": "the images, their labels or annotations", "pictures": "their number"}
+    changed = [meaning.get(n, n) for n in plan if plan[n] != found.get(n, plan[n])]
     require(
         not changed or not any(out.glob(f"{prefix}-*.tar")),
         f"{out} holds shards made of other images or with other options ({', '.join(changed)} "
@@ -233,17 +234,21 @@ def claim(
         f"{' ...' if len(stale) > 5 else ''}, and the same command writes them anew; or use "
         "another OUT",
     )
-    contents: dict[Path, object] = {file: plan | {"stamps": shards}}
     if classes:
         _refuse_other_classes(out, classes)
-        contents[out / CLASSES] = classes
-    for path, content in contents.items():
-        text = json.dumps(content, indent=1) + "\n"
-        try:
-            if not path.exists() or path.read_bytes() != text.encode():
-                write_text(path, text)
-        except OSError as error:
-            raise not_written(error, str(out), "name another folder") from error
+    try:
+        _write_json(file, plan | {"stamps": shards})
+        if classes:
+            _write_json(out / CLASSES, classes)
+    except OSError as error:
+        raise not_written(error, str(out), "name another folder") from error
+
+
+def _write_json(path: Path, content: object) -> None:
+    """Write a file, unless it holds just that: it may lie where nothing can be written."""
+    text = json.dumps(content, indent=1) + "\n"
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_text(path, text)
 
 
 def _refuse_other_classes(out: Path, classes: list[str]) -> None:
@@ -251,24 +256,20 @@ def _refuse_other_classes(out: Path, classes: list[str]) -> None:
     Raises:
         UserError: OUT/classes.json numbers others, and shards beside it are read by it.
     """
-    file = out / CLASSES
+    file, found = out / CLASSES, []
     if not file.exists() or not any(out.glob("*.tar")):
         return
-    try:
-        found = json.loads(file.read_bytes())
-    except ValueError:
-        found = None
-    if found == classes:
-        return
-    found = found if isinstance(found, list) else []
+    with contextlib.suppress(ValueError, TypeError):
+        found = list(json.loads(file.read_bytes()))
     ours = [name for name in classes if name not in found]
     theirs = [name for name in found if name not in classes]
     what = [f"{len(ours)} are not in it, such as '{ours[0]}'"] if ours else []
     what += [f"{len(theirs)} are in it alone, such as '{theirs[0]}'"] if theirs else []
-    raise UserError(
+    require(
+        found == classes,
         f"{file} numbers other classes than these ({'; '.join(what) or 'in another order'}), and "
         f"shards beside it are read by it; number these as there, --classes {file}, or use another "
-        "OUT"
+        "OUT",
     )
 
 
@@ -285,6 +286,7 @@ def listing(images: list[SourceImage]) -> str:
     """Changes with the images' paths, labels or annotations."""
     rows = []
     for path, label, entry in images:
-        listed = entry and (entry.images if len(entry.images) > 1 else entry.images[0])
-        rows.append((as_text(path), label, listed, entry.annotations if entry else []))
+        # One image entry stands alone, as in the plans of before entries could be several.
+        found = entry and (entry.images if len(entry.images) > 1 else entry.images[0])
+        rows.append((as_text(path), label, found, entry.annotations if entry else []))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

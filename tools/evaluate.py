@@ -108,8 +108,8 @@ def measure(
 ) -> tuple[Measured, list, Counter[str], Counter[str]]:
     """Every image's IoU, and the first few images to be drawn; why others were left out, and
     what is to be told of those that were used."""
-    words = (specs, args.masks, args.seed, args.masks_drawn_on)
-    dataset = EvalDataset(source, model.shape, *words)
+    asked = specs, args.masks, args.seed, args.masks_drawn_on
+    dataset = EvalDataset(source, model.shape, *asked)
     measured, shown = Measured(specs), []
     unusable, noted = Counter(), Counter()
     batches = load(dataset, [[number] for number in range(len(source))], args.workers, device)
@@ -155,37 +155,27 @@ def show(rows: list[dict[str, Any]], data: str | None) -> None:
 
 def main() -> int:
     parser = Options(description=__doc__)
-    parser.add_argument("model", type=path_pattern, metavar="MODEL")
+    add = parser.add_argument
+    add("model", type=path_pattern, metavar="MODEL")
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument(
-        "--shards", type=path_pattern, nargs="+", help="such as 'data/sa1b/sa_00099*.tar'"
-    )
+    such = "such as 'data/sa1b/sa_00099*.tar'"
+    data.add_argument("--shards", type=path_pattern, nargs="+", help=such)
     data.add_argument("--coco", type=local_path, help="annotations in COCO's or LVIS's format")
-    parser.add_argument("--images", type=local_path, help="the folder of --coco's images")
-    parser.add_argument(
-        "--keep-crowd", action="store_true", help="score --coco's crowds as objects"
-    )
-    parser.add_argument(
-        "--masks-drawn-on",
-        choices=DRAWN,
-        default="upright",
-        help="where masks lie on an image turned by EXIF, if they fit both ways (docs/data.md)",
-    )
-    parser.add_argument(
-        "--prompts",
-        nargs="+",
-        default=["box", "1", "3", "centre-1", "centre-3"],
-        help="default: box 1 3 centre-1 centre-3",
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="draws of random clicks")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    parser.add_argument("--samples", type=int, help="at most so many images, the first ones")
-    parser.add_argument("--masks", type=int, help="at most so many objects of an image")
-    parser.add_argument("--out", type=local_path, help="folder for the result and the images")
-    parser.add_argument("--overlays", type=int, default=8, help="images that are drawn")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode")
-    parser.add_argument("--device", default="auto", help=f"{DEVICES}; default: auto")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    add("--images", type=local_path, help="the folder of --coco's images")
+    add("--keep-crowd", action="store_true", help="score --coco's crowds as objects")
+    turned = "where masks lie on an image turned by EXIF, if they fit both ways (docs/data.md)"
+    add("--masks-drawn-on", choices=DRAWN, default="upright", help=turned)
+    usual = "box 1 3 centre-1 centre-3"
+    add("--prompts", nargs="+", default=usual.split(), help=f"default: {usual}")
+    add("--seeds", type=int, default=3, help="draws of random clicks")
+    add("--seed", type=int, default=0, help="of all that is drawn")
+    add("--samples", type=int, help="at most so many images, the first ones")
+    add("--masks", type=int, help="at most so many objects of an image")
+    add("--out", type=local_path, help="folder for the result and the images")
+    add("--overlays", type=int, default=8, help="images that are drawn")
+    add("--workers", type=int, default=2, help="processes that decode")
+    add("--device", default="auto", help=f"{DEVICES}; default: auto")
+    add("--precision", choices=["fp32", "bf16"], default="fp32")
     args = parser.parse_args()
     require_least(1, args, "seeds", "samples", "masks")
     require_least(0, args, "overlays", "workers", "seed")

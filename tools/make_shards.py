@@ -75,20 +75,20 @@ def find(args: argparse.Namespace) -> tuple[list[SourceImage], list[str], CocoSo
         return images, [], coco
     known = Classes.read(args.classes) if args.classes else None
     known = Classes.beside(args.like) if args.like else known
-    listing, others = find_images(args.source)
-    for path, reason in listing.remarks[:20]:
+    found, others = find_images(args.source)
+    for path, reason in found.remarks[:20]:
         print(f"left out: {path}: {reason}")
-    if listing.remarks:
-        print(f"left out in all: {len(listing.remarks)} links")
+    if found.remarks:
+        print(f"left out in all: {len(found.remarks)} links")
     if others:
         print(f"not images: {count_words(others)}")
     if args.labels is not None:
-        words = (args.labels, listing.files, args.source, args.synsets, known)
-        class_of, unused = listed_classes(*words)
+        named = args.labels, found.files, args.source, args.synsets, known
+        class_of, unused = listed_classes(*named)
         if unused:
             print(f"{unused} lines of {args.labels} are of no image in {args.source}")
     else:
-        class_of = class_folders(listing.files, args.source)
+        class_of = class_folders(found.files, args.source)
         if known is None and not args.these_are_classes:
             question_names(class_of, args.source)
         require(
@@ -97,7 +97,7 @@ def find(args: argparse.Namespace) -> tuple[list[SourceImage], list[str], CocoSo
             "leave out --like and --classes",
         )
     if not class_of:
-        return [SourceImage(file) for file in listing.files], [], None
+        return [SourceImage(file) for file in found.files], [], None
     classes, numbers = number_classes(class_of, known, args.labels is not None)
     print(classes.describe(numbers))
     if known is None:
@@ -130,32 +130,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         UserError: options that do not go together.
     """
     parser = Options(description=__doc__)
-    parser.add_argument(
-        "source", type=local_path, help="folder with images, or with a folder per class"
-    )
-    parser.add_argument("out", type=local_path, help="folder for the shards")
-    parser.add_argument("--coco", type=local_path, help="COCO-format annotations of the images")
-    parser.add_argument("--keep-crowd", action="store_true", help="keep --coco's crowds as objects")
-    parser.add_argument(
-        "--masks-drawn-on",
-        choices=DRAWN,
-        default="upright",
-        help="where masks lie on an image turned by EXIF, if they fit both ways (docs/data.md)",
-    )
+    add = parser.add_argument
+    add("source", type=local_path, help="folder with images, or with a folder per class")
+    add("out", type=local_path, help="folder for the shards")
+    add("--coco", type=local_path, help="COCO-format annotations of the images")
+    add("--keep-crowd", action="store_true", help="keep --coco's crowds as objects")
+    turned = "where masks lie on an image turned by EXIF, if they fit both ways (docs/data.md)"
+    add("--masks-drawn-on", choices=DRAWN, default="upright", help=turned)
     numbering = parser.add_mutually_exclusive_group()
-    numbering.add_argument(
-        "--like", type=path_pattern, help="training shards whose classes.json numbers the classes"
-    )
+    like = "training shards whose classes.json numbers the classes"
+    numbering.add_argument("--like", type=path_pattern, help=like)
     numbering.add_argument("--classes", type=local_path, help="that classes.json, or another list")
-    parser.add_argument("--labels", type=local_path, help="file that tells each image's class")
-    parser.add_argument("--synsets", type=local_path, help="ILSVRC2012's meta.mat, for its numbers")
-    parser.add_argument(
-        "--these-are-classes", action="store_true", help="folders such as train and val are classes"
-    )
-    parser.add_argument("--prefix", default="pictures", help="first part of the shards' names")
-    parser.add_argument("--shard-size", type=int, default=1000, help="images per shard")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the images")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    add("--labels", type=local_path, help="file that tells each image's class")
+    add("--synsets", type=local_path, help="ILSVRC2012's meta.mat, for its numbers")
+    sure = "folders such as train and val are classes"
+    add("--these-are-classes", action="store_true", help=sure)
+    add("--prefix", default="pictures", help="first part of the shards' names")
+    add("--shard-size", type=int, default=1000, help="images per shard")
+    add("--seed", type=int, default=0, help="of the order of the images")
+    add("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     require_least(1, args, "shard_size", "workers")
     require(
@@ -180,13 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     shares = [[images[i] for i in order[start : start + args.shard_size]] for start in starts]
     names = [f"{args.prefix}-{number:06d}.tar" for number in range(len(starts))]
     paths = [args.out / name for name in names]
-    plan = {
-        "prefix": args.prefix,
-        "pictures": len(images),
-        "listing": listing(images),
-        "shard_size": args.shard_size,
-        "seed": args.seed,
-    }
+    plan = {"prefix": args.prefix, "pictures": len(images), "listing": listing(images)}
+    plan |= {"shard_size": args.shard_size, "seed": args.seed}
     if coco is not None:
         plan |= {"masks_drawn_on": args.masks_drawn_on, "keep_crowd": args.keep_crowd}
     with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at once

@@ -121,10 +121,9 @@ def _shape(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarra
         turn = np.linspace(0, 2 * math.pi, 2 * int(rng.integers(4, 8)), endpoint=False)
         reach = np.where(np.arange(len(turn)) % 2, rng.uniform(0.3, 0.6), 1.2)
     elif kind == "blob":
-        waves = sum(
+        reach = 1 + sum(
             rng.uniform(-0.2, 0.2) * np.cos(k * turn + rng.uniform(0, 6)) for k in (2, 3, 4, 5)
         )
-        reach = 1 + waves
     local = np.stack([np.cos(turn) * reach * stretch, np.sin(turn) * reach / stretch], 1) * radius
     rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     points = local @ rotation + centre
@@ -152,9 +151,8 @@ def _texture(rng: np.random.Generator, rows: np.ndarray, columns: np.ndarray) ->
     elif kind == "checks":
         mix = ((rows // period + columns // period) % 2).astype(float)
     elif kind == "dots":
-        mix = (
-            ((rows % period) / period - 0.5) ** 2 + ((columns % period) / period - 0.5) ** 2 < 0.09
-        ) * 1.0
+        y, x = (places % period / period - 0.5 for places in (rows, columns))
+        mix = (y**2 + x**2 < 0.09).astype(float)
     elif kind == "noise":
         size = (max(2, int(columns.size / period)), max(2, int(rows.size / period)))
         coarse = Image.fromarray(rng.uniform(0, 1, size[::-1]).astype(np.float32))
@@ -179,9 +177,7 @@ def _across(
 def _size(text: str) -> tuple[int, int]:
     sides = [int(side) for side in text.lower().split("x")]
     if len(sides) not in (1, 2) or min(sides) < 16:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not a side or HEIGHTxWIDTH of 16 pixels or more"
-        )
+        raise argparse.ArgumentTypeError(f"{text} is no side or HEIGHTxWIDTH of 16 pixels or more")
     return sides[0], sides[-1]
 
 
@@ -211,9 +207,8 @@ def main() -> int:
         jobs = pool.map(write, range(args.shards), shares)
         for _ in track(jobs, "drawing", total=args.shards):
             pass
-    last = f"..{args.shards - 1:06d}" if args.shards > 1 else ""
-    name = f"sa_{{000000{last}}}.tar" if last else "sa_000000.tar"
-    print(f"{args.images} images in {args.shards} shard(s): {args.out}/{name}")
+    numbers = f"{{000000..{args.shards - 1:06d}}}" if args.shards > 1 else "000000"
+    print(f"{args.images} images in {args.shards} shard(s): {args.out}/sa_{numbers}.tar")
     return 0
 
 
