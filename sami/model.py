@@ -230,10 +230,8 @@ class MaskedReconstruction(nn.Module):
         self.decoder: nn.Module | None = None
         if mask_ratio > 0:
             kind = CrossDecoder if decoder.kind == "cross" else JointDecoder
-            self.decoder, width = (
-                kind(decoder, width, self.grid, encoder.class_tokens),
-                decoder.width,
-            )
+            self.decoder = kind(decoder, width, self.grid, encoder.class_tokens)
+            width = decoder.width
         self.head = nn.Linear(width, channels)
         initialise(self.head)
 
@@ -270,12 +268,8 @@ class MaskedReconstruction(nn.Module):
         tokens, places = target.shape[1], [visible, masked]
         if visible.shape[1] + masked.shape[1] < tokens:
             given = torch.cat([visible, masked], dim=1).sort(dim=1).values
-            target = gather_tokens(
-                target, given
-            )  # before the loss: nothing is computed for the rest
+            target = gather_tokens(target, given)  # nothing is computed for the rest
             places = [torch.searchsorted(given, one.contiguous()) for one in (visible, masked)]
-        with torch.autocast(images.device.type, enabled=False):
-            target = target.float()
         error = token_errors(self.predict(images, visible, masked), target, self.loss_config.kind)
         means = {
             name: error.gather(1, where).mean()
@@ -287,8 +281,8 @@ class MaskedReconstruction(nn.Module):
         elif error.shape[1] == tokens:
             loss = error.mean()
         else:
-            seen = visible.shape[1] / tokens
-            loss = seen * means["loss_visible"] + (1 - seen) * means["loss_masked"]
+            share = visible.shape[1] / tokens
+            loss = share * means["loss_visible"] + (1 - share) * means["loss_masked"]
         return {"loss": loss, **{name: part.detach() for name, part in means.items()}}
 
 

@@ -1,7 +1,6 @@
 """Images for a person: masked input, target and reconstruction side by side."""
 
 import contextlib
-from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -55,7 +54,8 @@ def draw_shown(
     model.train()
     path = run.dir / "pictures" / f"reconstruction-{step:07d}.png"
     title, patch = f"{run.dir.name}, step {step}", batch.student.shape[-1] // model.grid
-    draw_reconstruction(path, batch.student, batch.masked, target, prediction, patch, kind, title)
+    content = (batch.student, batch.masked, target, prediction)
+    save_png(figure_of(*content, patch, kind, title), path)
     run.image(path, step)
 
 
@@ -121,11 +121,6 @@ def explained(target: torch.Tensor, prediction: torch.Tensor, masked: torch.Tens
     error = (found - true).square().sum((1, 2))
     spread = (true - true.mean(1, keepdim=True)).square().sum((1, 2))
     return (1 - error / spread.clamp(min=1e-12)).tolist()
-
-
-def draw_reconstruction(path: Path, *content: torch.Tensor | int | str) -> None:
-    """Write a PNG of :func:`figure_of`; the arguments are its own."""
-    save_png(figure_of(*content), path)
 
 
 def figure_of(

@@ -114,8 +114,8 @@ def embed(
     training = encoder.training
     encoder.eval()
     dataset = labelled_squares(shards, numbers, encoder.image_size)
-    loading = {"say": say, "what": "probing"}
-    for batch, _ in load_validation(dataset, BATCH, workers, device, share=share, **loading):
+    loading = {"share": share, "say": say, "what": "probing"}
+    for batch, _ in load_validation(dataset, BATCH, workers, device, **loading):
         if batch is None:
             continue
         images = encoder.normalise(batch.images.to(device, non_blocking=True))
@@ -200,11 +200,8 @@ def probe(
     """
 
     def gathered(shards: list[Shard]) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers = spread(shards, samples)
-        share = run.rank, run.processes
-        found = run.gather(
-            embed(encoder, shards, numbers, run.device, run.bf16, workers, run.say, share)
-        )
+        how = (run.device, run.bf16, workers, run.say, (run.rank, run.processes))
+        found = run.gather(embed(encoder, shards, spread(shards, samples), *how))
         features, labels = (torch.cat(kind).to(run.device) for kind in zip(*found, strict=True))
         return features, labels
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from sami.core.config import require
 from sami.core.configfile import meant_for, read_yaml
 from sami.core.entries import ENTRIES
-from sami.core.errors import UserError
+from sami.core.errors import UserError, raise_if_machine
 from sami.core.paths import expand_path, is_file
 from sami.core.shipped import HOME, shipped
 
+SWEEP = "sweep.json"  # in the folder of results: what identifies them
 SKIP, CONFIG, ARGV = "skip", "config", "words"  # of a setting: no stage; a stage's own
 SEE = "see docs/sweeps_and_slurm.md"
 # Text stays text, also what YAML would read as something else: str comes first.
@@ -146,9 +148,9 @@ class Spec:
         self.seeds_of: dict[str, list[int]] = {}  # by setting
         self.against: dict[str, str] = {}  # with which setting one is compared
         self.settings = self.find_settings(file.settings or {"": {}}, file.compare)
-        wrong = next((name for name in only or [] if name not in self.settings), None)
-        known = ", ".join(self.settings)
-        require(wrong is None, f"{path}: --settings: {wrong} is none of {known}")
+        for name in only or []:
+            known = ", ".join(self.settings)
+            require(name in self.settings, f"{path}: --settings: {name} is none of {known}")
         if only:
             self.settings = {name: self.settings[name] for name in self.settings if name in only}
         self.runs = self.find_runs()
@@ -168,8 +170,25 @@ class Spec:
         )
 
     def remembered(self) -> list[str]:
-        """The overrides that the folder of results was begun with."""
-        return []
+        """The overrides that the folder of results was begun with; none before the first run.
+
+        Raises:
+            UserError: another sweep's results are there.
+        """
+        file = self.out / SWEEP
+        try:
+            stored = json.loads(file.read_bytes())
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise_if_machine(error, file)
+            raise UserError(f"{file} cannot be read ({error}); name another --out") from error
+        require(
+            isinstance(stored, dict) and stored.get("sweep") == self.name,
+            f"{self.out} holds the results of another sweep, {stored.get('sweep')!r}, "
+            f"not of {self.name!r}; name another --out, or delete it",
+        )
+        return stored.get("set", [])
 
     def override(self, more: list[str]) -> None:
         """What ``--set`` says, in every run.

@@ -24,10 +24,10 @@ from sami.core.paths import exists
 from sami.core.programs import is_locked
 from sami.core.shipped import shipped, short
 from sami.grids import GRID, grid_of_config
-from sami.sweepfile import ARGV, CONFIG, Spec, Stage, Trial, slug, time_of
+from sami.sweepfile import ARGV, CONFIG, SWEEP, Spec, Stage, Trial, slug, time_of
 
 START = "encoder.checkpoint"
-PLAN, SWEEP, DONE = "plan.json", "sweep.json", "done.json"
+PLAN, DONE = "plan.json", "done.json"
 STATE = "state.json"  # of a run: its last stage, the code that it left with, its own sentence
 
 
@@ -232,27 +232,6 @@ class Sweep(Spec):
                 del stage["seed"]
         return {"sweep": self.name, "stages": stages}
 
-    def remembered(self) -> list[str]:
-        """The overrides that the folder of results was begun with; none before the first run.
-
-        Raises:
-            UserError: another sweep's results are there.
-        """
-        file = self.out / SWEEP
-        try:
-            stored = json.loads(file.read_bytes())
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError) as error:
-            raise_if_machine(error, file)
-            raise UserError(f"{file} cannot be read ({error}); name another --out") from error
-        require(
-            isinstance(stored, dict) and stored.get("sweep") == self.name,
-            f"{self.out} holds the results of another sweep, {stored.get('sweep')!r}, "
-            f"not of {self.name!r}; name another --out, or delete it",
-        )
-        return stored.get("set", [])
-
     def claim(self, run: Trial) -> None:
         """Bind the folders to this sweep and this run; a first attempt that trained nothing goes.
 
@@ -321,9 +300,8 @@ class Sweep(Spec):
             return
         before, now = set(_words(there)), set(_words(identity))
         old, new = min(before - now, default="nothing"), min(now - before, default="nothing")
-        what = "a run with other settings"
-        if file.name == SWEEP:
-            what = "results of the sweep as it was before"
+        of_sweep = file.name == SWEEP
+        what = "results of the sweep as it was before" if of_sweep else "a run with other settings"
         raise UserError(
             f"{file.parent} holds {what}: {old} there, {new} here; name another --out, or delete "
             "it" + "; without --set it is as it was begun" * bool(self.more)

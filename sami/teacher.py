@@ -63,12 +63,11 @@ class TeacherConfig:
             f"teacher.image_size {self.image_size} must be a positive multiple of {stride}, such "
             f"as {14 * stride} or {64 * stride}",
         )
-        given = [name for name in ("width", "depth", "heads") if getattr(self, name) is not None]
-        require(
-            self.name == "custom" or not given,
-            f"teacher.{given[0] if given else ''} goes with teacher.name custom; leave it out "
-            f"for {self.name}",
-        )
+        for name in ("width", "depth", "heads"):
+            require(
+                self.name == "custom" or getattr(self, name) is None,
+                f"teacher.{name} goes with teacher.name custom; leave it out for {self.name}",
+            )
         if self.shape is None:
             return
         width, depth, heads = self.shape
@@ -125,18 +124,16 @@ class Teacher(nn.Module):
                 f"images of {height}x{width} pixels are larger than teacher.image_size "
                 f"{self.image_size}"
             )
-        images = F.pad(
-            self.normalise(images), (0, self.image_size - width, 0, self.image_size - height)
-        )
-        return self.features(images)
+        padding = (0, self.image_size - width, 0, self.image_size - height)
+        return self.features(F.pad(self.normalise(images), padding))
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """The encoder itself: normalised [B, 3, H, W], sides multiples of its stride, to
         [B, C, h, w]."""
-        return (
-            self.encoder.maps(images) if self.layer == "neck" else token_map(self.encoder, images)
-        )
+        if self.layer == "neck":
+            return self.encoder.maps(images)
+        return token_map(self.encoder, images)
 
 
 def takes_of(config: TeacherConfig, option: str = "teacher.checkpoint") -> Takes:

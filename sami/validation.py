@@ -62,9 +62,8 @@ class Sums:
         """A batch: prediction and target [B, N, C], masked patch numbers [B, M]."""
         dtype = self.loss.dtype
         prediction, target = prediction.to(dtype), target.to(dtype)
-        hidden = torch.zeros(target.shape[:2], dtype=torch.bool, device=target.device).scatter_(
-            1, masked, True
-        )
+        hidden = torch.zeros(target.shape[:2], dtype=torch.bool, device=target.device)
+        hidden.scatter_(1, masked, True)
         loss = token_errors(prediction, target, kind).to(dtype)
         error = (prediction - target).square().mean(-1)
         for group, mask in enumerate((~hidden, hidden)):
@@ -91,8 +90,9 @@ class Sums:
         # sum of (t - m)^2 over a group = sum t^2 - 2 m . sum t + count m^2, mean over channels
         constant = self.square - 2 * (self.target * mean).sum((1, 2)) / channels
         constant += (self.count * mean.square().mean(-1)).sum(1)
+        loss, scored = (self.loss, count) if tokens == "all" else (self.loss[1], count[1])
         result = {
-            "loss": (self.loss.sum() / count.sum()) if tokens == "all" else self.loss[1] / count[1],
+            "loss": loss.sum() / scored.sum(),
             "cosine": self.cosine / self.images,
             "pictures": self.images,
             "r2": 1 - self.error.sum() / constant.sum(),
@@ -104,17 +104,6 @@ class Sums:
             result["r2_masked"] = 1 - self.error[1] / constant[1]
         values = {name: float(value) for name, value in result.items()}
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [
-            self.loss,
-            self.error,
-            self.square,
-            self.target,
-            self.count,
-            self.cosine,
-            self.images,
-        ]
 
 
 @torch.no_grad()
@@ -142,7 +131,7 @@ def measure(
             prediction = model.predict(batch.student, batch.visible, batch.masked)
         sums.add(prediction, target, batch.masked, model.loss_config.kind)
     model.train()
-    for tensor in sums.tensors():
+    for tensor in vars(sums).values():
         tensor.copy_(run.accelerator.reduce(tensor, "sum"))
     return sums.measures(model.loss_config.tokens)
 

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from sami.core.images import MEAN, STD
+from sami.core.plots import save_png
 from sami.pictures import (
-    draw_reconstruction,
     explained,
     figure_of,
     hide,
@@ -118,7 +118,7 @@ def test_images(tmp_path):
         target = torch.randn(2, 16, channels)
         path = tmp_path / f"{kind}.png"
         told = (images, masked, target, target * 0.5, 16, kind, "runs/x, step 3")
-        draw_reconstruction(path, *told)
+        save_png(figure_of(*told), path)
         with Image.open(path) as drawn:
             assert drawn.format == "PNG" and drawn.width >= 4 * 400 and drawn.height >= 2 * 400
         figure = figure_of(*told)

@@ -11,7 +11,7 @@ two forward ones, and a teacher has none. What a card really reaches, tools/benc
 
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class Part:
     once: bool = False
 
 
-def count(call: Any) -> FlopCounterMode:
+def count(call: Callable[[], Any]) -> FlopCounterMode:
     """Floating-point operations of a call, attention as its matrix products."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
@@ -260,8 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     train = config.train
     images = count_images(config, entry, args.images)
     images = min(images, config.data.epoch_samples or images)
-    an_epoch = images // train.batch_size
-    lengths = [train.steps, train.epochs and train.epochs * an_epoch]
+    lengths = [train.steps, train.epochs and train.epochs * (images // train.batch_size)]
     steps = min(length for length in lengths if length is not None)
     seen = steps * train.batch_size
 
@@ -270,15 +269,8 @@ def main(argv: list[str] | None = None) -> int:
         flops = 2 * part.macs * part.passes
         own = flops * (images if part.once else seen) / rate / 3600
         hours += own
-        rows.append(
-            [
-                part.name + " (once per image)" * part.once,
-                f"{part.parameters / 1e6:.2f}",
-                f"{part.macs / 1e9:.2f}",
-                f"{flops / 1e9:.1f}",
-                hours_of(own),
-            ]
-        )
+        sizes = f"{part.parameters / 1e6:.2f}", f"{part.macs / 1e9:.2f}", f"{flops / 1e9:.1f}"
+        rows.append([part.name + " (once per image)" * part.once, *sizes, hours_of(own)])
     head = ["part", "parameters, M", "forward, GMAC", "step, GFLOP", "hours"]
     show_table(f"{args.config}, per image", head, rows)
     print(

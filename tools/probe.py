@@ -50,13 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     require_least(1, args, "samples")
     require_least(0, args, "workers")
-    out = args.out
+    out, bf16 = args.out, args.precision == "bf16"
     require(out is None or not out.exists(), f"{out} holds a result already; name another --out")
     device = choose_device(args.device)
 
     encoder = load_encoder(args.run, "RUN").to(device)
-    keys = ("--shards", "--val-shards")
-    found, counts = [], []
+    keys, found = ("--shards", "--val-shards"), []
     with tempfile.TemporaryDirectory() as folder:
         opened: list[list[Shard]] = []
         for key, patterns in zip(keys, (args.shards, args.val_shards), strict=True):
@@ -68,11 +67,9 @@ def main(argv: list[str] | None = None) -> int:
             refuse_overlap(*opened, keys, "--allow-val-in-train")
         for shards in opened:
             numbers = spread(shards, args.samples)
-            bf16 = args.precision == "bf16"
-            features, labels = embed(encoder, shards, numbers, device, bf16, args.workers)
-            found.append((features.to(device), labels.to(device)))
-            counts.append(len(labels))
-    result = compare(*found)
+            pair = embed(encoder, shards, numbers, device, bf16, args.workers)
+            found.append([tensor.to(device) for tensor in pair])
+    result, counts = compare(*found), [len(labels) for _, labels in found]
     known = torch.isin(found[1][1], found[0][1]).sum().item()
     if known < counts[1]:
         print(

@@ -234,12 +234,11 @@ def _attention(
     qkv = attn.qkv(x)  # [B, h, w, 3 n d]
     if window:
         rows, columns = -(-height // window), -(-width // window)
-    if window and (rows * window, columns * window) != (height, width):
-        filled = (
-            attn.qkv.bias.to(qkv.dtype).expand(len(x), rows * window, columns * window, -1).clone()
-        )
-        filled[:, :height, :width] = qkv
-        qkv = filled
+        if (rows * window, columns * window) != (height, width):
+            bias = attn.qkv.bias.to(qkv.dtype)
+            filled = bias.expand(len(x), rows * window, columns * window, -1).clone()
+            filled[:, :height, :width] = qkv
+            qkv = filled
     q, k, v = rearrange(
         qkv,
         "b (y h) (x w) (three n d) -> three (b y x) n h w d",

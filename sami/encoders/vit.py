@@ -38,13 +38,8 @@ class Vit(FromShape, nn.Module):
         super().__init__()
         self.take_shape(shape)
         width, channels = shape.width, shape.channels
-        self.patch_embed = PatchEmbed(
-            shape.image_size,
-            shape.patch_size,
-            embed_dim=width,
-            flatten=False,
-            strict_img_size=False,
-        )
+        how = {"embed_dim": width, "flatten": False, "strict_img_size": False}
+        self.patch_embed = PatchEmbed(shape.image_size, shape.patch_size, **how)
         self.cls_token = self.norm = self.neck = None
         if channels is None:
             self.cls_token, self.class_tokens = nn.Parameter(torch.zeros(1, 1, width)), 1

@@ -74,19 +74,11 @@ def cache(args: argparse.Namespace) -> None:
             rates = rate(start_stream(source, one, batch), batch, 10 * args.rounds)
             print(f"{what:36} {spread(rates)} images/s")
         for bf16, compiled in kinds_of(device):
-            model = (
-                args.encoder,
-                CrossDecoderConfig(),
-                TokenLossConfig(),
-                256,
-                device,
-                bf16,
-                compiled,
-            )
-            steps = {
-                what: reading(start_on(source, one), trainer(*model), device)
-                for what, one in views.items()
-            }
+            loss = (CrossDecoderConfig(), TokenLossConfig())
+            steps = {}
+            for what, one in views.items():
+                train = trainer(args.encoder, *loss, 256, device, bf16, compiled)
+                steps[what] = reading(start_on(source, one), train, device)
             title = f"training step, {args.encoder}, batch {batch}, {'bf16' if bf16 else 'fp32'}"
             title += f"{', compiled' * compiled}, {args.grid} x {args.grid} int8"
             title += f", {args.workers} workers each"

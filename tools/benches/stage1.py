@@ -21,9 +21,8 @@ def stage1_steps(
 ) -> dict[str, Step]:
     """Whole training steps (forward, backward, update) with given targets, by name."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(
-        0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8, generator=generator
-    )
+    size = (args.batch, 3, 224, 224)
+    images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
     order = torch.rand(args.batch, 196, generator=generator).argsort(1)
     visible, masked = order[:, :49].sort(1).values, order[:, 49:].sort(1).values
     target = torch.randn(args.batch, 196, 256, generator=generator)
@@ -40,17 +39,15 @@ def stage1_steps(
         return step
 
     normalise = Normalise().to(device)
-    return {
-        "mae": make(CrossDecoderConfig(kind="self"), TokenLossConfig(tokens="masked"), 768),
-        "sami": make(CrossDecoderConfig(), TokenLossConfig(), 256),
-        "sami, memory visible": make(CrossDecoderConfig(memory="visible"), TokenLossConfig(), 256),
-        **{
-            f"sami, predict_fraction {share}": make(
-                CrossDecoderConfig(predict_fraction=share), TokenLossConfig(), 256
-            )
-            for share in (0.5, 0.25)
-        },
+    mae = make(CrossDecoderConfig(kind="self"), TokenLossConfig(tokens="masked"), 768)
+    decoders = {
+        "sami": CrossDecoderConfig(),
+        "sami, memory visible": CrossDecoderConfig(memory="visible"),
+        "sami, predict_fraction 0.5": CrossDecoderConfig(predict_fraction=0.5),
+        "sami, predict_fraction 0.25": CrossDecoderConfig(predict_fraction=0.25),
     }
+    sami = {name: make(one, TokenLossConfig(), 256) for name, one in decoders.items()}
+    return {"mae": mae, **sami}
 
 
 def trainer(
@@ -63,9 +60,8 @@ def trainer(
     compiled: bool,
 ) -> Callable[..., None]:
     """A new model of stage 1, and one optimizer step of it on what its forward takes."""
-    model = MaskedReconstruction(
-        build_encoder(EncoderConfig(encoder), 224), decoder, loss, channels, 0.75
-    ).to(device)
+    student = build_encoder(EncoderConfig(encoder), 224)
+    model = MaskedReconstruction(student, decoder, loss, channels, 0.75).to(device)
     optimizer = build_optimizer(model, OptimConfig())
     if compiled:
         model.predict = torch.compile(model.predict)
@@ -83,10 +79,8 @@ def teacher_passes(
 ) -> dict[str, Step]:
     """The on-the-fly teacher and segment-anything's own forward pass over the same weights."""
     teacher = load_teacher(TeacherConfig(args.teacher, "random", size)).to(device)
-    images = torch.randint(
-        0, 256, (args.teacher_batch, 3, size, size), dtype=torch.uint8, device=device
-    )
-    normalised = teacher.normalise(images)
+    images = torch.randint(0, 256, (args.teacher_batch, 3, size, size), dtype=torch.uint8)
+    normalised = teacher.normalise(images.to(device))
 
     def see(features: Callable[[torch.Tensor], torch.Tensor], flex: bool = False) -> Step:
         @torch.no_grad()
@@ -120,13 +114,8 @@ def stage1(args: argparse.Namespace) -> None:
         title = f"training step, {args.encoder}, batch {args.batch}, {'bf16' if bf16 else 'fp32'}"
         steps = stage1_steps(args, device, bf16, compiled)
         flops = count_flops(stage1_steps(args, device, bf16, False)) if peak else {}
-        report(
-            title + (", compiled" if compiled else ""),
-            measure(steps, args.rounds, device),
-            args.batch,
-            flops,
-            peak,
-        )
+        title += ", compiled" * compiled
+        report(title, measure(steps, args.rounds, device), args.batch, flops, peak)
         del steps
     for size in args.teacher_sizes:
         for bf16 in (False,) if device.type == "cpu" else (False, True):
@@ -136,7 +125,6 @@ def stage1(args: argparse.Namespace) -> None:
             if peak:  # as multiplications go, all do the same
                 ours = next(step for name, step in passes.items() if "ours" in name)
                 flops = dict.fromkeys(passes, count_flops({"": ours})[""])
-            report(
-                title, measure(passes, min(args.rounds, 3), device), args.teacher_batch, flops, peak
-            )
+            seconds = measure(passes, min(args.rounds, 3), device)
+            report(title, seconds, args.teacher_batch, flops, peak)
     data_rates(args)

@@ -40,23 +40,17 @@ def draw_sample(rng: np.random.Generator, width: int = 2250, height: int = 1500)
     info = []
     for _ in range(100):
         side = int(np.exp(rng.uniform(np.log(30), np.log(900))))
-        blob = Image.fromarray(rng.random((7, 7), np.float32)).resize(
-            (side, side), Image.Resampling.BICUBIC
-        )
+        noise = Image.fromarray(rng.random((7, 7), np.float32))
+        blob = noise.resize((side, side), Image.Resampling.BICUBIC)
         y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
         mask = np.zeros((height, width), np.uint8, order="F")
         top, left = rng.integers(height - side), rng.integers(width - side)
         shape = (np.asarray(blob) > 0.3) & (x**2 + y**2 < 1)
         mask[top : top + side, left : left + side] = shape
         runs = coco_mask.encode(mask)
-        info.append(
-            {
-                "segmentation": {"size": [height, width], "counts": runs["counts"].decode()},
-                "area": int(mask.sum()),
-                "predicted_iou": 0.95,
-                "stability_score": 0.95,
-            }
-        )
+        segmentation = {"size": [height, width], "counts": runs["counts"].decode()}
+        scores = {"predicted_iou": 0.95, "stability_score": 0.95}
+        info.append({"segmentation": segmentation, "area": int(mask.sum()), **scores})
     image = {"width": width, "height": height, "file_name": "sa_0.jpg", "image_id": 0}
     document = json.dumps({"image": image, "annotations": info}).encode()
     return RawSample("drawn", {IMAGE: buffer.getvalue(), "json": document})
@@ -90,17 +84,14 @@ def sample_path(args: argparse.Namespace) -> None:
         plain_image()
         np.stack(their_masks())
 
-    seconds = measure(
-        {
-            "64 masks: pycocotools, resize": their_masks,
-            "64 masks: ours": our_masks,
-            "sample: plain": plain,
-            "sample: ours": lambda: ours.decode(sample, 0, False),
-            "image: plain": plain_image,
-        },
-        args.rounds,
-        torch.device("cpu"),
-    )
+    steps = {
+        "64 masks: pycocotools, resize": their_masks,
+        "64 masks: ours": our_masks,
+        "sample: plain": plain,
+        "sample: ours": lambda: ours.decode(sample, 0, False),
+        "image: plain": plain_image,
+    }
+    seconds = measure(steps, args.rounds, torch.device("cpu"))
     print(
         f"\nSA-1B sample, one core: JPEG of 2250 x 1500 px ({len(encoded) / 1e6:.1f} MB), 100 "
         f"masks ({sum(map(len, runs)) / 64000:.1f} kB each)\n"
@@ -160,25 +151,19 @@ def peak_memory(
     """GB that a step adds to what the process holds; measured in a process of its own (on a
     CPU: Linux alone tells)."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        device = (args.device, args.batch, args.image_size)
-        return pool.apply(_peak_memory, (encoder, masks, *device, bf16, checkpointing))
+        return pool.apply(_peak_memory, (encoder, masks, args, bf16, checkpointing))
 
 
 def _peak_memory(
-    encoder: str,
-    masks: int,
-    device: str,
-    batch: int,
-    size: int,
-    bf16: bool,
-    checkpointing: bool,
+    encoder: str, masks: int, args: argparse.Namespace, bf16: bool, checkpointing: bool
 ) -> float:
-    drawn = draw_batch(batch, masks, size, torch.device(device))
+    batch = draw_batch(args.batch, masks, args.image_size, torch.device(args.device))
     before = _highest()
-    step = stage2_step(encoder, drawn, bf16, False, checkpointing)
+    step = stage2_step(encoder, batch, bf16, False, checkpointing)
     for _ in range(2):
         step()
-    return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else _highest() - before
+    on_cuda = args.device.startswith("cuda")
+    return torch.cuda.max_memory_allocated() / 1e9 if on_cuda else _highest() - before
 
 
 def _highest() -> float:
@@ -210,20 +195,15 @@ def stage2_losses_and_clicks(args: argparse.Namespace, device: torch.device) -> 
 
     def looped() -> None:
         rng = np.random.default_rng(0)
-        for mask, wanted in zip(
-            logits[:, :, 0].detach().flatten(0, 1), truth.masks.flatten(0, 1), strict=True
-        ):
+        predicted = logits[:, :, 0].detach().flatten(0, 1)
+        for mask, wanted in zip(predicted, truth.masks.flatten(0, 1), strict=True):
             y, x = np.nonzero(((mask > 0) != wanted).cpu().numpy())
             at = rng.integers(len(y))
             _ = (x[at], y[at])
 
-    for name, steps in (
-        (
-            "losses, forward and backward",
-            {"focal and dice of all masks": every_mask, "ours, with IoU": ours},
-        ),
-        ("error clicks", {"loop over masks": looped, "ours": clicks}),
-    ):
+    losses = {"focal and dice of all masks": every_mask, "ours, with IoU": ours}
+    sampling = {"loop over masks": looped, "ours": clicks}
+    for name, steps in {"losses, forward and backward": losses, "error clicks": sampling}.items():
         title = f"{name}, {args.batch} x {masks} objects at {side} x {side}"
         report(title, measure(steps, args.rounds, device), args.batch, {}, 0.0)
 
@@ -252,7 +232,7 @@ def stage2(args: argparse.Namespace) -> None:
         if peak and not compiled:  # the counter does not see into compiled code
             flops = count_flops(steps)
         seconds = measure(steps, args.step_rounds, device)
-        report(title + (", compiled" if compiled else ""), seconds, args.batch, flops, peak)
+        report(title + ", compiled" * compiled, seconds, args.batch, flops, peak)
         del steps
         if not compiled:
             for again in (False, True):
