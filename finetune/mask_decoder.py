@@ -9,6 +9,8 @@ Prompts of one image share its image tokens until the first block has changed th
 [B, 1, N, D] there and projected once for all prompts.
 """
 
+import itertools
+
 import torch
 from einops import rearrange
 from torch import nn
@@ -53,8 +55,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [width] + [hidden] * layers
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(a, b), nn.GELU())
-            for a, b in zip(widths, widths[1:], strict=False)
+            nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in itertools.pairwise(widths)
         )
         self.fc = nn.Linear(widths[-1], out)
 
@@ -141,13 +142,10 @@ class MaskDecoder(PredictorMasks):
         self.iou_token = nn.Embedding(1, width)
         self.mask_tokens = nn.Embedding(self.MASKS, width)
         middle, fine = width // 4, width // 8
+        first = nn.ConvTranspose2d(width, middle, 2, 2), nn.GroupNorm(1, middle), nn.GELU()
+        second = nn.ConvTranspose2d(middle, fine, 2, 2), nn.GELU()
         self.final_output_upscaling_layers = nn.ModuleList(
-            [
-                nn.Sequential(
-                    nn.ConvTranspose2d(width, middle, 2, 2), nn.GroupNorm(1, middle), nn.GELU()
-                ),
-                nn.Sequential(nn.ConvTranspose2d(middle, fine, 2, 2), nn.GELU()),
-            ]
+            [nn.Sequential(*first), nn.Sequential(*second)]
         )
         self.output_hypernetworks_mlps = nn.ModuleList(
             MLP(width, width, fine, 2) for _ in range(self.MASKS)
@@ -212,10 +210,8 @@ class MaskDecoder(PredictorMasks):
         fine = rearrange(image, "b q (h w) d -> (b q) d h w", h=height, w=width)
         for layer in self.final_output_upscaling_layers:
             fine = layer(fine)
-        weights = [
-            network(tokens[:, :, 1 + number])
-            for number, network in enumerate(self.output_hypernetworks_mlps)
-        ]
+        own = tokens[:, :, 1 : 1 + self.MASKS].unbind(2)
+        weights = [mlp(x) for mlp, x in zip(self.output_hypernetworks_mlps, own, strict=True)]
         fine = rearrange(fine, "(b q) d h w -> b q d h w", q=count)
         logits = torch.einsum("bqmd,bqdhw->bqmhw", torch.stack(weights, dim=2), fine)
         return logits, self.iou_prediction_head(tokens[:, :, 0])

@@ -69,8 +69,7 @@ class Measured:
             by_size = {}
             for size, (least, most) in SIZES.items():
                 within = (areas >= least) & (areas < most)
-                values = iou.mean(0)[within]
-                by_size[size] = mean(values, images[within], weights)
+                by_size[size] = mean(iou.mean(0)[within], images[within], weights)
             draws = iou.mean(1).tolist()
             return {"prompt": name, "choice": choice, "miou": by_size, "draws": draws}
 
@@ -107,12 +106,8 @@ def mean(values: np.ndarray, images: np.ndarray, weights: np.ndarray) -> dict[st
     drawn = weights @ sizes
     means = (weights @ sums)[drawn > 0] / drawn[drawn > 0]
     low, high = np.quantile(means, (0.025, 0.975))
-    return {
-        "mean": float(values.mean()),
-        "low": float(low),
-        "high": float(high),
-        "objects": len(values),
-    }
+    bounds = {"low": float(low), "high": float(high)}
+    return {"mean": float(values.mean()), **bounds, "objects": len(values)}
 
 
 def data_set(images: int, annotations: int) -> str | None:

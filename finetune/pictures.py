@@ -66,7 +66,10 @@ def figure_of(
     """
     columns = min(COLUMNS, 1 + len(specs))
     rows = -(-(1 + len(specs)) // columns)
-    sizes = [_panel(sample.size) for sample in images]
+    sizes = [  # of the panels, height and width
+        tuple(max(1, round(side * SIDE / max(sample.size))) for side in sample.size)
+        for sample in images
+    ]
     width = columns * (SIDE + GAP) + GAP
     height = HEAD + sum(rows * (size[0] + STRIP + GAP) for size in sizes)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
@@ -80,17 +83,11 @@ def figure_of(
             row, column = divmod(place, columns)
             left = GAP + column * (SIDE + GAP)
             bottom = height - top - row * (size[0] + STRIP + GAP) - STRIP - size[0]
-            place = (left / width, bottom / height, size[1] / width, size[0] / height)
-            axes.append(figure.add_axes(place))
+            panel = (left / width, bottom / height, size[1] / width, size[0] / height)
+            axes.append(figure.add_axes(panel))
         _draw_image(axes, model, sample, size, device, specs)
         top += rows * (size[0] + STRIP + GAP)
     return figure
-
-
-def _panel(size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an image's panel."""
-    height, width = (max(1, round(side * SIDE / max(size))) for side in size)
-    return height, width
 
 
 def _draw_image(
@@ -116,9 +113,10 @@ def _draw_image(
     for axis, spec in zip(axes[1:], specs, strict=True):
         masks, points, labels = masks_of(model, sample, device, spec)
         iou = mask_iou(masks, truth).tolist()
-        title = f"by {spec.name}: mean IoU {100 * sum(iou) / count:.1f} %"
-        best = sample.trivial_iou(spec).mean(1).max()
-        title += f" (without a model {100 * best:.1f} %)"
+        found, without = sum(iou) / count, sample.trivial_iou(spec).mean(1).max()
+        title = (
+            f"by {spec.name}: mean IoU {100 * found:.1f} % (without a model {100 * without:.1f} %)"
+        )
         _show(axis, image, shrink(masks, size), title)
         taken = []
         for number, (place, kinds) in enumerate(zip(points, labels, strict=True)):
@@ -177,10 +175,10 @@ def _draw_prompt(axis: Axes, number: int, points: np.ndarray, labels: torch.Tens
         axis.plot(xs, ys, color="white", linewidth=3)
         axis.plot(xs, ys, color=colour, linewidth=2, linestyle=(0, (5, 2)))
         return
+    edge = {"color": colour, "markeredgecolor": "white", "markeredgewidth": 1.2}
     for label, marker, side in ((FOREGROUND, "*", 15), (BACKGROUND, "X", 10)):
         xs, ys = points[(labels == label).numpy()].T
-        edge = {"markeredgecolor": "white", "markeredgewidth": 1.2}
-        axis.plot(xs, ys, marker, color=colour, markersize=side, **edge)
+        axis.plot(xs, ys, marker, markersize=side, **edge)
 
 
 def _label(
@@ -202,20 +200,13 @@ def _label(
             left, up = min(max(left, 0), most_x), min(max(up, 0), most_y)
             found.append((left, up, left + wide, up + high))
     free = [
-        one
-        for one in found
-        if all(one[2] <= o[0] or o[2] <= one[0] or one[3] <= o[1] or o[3] <= one[1] for o in taken)
+        (a, b, c, d)
+        for a, b, c, d in found
+        if all(c <= o[0] or o[2] <= a or d <= o[1] or o[3] <= b for o in taken)
     ]
     left, up, right, down = (free or found)[0]
     taken.append((left, up, right, down))
     colour = object_colour(number)
-    axis.text(
-        (left + right) / 2,
-        (up + down) / 2,
-        text,
-        color=ink_on(colour),
-        fontsize=8,
-        ha="center",
-        va="center",
-        bbox={"facecolor": colour, "edgecolor": "white", "linewidth": 0.8, "pad": 2},
-    )
+    box = {"facecolor": colour, "edgecolor": "white", "linewidth": 0.8, "pad": 2}
+    style = {"color": ink_on(colour), "fontsize": 8, "ha": "center", "va": "center", "bbox": box}
+    axis.text((left + right) / 2, (up + down) / 2, text, **style)

@@ -88,11 +88,11 @@ class PredictorPrompts(nn.Module):
             return sparse, dense
 
         def place(frame: tuple[int, int]) -> torch.Tensor:
-            clicks, corners = points, boxes
+            clicks, corners, side = points, boxes, (self.image_size,) * 2
             if clicks is not None:
-                clicks = rescale(clicks[0], self.image_size, frame), clicks[1]
+                clicks = rescale(clicks[0], side, frame), clicks[1]
             if corners is not None:
-                corners = rescale(corners.reshape(-1, 2, 2), self.image_size, frame).flatten(1)
+                corners = rescale(corners.reshape(-1, 2, 2), side, frame).flatten(1)
             return self.embed_prompts(clicks, corners, None)[0]
 
         tokens = sparse.as_subclass(Unplaced)
@@ -136,30 +136,26 @@ class PredictorMasks(nn.Module):
             return logits, logits[:, :, 0, 0]
         found = self.predict_masks(image_embeddings, image_pe, tokens, dense_prompt_embeddings)
         logits, iou = (x.float() for x in found)
-        if self.single_mask and not multimask_output:
-            return logits[:, :1], iou[:, :1]
-        logits, iou = logits[:, 1:], iou[:, 1:]
         if multimask_output:
-            return logits, iou
-        best = iou.argmax(1, keepdim=True)
+            return logits[:, 1:], iou[:, 1:]
+        best = torch.zeros_like(iou[:, :1], dtype=torch.long)
+        if not self.single_mask:
+            best = 1 + iou[:, 1:].argmax(1, keepdim=True)
         return logits.take_along_dim(best[..., None, None], 1), iou.gather(1, best)
 
 
-def rescale(
-    points: torch.Tensor, to: int | tuple[int, int], image: tuple[int, int]
-) -> torch.Tensor:
+def rescale(points: torch.Tensor, to: tuple[int, int], image: tuple[int, int]) -> torch.Tensor:
     """Points [..., 2] in pixels of an image to pixels of the same at another size, in fp32.
 
     x becomes x * s, as in all released code: an index stays one of a pixel's upper left corner, and
     the prompt encoder adds half a pixel of the input.
 
     Args:
-        to: wanted height and width in pixels, or both in one.
+        to: wanted height and width in pixels.
         image: height and width in pixels.
     """
-    height, width = (to, to) if isinstance(to, int) else to
     x, y = points.float().unbind(-1)
-    return torch.stack([x * (width / image[1]), y * (height / image[0])], -1)
+    return torch.stack([x * (to[1] / image[1]), y * (to[0] / image[0])], -1)
 
 
 def check_given(points: Points | None, boxes: torch.Tensor | None) -> None:

@@ -17,8 +17,9 @@ def filled_box(ends: list[np.ndarray], height: int, width: int) -> np.ndarray:
     for one in ends:
         x0, y0, x1, y1 = box(one, height)
         columns = np.arange(x0, x1)
-        found.append(_iou(one, height, columns, np.full(x1 - x0, y0), np.full(x1 - x0, y1)).sum())
-    return np.array(found)[None]
+        top, bottom, which = (np.full(len(columns), n) for n in (y0, y1, 0))
+        found.append(_iou(one, height, columns, top, bottom, which, 1))
+    return np.stack(found, 1)
 
 
 def discs(ends: list[np.ndarray], height: int, width: int, clicks: np.ndarray) -> np.ndarray:
@@ -47,15 +48,14 @@ def _iou(
     columns: np.ndarray,
     top: np.ndarray,
     bottom: np.ndarray,
-    which: np.ndarray | None = None,
-    regions: int = 1,
+    which: np.ndarray,
+    regions: int,
 ) -> np.ndarray:
     """IoU of a mask with regions given by the rows that they cover in each column, fp64 [regions].
 
     Args:
-        which: the region of each entry of ``columns``; None for one region.
+        which: the region of each entry of ``columns``.
     """
-    which = np.zeros(len(columns), int) if which is None else which
     starts = np.concatenate([[0], ends])
     inside = np.diff(starts) * (np.arange(len(ends)) % 2)
     upto = np.concatenate([[0], np.cumsum(inside)])
