@@ -161,21 +161,19 @@ def correction_clicks(
         Points [B, K, 1, 2] as ``places`` has them, and labels [B, K, 1]; -1 and -1 where nothing is
         wrong.
     """
-    missed, taken = truth & ~mask, mask & ~truth
-    kinds = [missed, taken] if background else [missed]
-    wrong = torch.stack(kinds, 2)  # [B, K, 1 or 2, h, w]
+    missed, surplus = truth & ~mask, mask & ~truth
+    kinds = {BACKGROUND: surplus, FOREGROUND: missed} if background else {FOREGROUND: missed}
+    wrong = torch.stack(list(kinds.values()), 2)  # [B, K, 1 or 2, h, w]
     if inside is not None:
         wrong = wrong & inside[:, None, None]
-    depth, place = depths(wrong).flatten(3).max(3)  # [B, K, 1 or 2]
-    label = torch.full_like(place[..., 0], FOREGROUND)
-    if background:
-        label = torch.where(depth[..., 0] > depth[..., 1], FOREGROUND, BACKGROUND)
-    which = (label == BACKGROUND).long().unsqueeze(2)
-    found = depth.gather(2, which).squeeze(2) > 0
-    place, width = place.gather(2, which).squeeze(2), truth.shape[3]
-    x, y = places[:, 0].gather(1, place % width), places[:, 1].gather(1, place // width)
-    points = torch.where(found.unsqueeze(-1), torch.stack([x, y], -1), -1.0)
-    return points.unsqueeze(2), torch.where(found, label, PADDING).unsqueeze(2)
+    # The first of equals: the order of the kinds, then that of the pixels.
+    depth, place = depths(wrong).flatten(2).max(2)  # [B, K]
+    height, width = truth.shape[2:]
+    kind, pixel = place // (height * width), place % (height * width)
+    label = kind if background else torch.full_like(kind, FOREGROUND)  # BACKGROUND is 0
+    x, y = places[:, 0].gather(1, pixel % width), places[:, 1].gather(1, pixel // width)
+    points = torch.where((depth > 0).unsqueeze(-1), torch.stack([x, y], -1), -1.0)
+    return points.unsqueeze(2), torch.where(depth > 0, label, PADDING).unsqueeze(2)
 
 
 def centre_of(region: np.ndarray) -> tuple[int, int] | None:

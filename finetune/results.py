@@ -29,7 +29,7 @@ class ResultsReader:
         """
         known = (IMAGENET, *DATA_SETS)
         require(
-            sweep.paper_on is None or sweep.paper_on in known,
+            sweep.paper_on in (None, *known),
             f"{sweep.path}: paper_on {sweep.paper_on} is none of {', '.join(known)}, the data sets "
             "that are recognised",
         )
@@ -100,27 +100,22 @@ class ResultsReader:
             found = {run.seed: self.measured(run, where) for run in reversed(runs.values())}
             there = [run for run in runs.values() if found[run.seed] is not None]
             values = [value for value in found.values() if value is not None]
-            paper, needs_none = (sweep.paper.get(name) or {}).get(setting), []
-            if not there or {self.data_of(run, where) for run in there} != {sweep.paper_on}:
-                paper = None
+            data, trivial = {self.data_of(run, where) for run in there}, []
+            on_paper = sweep.paper_on is not None and data == {sweep.paper_on}
             if self.is_evaluation(where):
-                needs_none = [self.measured(run, where, TRIVIAL) for run in there]
+                trivial = [self.measured(run, where, TRIVIAL) for run in there]
             measures[name] = {
                 "by_seed": found,
                 "mean": statistics.mean(values) if values else None,
                 "std": statistics.stdev(values) if len(values) > 1 else None,
-                "paper": None if sweep.paper_on is None else paper,
-                "trivial": next((one for one in needs_none if one is not None), None),
+                "paper": (sweep.paper.get(name) or {}).get(setting) if on_paper else None,
+                "trivial": next((one for one in trivial if one is not None), None),
             }
         return {"setting": setting, "against": sweep.against.get(setting), "measures": measures}
 
     def results(self) -> Results:
         """What a table, a plot and a report show."""
         sweep = self.sweep
-        return Results(
-            name=sweep.name,
-            seeds=len(sweep.seeds),
-            units={name: self.unit(name) for name in sweep.measures},
-            rows=[self.row(setting) for setting in sweep.settings],
-            paper_on=sweep.paper_on,
-        )
+        units = {name: self.unit(name) for name in sweep.measures}
+        rows = [self.row(setting) for setting in sweep.settings]
+        return Results(sweep.name, len(sweep.seeds), units, rows, sweep.paper_on)

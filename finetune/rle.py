@@ -217,12 +217,12 @@ def _mask(entry: Any, height: int, width: int) -> EncodedMask:
     if size != [height, width]:
         raise BadSample("mask size differs from the image's")
     counts = _get(segmentation, "counts", str | list)
-    bbox = None if entry.get("bbox") is None else _get(entry, "bbox", list)
-    if bbox is not None and len(bbox) != 4:
+    area, bbox = entry.get("area"), entry.get("bbox")
+    if bbox is not None and len(_get(entry, "bbox", list)) != 4:
         raise BadSample(FOREIGN)
     return EncodedMask(
         counts=counts,
-        area=None if entry.get("area") is None else _number(entry["area"]),
+        area=None if area is None else _number(area),
         bbox=None if bbox is None else [_number(value) for value in bbox],
         predicted_iou=_number(entry.get("predicted_iou", 1.0)),
         stability_score=_number(entry.get("stability_score", 1.0)),
