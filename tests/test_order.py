@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sami.core.dataset import MicroBatches
 from sami.core.index import Shard, Source
-from sami.core.order import Order, apportion, interleaved, sample_rng
+from sami.core.order import Order, apportion, interleaved, passed, sample_rng
 from tests import reference
 
 
@@ -69,6 +69,15 @@ def test_any_part_of_an_epoch_is_the_same_part(order, data):
         assert pairs(one, 1, some[:1]) == [whole[some[0]]]
 
 
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(sum), st.data())
+def test_what_has_passed_is_what_stands_before(parts, data):
+    position = data.draw(st.integers(0, sum(parts) - 1))
+    source, _ = interleaved(parts, np.arange(sum(parts)))
+    expected = np.bincount(source[:position], minlength=len(parts))
+    assert passed(parts, position) == expected.tolist()
+
+
+@settings(max_examples=400)
 @given(orders(), st.data())
 def test_what_is_wanted_next_is_known(order, data):
     """At each index the windows that it lies in come first, then those that follow them."""

@@ -123,10 +123,10 @@ class Order:
         epoch, position = divmod(index, self.epoch_positions)
         parts = apportion([source.weight or 1.0 for source in self.sources], self.epoch_positions)
         found: list[list[int]] = [[], []]
-        for number, part in enumerate(parts):
+        for number, (part, at) in enumerate(zip(parts, passed(parts, position), strict=True)):
             if not part:
                 continue
-            of, at = epoch, min(_before(position, part, self.epoch_positions), part - 1)
+            of, at = (epoch, at) if at < part else (epoch + 1, 0)
             for shards in found:
                 windows = self._windows(of, number)
                 window = int(windows.of(np.array([at]))[0])
@@ -189,15 +189,28 @@ def interleaved(parts: list[int], positions: np.ndarray) -> tuple[np.ndarray, np
     Returns:
         Source [n], and which of its samples [n].
     """
+    before, source, ordinal = _stretch(parts, int(positions.min()), int(positions.max()) + 1)
+    picked = positions - sum(before)
+    return source[picked], ordinal[picked]
+
+
+def passed(parts: list[int], position: int) -> list[int]:
+    """How many samples of each source stand before a position; see :func:`interleaved`."""
+    before, source, _ = _stretch(parts, position, position)
+    here = np.bincount(source[: position - sum(before)], minlength=len(parts))
+    return (np.array(before) + here).tolist()
+
+
+def _stretch(parts: list[int], low: int, high: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """The order around positions low to high: samples of each source before it, and then its
+    sources and which of their samples."""
     # So many sources are at most so many positions away from their proportion.
-    low = max(int(positions.min()) - len(parts), 0)
-    high = min(int(positions.max()) + 1 + len(parts), sum(parts))
+    low, high = max(low - len(parts), 0), min(high + len(parts), sum(parts))
     bounds = [[_before(place, n, sum(parts)) for n in parts] for place in (low, high)]
     source = np.repeat(np.arange(len(parts)), np.subtract(*bounds[::-1]))
     ordinal = np.concatenate([np.arange(*ends) for ends in zip(*bounds, strict=True)])
     order = np.argsort((ordinal + 0.5) / np.array(parts)[source], kind="stable")
-    picked = order[positions - sum(bounds[0])]
-    return source[picked], ordinal[picked]
+    return bounds[0], source[order], ordinal[order]
 
 
 def _before(place: int, part: int, total: int) -> int:
