@@ -152,7 +152,6 @@ def load_encoder(
     )
     with torch.device("meta"):
         encoder = build(own)
-    load_strictly(
-        encoder, weights.tensors, f"{what} does not fit an encoder with {own.describe()}", remedy
-    )
+    does_not = f"{what} does not fit an encoder with {own.describe()}"
+    load_strictly(encoder, weights.tensors, does_not, remedy)
     return encoder

@@ -70,8 +70,8 @@ def parse(kind: type, content: dict[str, Any], name: str, where: str = "") -> An
         UserError: it is not.
     """
     known = [one.name for one in dataclasses.fields(kind)]
-    unknown = next((key for key in content if key not in known), None)
-    require(unknown is None, f"{name}: {unknown} is none of {', '.join(known)}")
+    for key in content:
+        require(key in known, f"{name}: {key} is none of {', '.join(known)}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
     try:
@@ -124,9 +124,8 @@ class Spec:
         if "stages" not in content:
             other = meant_for(content, str(path))
             require(other is None, f"{path} {other}")
-            known = [one.name for one in dataclasses.fields(SweepFile)]
-            strange = any(key not in known for key in content)
-            require(not strange, f"{path} is no sweep; see configs/sweeps/")
+            known = {one.name for one in dataclasses.fields(SweepFile)}
+            require(content.keys() <= known, f"{path} is no sweep; see configs/sweeps/")
         for key in ("stages", "seeds", "measures"):
             require(bool(content.get(key)), f"{path} has no {key}; see configs/sweeps/")
         named = content["stages"]
@@ -240,10 +239,10 @@ class Spec:
                 seeds = self.seeds_of[whole] = own.pop("seeds", self.seeds)
                 right = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
                 require(right, f"{self.path}: settings.{name}: seeds must be a list of integers")
-                both = next((key for key in own if key in varied), None)
-                require(both is None, f"{self.path}: settings.{name}: {both} is varied too")
-                for key, other in ((key, time_of(value)) for key, value in own.items()):
-                    if other:
+                for key, value in own.items():
+                    where = f"{self.path}: settings.{name}: {key}"
+                    require(key not in varied, f"{where} is varied too")
+                    if other := time_of(value):
                         own[key] = f"{{time of {', '.join([other, *words])}}}"
                 if compare not in (None, name, whole) and seeds is self.seeds:
                     first = compare if compare not in named else ", ".join([compare, *words])

@@ -109,10 +109,12 @@ class Sweep(Spec):
         """
         other = self._time_of(run, name)
         rivals = self.runs_of(other)
-        right = other is None or rivals and not rivals[0].skips(name)
-        right = right and not any(self._time_of(rival, name) for rival in rivals)
-        words = f"there is no setting {other} with steps of {name} of its own"
-        require(bool(right), f"{self.path}: {run.setting}: {words}")
+        trained = any(not rival.skips(name) for rival in rivals)
+        require(
+            other is None or trained and not any(self._time_of(one, name) for one in rivals),
+            f"{self.path}: {run.setting}: there is no setting {other} with steps of {name} of its "
+            "own",
+        )
         return other
 
     def _time_of(self, run: Trial, name: str) -> str | None:
@@ -169,16 +171,17 @@ class Sweep(Spec):
             summary = self.summary(run, name)
             status, steps = summary.get("status"), summary.get("steps")
             mine = last if last.get("stage") == name else {}
+            code = mine.get("code")
             lock = self.folder(run, name) / "lock"
             if is_locked(lock) or mine and is_locked(self.folder(run) / "lock"):
-                return "running", f"{name}{f', at step {steps}' if steps else ''}"
-            if mine.get("code") not in (None, FINISHED, ASKED_TO_STOP):
+                return "running", f"{name}, at step {steps}" if steps else name
+            if code not in (None, FINISHED, ASKED_TO_STOP):
                 return "failed", f"{name}: {mine.get('error') or summary.get('error')}"
             if status == "failed":
                 return "failed", f"{name}: {summary.get('error')}"
             if status == "interrupted":
                 return "interrupted", f"{name}: asked to stop at step {steps}"
-            if mine.get("code") == ASKED_TO_STOP:
+            if code == ASKED_TO_STOP:
                 return "interrupted", f"{name}: asked to stop"
             if status is None and not mine:
                 return "missing", f"{name} has not run"
@@ -196,16 +199,15 @@ class Sweep(Spec):
         other = self.takes_time_of(run, name)
         if other is None:
             return None
-        rivals, total, pace = self.runs_of(other), 0.0, 0.0
+        rivals, total, per_step = self.runs_of(other), 0.0, 0.0
         left = [str(self.runs.index(r)) for r in rivals if not self.is_finished(r, name)]
         require(not left, f"{run.name} takes as long as {other}: first run {', '.join(left)}")
         own = {self.folder(run, stage) for stage, _ in self.stages_of(run)}
         for rival in rivals:
-            trained = [stage for stage, info in self.stages_of(rival) if info.config]
-            folders = {self.folder(rival, stage) for stage in trained} - own
-            total += sum(seconds_of(folder) for folder in folders)
-            pace += seconds_of(self.folder(rival, name)) / self.summary(rival, name)["steps"]
-        return round(total / pace)
+            trained = {self.folder(rival, s) for s, info in self.stages_of(rival) if info.config}
+            total += sum(map(seconds_of, trained - own))
+            per_step += seconds_of(self.folder(rival, name)) / self.summary(rival, name)["steps"]
+        return round(total / per_step)
 
     # -- what identifies a folder of results ----------------------------------------------------
 
@@ -279,9 +281,8 @@ class Sweep(Spec):
 
     def _holds_results(self, folder: Path) -> bool:
         """Whether a stage below runs, has begun to learn, or has ended."""
-        runs = [folder]  # of a sweep: the stages that its runs share
-        if not exists(folder / PLAN):
-            runs += [plan.parent for plan in folder.glob(f"*/{PLAN}")]
+        # A sweep's folder holds its runs, and beside them the stages that these share.
+        runs = [folder, *(plan.parent for plan in folder.glob(f"*/{PLAN}"))]
         return any(
             is_locked(run / "lock")
             or any(run.glob(f"*/{DONE}"))

@@ -138,20 +138,19 @@ def pretrain_parts(config: Any, teacher: Teacher | None) -> list[Part]:
     if teacher is not None:
         side = teacher.image_size
         name = f"teacher {config.teacher.name}, {side} px"
-        seen = macs(count(lambda: teacher.features(torch.zeros(1, 3, side, side))))
-        parts = [Part(name, parameters(teacher), seen, 1, config.teacher.cached)]
+        passed = macs(count(lambda: teacher.features(torch.zeros(1, 3, side, side))))
+        parts = [Part(name, parameters(teacher), passed, 1, config.teacher.cached)]
         channels = teacher.channels
     student = build_encoder(replace(config.encoder, checkpoint=None), size)
     ratio = config.mask.ratio
     model = MaskedReconstruction(student, config.decoder, TokenLossConfig(), channels, ratio)
-    seen, masked = count_patches(config.mask, size // student.stride)
+    number, masked = count_patches(config.mask, size // student.stride)
     predicted = max(1, round(masked * config.decoder.predict_fraction)) if masked else 0
-    order = torch.arange(seen + predicted).expand(BATCH, -1)
-    images = torch.zeros(BATCH, 3, size, size)
-    visible = order[:, :seen] if ratio else None
-    encoded = macs(count(lambda: student.tokens(images, visible))) / BATCH
+    order = torch.arange(number + predicted).expand(BATCH, -1)
+    images, visible = torch.zeros(BATCH, 3, size, size), order[:, :number]
+    encoded = macs(count(lambda: student.tokens(images, visible if ratio else None))) / BATCH
     parts.append(Part("student", parameters(student), encoded))
-    counter = count(lambda: model.predict(images, order[:, :seen], order[:, seen:]))
+    counter = count(lambda: model.predict(images, visible, order[:, number:]))
     total = macs(counter) / BATCH - encoded
     if model.decoder is not None:
         # The flop counter names modules whose forward is called from outside by their class.
@@ -171,12 +170,12 @@ def finetune_parts(config: Any) -> list[Part]:
     labels = torch.ones(1, prompts, 2)
     maps = torch.zeros(1, head.width, *[size // config.encoder.patch_size] * 2)
     of_encoder = macs(count(lambda: encoder(images)))
-    of_decoder = macs(count(lambda: model.predict_low_resolution(maps, points, labels)))
-    behind, passes = parameters(model) - parameters(encoder), 1 if head.freeze == "encoder" else 3
+    of_decoder = rounds * macs(count(lambda: model.predict_low_resolution(maps, points, labels)))
+    own, passes = parameters(encoder), 1 if head.freeze == "encoder" else 3
     name = f"mask decoder, {prompts} prompts" + f" x {rounds} rounds" * (rounds > 1)
     return [
-        Part("image encoder", parameters(encoder), of_encoder, passes),
-        Part(name, behind, rounds * of_decoder),
+        Part("image encoder", own, of_encoder, passes),
+        Part(name, parameters(model) - own, of_decoder),
     ]
 
 

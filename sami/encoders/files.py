@@ -91,8 +91,8 @@ def _infer(weights: Weights, form: str, what: str, remedy: str, heads: int | Non
             for marks, name in STRANGERS:
                 if any(key.startswith(marks) for key in weights.tensors):
                     raise UserError(f"{what} is {name}, which is not opened here; {remedy}")
-            absent = (n for n in ("patch_embed.proj.weight", "pos_embed") if n not in tensors)
-            raise KeyError(next(absent, "pos_embed"))
+            name = "patch_embed.proj.weight"
+            raise KeyError("pos_embed" if name in tensors else name)
         if form == "model" and shape.channels is None:
             raise KeyError("neck.0.weight")
     except KeyError as error:
