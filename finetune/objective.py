@@ -35,21 +35,19 @@ class Objective(nn.Module):
             points = F.pad(points, (0, 0, 0, more), value=-1.0)
             labels = F.pad(labels, (0, more), value=PADDING)
         embeddings = self.model.get_image_embeddings(batch.images)
-        rounds, masks = 1 + self.prompt.corrections, None
+        rounds, masks, size = 1 + self.prompt.corrections, None, batch.masks.shape[2]
         for turn in range(rounds):
             logits, iou = self.model.predict_low_resolution(embeddings, points, labels, masks)
             asked = self.model.asked(labels)
             if not self.loss.single_mask:
                 logits, iou, asked = logits[:, :, 1:], iou[:, :, 1:], asked[:, :, 1:]
-            losses = stage2_losses(
-                resize(logits, batch.masks.shape[2]), iou, batch.targets, self.loss, asked
-            )
+            losses = stage2_losses(resize(logits, size), iou, batch.targets, self.loss, asked)
             for name, value in losses.items():
                 total[name] = total.get(name, 0.0) + value / rounds
             if turn + 1 < rounds:
                 best = iou.masked_fill(~asked, -torch.inf).argmax(2, keepdim=True)
                 chosen = logits.detach().take_along_dim(best[..., None, None], 2).squeeze(2)
-                mask = resize(chosen, batch.masks.shape[2]) > 0
+                mask = resize(chosen, size) > 0
                 more = correction_clicks(mask, batch.masks, batch.places, both, batch.inside)
                 points, labels = append_clicks(points, labels, *more)
                 masks = chosen.float() if both else None

@@ -96,9 +96,8 @@ class PromptEncoder(PredictorPrompts):
         check_given(points, boxes)
         given = [] if points is None else [points]
         if boxes is not None:
-            corners = boxes.reshape(-1, 2, 2)
-            labels = torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=boxes.device)
-            given.append((corners, labels.expand(len(corners), 2)))
+            corners = torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=boxes.device)
+            given.append((boxes.reshape(-1, 2, 2), corners.expand(len(boxes), 2)))
         where = torch.cat([coordinates.float() for coordinates, _ in given], dim=1)
         labels = torch.cat([label.long() for _, label in given], dim=1)
         if where.shape[1] == 0:

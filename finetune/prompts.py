@@ -18,10 +18,10 @@ def as_clicks(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _filled(points: np.ndarray, labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    all_points = np.full((MAX_POINTS, 2), -1.0, np.float32)
-    all_labels = np.full(MAX_POINTS, PADDING, np.int64)
-    all_points[: len(points)], all_labels[: len(labels)] = points, labels
-    return all_points, all_labels
+    """A prompt's points [6, 2] and labels [6], the last slots not used."""
+    free = MAX_POINTS - len(labels)
+    points = np.pad(points.astype(np.float32), ((0, free), (0, 0)), constant_values=-1)
+    return points, np.pad(np.array(labels, np.int64), (0, free), constant_values=PADDING)
 
 
 def mirror(

@@ -39,24 +39,19 @@ class RunFolder:
         self.summary: dict[str, Any] = {}
         self.config: dict[str, Any] = {}
         self.metrics: list[dict[str, Any]] = []
-        self.kind = "evaluate"
-        own = path / "evaluation.json"
-        self.drawn = path if exists(own) else path / "evaluation"
+        self.kind, self.drawn, self.evaluation = "evaluate", path, None
         try:
-            if not exists(own):
+            if not exists(path / "evaluation.json"):
+                self.drawn = path / "evaluation"
                 self.summary = json.loads((path / "summary.json").read_bytes())
-            if self.summary.get("status") == "failed" and not exists(path / "config.yaml"):
                 self.kind = "failed"
-            elif not exists(own):
-                groups = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-                self.config = {f"{g}.{f}": v for g, info in groups.items() for f, v in info.items()}
-                self.metrics = MetricsFile(path / "metrics.jsonl").read()
-                self.kind = entry_of_groups(groups).name
-            self.evaluation = None
+                if self.summary.get("status") != "failed" or exists(path / "config.yaml"):
+                    groups = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+                    self.config = {f"{g}.{f}": v for g, of in groups.items() for f, v in of.items()}
+                    self.metrics = MetricsFile(path / "metrics.jsonl").read()
+                    self.kind = entry_of_groups(groups).name
             if exists(self.drawn / "evaluation.json"):
-                self.evaluation = json.loads(
-                    (self.drawn / "evaluation.json").read_text(encoding="utf-8")
-                )
+                self.evaluation = json.loads((self.drawn / "evaluation.json").read_bytes())
         except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
             raise_if_machine(error, path)
             why = " ".join(str(getattr(error, "strerror", None) or error).split())
@@ -98,14 +93,18 @@ class RunFolder:
         found: dict[str, tuple[float, str, str]] = {}
         if self.evaluation:
             rows = self.evaluation["results"]
-            info = {(row["prompt"], row["choice"]): row["miou"]["all"] for row in rows}
-            for (prompt, choice), one in info.items():
-                needs_none = next((info[prompt, c] for c in TRIVIAL if (prompt, c) in info), None)
-                if choice == "predicted" and one["mean"] is not None:
-                    low, high = percent(one["low"]), percent(one["high"])
-                    span = f"95 % of images' resamples {low}-{high}"
-                    without = f"without a model {percent(needs_none['mean'])}" if needs_none else ""
-                    found[f"mIoU in % by {prompt}"] = (100 * one["mean"], span, without)
+            trivial = {r["prompt"]: r["miou"]["all"] for r in rows if r["choice"] in TRIVIAL}
+            for prompt, choice, info in (
+                (r["prompt"], r["choice"], r["miou"]["all"]) for r in rows
+            ):
+                if choice == "predicted" and info["mean"] is not None:
+                    span = (
+                        f"95 % of images' resamples {percent(info['low'])}-{percent(info['high'])}"
+                    )
+                    without = ""
+                    if prompt in trivial:
+                        without = f"without a model {percent(trivial[prompt]['mean'])}"
+                    found[f"mIoU in % by {prompt}"] = (100 * info["mean"], span, without)
             return found
         info = self.summary.get("evaluation") or {}
         if info.get("r2") is not None:
