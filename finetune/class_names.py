@@ -213,17 +213,17 @@ def listed_classes(
     Raises:
         UserError: it does not tell the class of each image.
     """
-    names, words = _read_labels(path)
-    numeric = all(re.fullmatch(r"\d{1,9}", word) for word in words)
+    names, labels = _read_labels(path)
+    numeric = all(re.fullmatch(r"\d{1,9}", label) for label in labels)
     if synsets is not None:
         require(numeric, f"--synsets goes with numbers, and --labels {path} holds names")
         wnids = read_synsets(synsets)
-        strange = [word for word in words if int(word) not in wnids][:1]
+        strange = [label for label in labels if int(label) not in wnids][:1]
         require(
             not strange,
             f"--labels {path} holds {''.join(strange)}, which is no ILSVRC2012_ID of {synsets}",
         )
-        words = [wnids[int(word)] for word in words]
+        labels = [wnids[int(label)] for label in labels]
     elif numeric and names is None:
         raise UserError(
             f"--labels {path} holds numbers without names: ILSVRC2012's own, from 1 to 1000 in "
@@ -232,18 +232,18 @@ def listed_classes(
             "(LOC_val_solution.csv)"
         )
     elif numeric:
-        words = _places(path, [int(word) for word in words], known)
+        labels = _places(path, [int(label) for label in labels], known)
     if names is None:
         require(
-            len(words) == len(files),
-            f"--labels {path} has {len(words)} lines, in the order of the images' names, and "
+            len(labels) == len(files),
+            f"--labels {path} has {len(labels)} lines, in the order of the images' names, and "
             f"{source} holds {len(files)} images; take a file with names, or all of the images",
         )
-        return dict(zip(files, words, strict=True)), 0
+        return dict(zip(files, labels, strict=True)), 0
     class_of_name: dict[str, str] = {}
-    for name, word in zip(names, words, strict=True):
-        first = class_of_name.setdefault(plain_path(name), word)
-        require(first == word, f"--labels {path}: '{name}' is of two classes, {first} and {word}")
+    for name, label in zip(names, labels, strict=True):
+        first = class_of_name.setdefault(plain_path(name), label)
+        require(first == label, f"--labels {path}: '{name}' is of two classes, {first} and {label}")
     images, found = set(files), find_files(list(class_of_name), source).files
     class_of = {file: class_of_name[name] for name, file in found.items() if file in images}
     lacking = [file for file in files if file not in class_of]

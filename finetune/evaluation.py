@@ -310,11 +310,8 @@ def _decode(
 def _correct(
     model: Sam, logits: torch.Tensor, sample: EvalSample, part: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A click [K, 1, 2] with its label [K, 1] in the middle of what is wrong in each mask.
-
-    Args:
-        logits: of the masks, [K, 1, 4h, 4w].
-    """
+    """A click [K, 1, 2] with its label [K, 1] in the middle of what is wrong in each mask, of whose
+    logits [K, 1, 4h, 4w]."""
     places = torch.arange(float(max(sample.size)), device=logits.device).expand(1, 2, -1)
     more = []
     for ends, one in zip(sample.ends[part], logits, strict=True):

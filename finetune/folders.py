@@ -26,7 +26,7 @@ SYSTEM = {
     "__macosx", "@eadir", "#recycle", "@recycle", "lost+found", "$recycle.bin",
     "system volume information", "thumbs.db", "desktop.ini", "__pycache__",
 }  # fmt: skip
-LISTED = 10  # words in a message
+LISTED = 10  # names in a message
 
 
 @dataclass

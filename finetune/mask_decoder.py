@@ -93,11 +93,11 @@ class TwoWayBlock(nn.Module):
             tokens = tokens + token_pe
         tokens = self.norm1(tokens + self.dropout(self.self_attn(tokens, tokens, tokens)))
         placed = image + image_pe
-        seen = self.cross_attn_token_to_image(tokens + token_pe, placed, image)
-        tokens = self.norm2(tokens + self.dropout(seen))
+        attended = self.cross_attn_token_to_image(tokens + token_pe, placed, image)
+        tokens = self.norm2(tokens + self.dropout(attended))
         tokens = self.norm3(tokens + self.dropout(self.mlp(tokens)))
-        seen = self.cross_attn_image_to_token(placed, tokens + token_pe, tokens)
-        return tokens, self.norm4(image + seen)
+        attended = self.cross_attn_image_to_token(placed, tokens + token_pe, tokens)
+        return tokens, self.norm4(image + attended)
 
 
 class TwoWayTransformer(nn.Module):
@@ -118,8 +118,8 @@ class TwoWayTransformer(nn.Module):
         own = tokens
         for layer in self.layers:
             tokens, image = layer(tokens, image, own, image_pe)
-        seen = self.final_attn_token_to_image(tokens + own, image + image_pe, image)
-        return self.norm_final_attn(tokens + seen), image
+        attended = self.final_attn_token_to_image(tokens + own, image + image_pe, image)
+        return self.norm_final_attn(tokens + attended), image
 
 
 class MaskDecoder(PredictorMasks):
@@ -131,11 +131,7 @@ class MaskDecoder(PredictorMasks):
     MASKS = 4
 
     def __init__(self, width: int, dropout: float = 0.0, single_mask: bool = False) -> None:
-        """
-        Args:
-            dropout: behind the tokens' attention and MLP, while training.
-            single_mask: whether mask 0 is trained.
-        """
+        """``dropout``: behind the tokens' attention and MLP; ``single_mask``: mask 0 is trained."""
         super().__init__()
         self.single_mask = single_mask
         self.transformer = TwoWayTransformer(width, dropout)
@@ -160,17 +156,14 @@ class MaskDecoder(PredictorMasks):
         labels: torch.Tensor,
         masks: None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All four masks of prompts; :mod:`finetune.sam_head` has those of SAM's own head.
+        """Logits [B, Q, 4, 4h, 4w] of all four masks of prompts, and predicted IoU [B, Q, 4].
 
         Args:
             embeddings: of images, [B, C, h, w].
-            points: [B, Q, P, 2] in pixels of the model's square input; behind the sixth they are
+            points: [B, Q, P, 2] in pixels of the model's square input; those behind the sixth are
                 dropped.
             labels: [B, Q, P]: 1 click, 2 and 3 corners of a box, -1 none.
             masks: None; this prompt encoder takes none.
-
-        Returns:
-            Logits [B, Q, 4, 4h, 4w] and predicted IoU [B, Q, 4].
         """
         tokens = prompt_encoder.embed(*pad_points(points, labels))
         return self.decode(embeddings, prompt_encoder.get_dense_pe(), tokens)
@@ -189,16 +182,8 @@ class MaskDecoder(PredictorMasks):
     def decode(
         self, embedding: torch.Tensor, image_pe: torch.Tensor, prompts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All four masks.
-
-        Args:
-            embedding: of the images, [B, D, h, w].
-            image_pe: [1, D, h, w].
-            prompts: tokens [B, Q, P, D].
-
-        Returns:
-            Logits [B, Q, 4, 4h, 4w] and predicted IoU [B, Q, 4].
-        """
+        """As :meth:`predict`, of embeddings [B, D, h, w] with their positional encoding
+        [1, D, h, w], and prompts' tokens [B, Q, P, D]."""
         images, count = prompts.shape[:2]
         height, width = embedding.shape[2:]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])

@@ -80,10 +80,7 @@ def build_model(
     single_mask: bool = False,
     say: Callable[[str], None] = print,
 ) -> Sam:
-    """The model of a configuration, with the weights that it names.
-
-    ``encoder.checkpoint`` is stage 1's encoder.safetensors or its run folder, or a model whose
-    image encoder, neck included, is taken. ``decoder.checkpoint`` is a model.
+    """The model of a configuration, with the weights that it names (TAKES_ENCODER, TAKES_MODEL).
 
     Args:
         checkpointing: recompute the encoder's blocks in the backward pass.
@@ -224,9 +221,7 @@ def load_model(path: str | Path, option: str = "", say: Callable[[str], None] = 
     """A model that segments, in eval mode, with the released interface.
 
     Args:
-        path: ``model.safetensors`` of ours or the run folder that holds it (its newest
-            checkpoint, as long as the run has not ended); the released EfficientSAM's ``.pt``, or
-            ``.pt.zip``; SAM's ``.pth``.
+        path: as TAKES_MODEL lists them; of a run that has not ended, its newest checkpoint.
         option: that the path was given by, for messages.
         say: told where the weights are not those of the run's end.
 

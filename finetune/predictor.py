@@ -67,16 +67,16 @@ class PredictorPrompts(nn.Module):
     def forward(
         self, points: Points | None, boxes: torch.Tensor | None, masks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts of one image, in pixels of it as the predictor's ResizeLongestSide makes it.
+        """Sparse [Q, P, D] and dense embeddings of prompts of one image, in pixels of it as the
+        predictor's ResizeLongestSide makes it.
+
+        Where images are stretched to a square, sparse ones are for a square image, and the mask
+        decoder takes them to where they lie in its own.
 
         Args:
             points: coordinates [Q, P, 2] and labels [Q, P], any type of number.
             boxes: [Q, 4], x0, y0, x1, y1.
             masks: logits of earlier masks, where the head takes them.
-
-        Returns:
-            Sparse [Q, P, D] and dense embeddings; where images are stretched to a square, sparse
-            ones for a square image, which the mask decoder takes to where they lie in its own.
 
         Raises:
             ValueError: prompts that the head does not take, or shapes that do not fit.

@@ -24,7 +24,7 @@ BOX_NOISE, BOX_NOISE_LIMIT = 0.1, 20.0  # of the box's side; pixels of a 1024-px
 
 @dataclass
 class PromptConfig:
-    """What an object is prompted with.
+    """What an object is prompted with while training.
 
     Attributes:
         boxes: share of the objects that are prompted by a box; the rest by clicks.
@@ -76,14 +76,10 @@ def noisy_box(
     limit: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """A box with noise on each coordinate: std 10 % of that side, at most ``limit`` pixels.
+    """The corners [2, 2], x and y, of a box x0, y0, x1, y1 with noise on each coordinate.
 
-    Args:
-        box: x0, y0, x1, y1 in pixels.
-        size: height and width of the image in pixels; corners stay within.
-
-    Returns:
-        [2, 2]: the corners' x and y, the upper left first.
+    Its std is 10 % of that side, at most ``limit`` pixels; corners stay within ``size``, height and
+    width of the image in pixels.
     """
     x0, y0, x1, y1 = box
     sides = np.array([x1 - x0, y1 - y0], float)

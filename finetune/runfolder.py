@@ -83,7 +83,7 @@ class RunFolder:
         drawn = sorted(self.path.glob("pictures/*.png"))
         count = min(most, len(drawn))
         places = [round(i * (len(drawn) - 1) / max(count - 1, 1)) for i in range(count)]
-        found = [(self._when(drawn[place]), drawn[place]) for place in places or ()]
+        found = [(self._when(drawn[place]), drawn[place]) for place in places]
         masks = self.drawn / "masks.png"
         return found + [("evaluated", masks)] * exists(masks)
 
@@ -93,17 +93,16 @@ class RunFolder:
         found: dict[str, tuple[float, str, str]] = {}
         if self.evaluation:
             rows = self.evaluation["results"]
-            trivial = {r["prompt"]: r["miou"]["all"] for r in rows if r["choice"] in TRIVIAL}
-            for prompt, choice, info in (
-                (r["prompt"], r["choice"], r["miou"]["all"]) for r in rows
-            ):
-                if choice == "predicted" and info["mean"] is not None:
-                    span = (
-                        f"95 % of images' resamples {percent(info['low'])}-{percent(info['high'])}"
-                    )
-                    without = ""
-                    if prompt in trivial:
-                        without = f"without a model {percent(trivial[prompt]['mean'])}"
+            trivial = {
+                r["prompt"]: r["miou"]["all"]["mean"] for r in rows if r["choice"] in TRIVIAL
+            }
+            for row in rows:
+                prompt, info = row["prompt"], row["miou"]["all"]
+                if row["choice"] == "predicted" and info["mean"] is not None:
+                    low, high = percent(info["low"]), percent(info["high"])
+                    span = f"95 % of images' resamples {low}-{high}"
+                    known = prompt in trivial
+                    without = f"without a model {percent(trivial[prompt])}" if known else ""
                     found[f"mIoU in % by {prompt}"] = (100 * info["mean"], span, without)
             return found
         info = self.summary.get("evaluation") or {}
@@ -111,9 +110,8 @@ class RunFolder:
             found["r2"] = (info["r2"], "", "the best constant map 0")
         for name in PROMPT_NAMES:
             if info.get(f"miou_{name}") is not None:
-                needs_none = info.get(f"trivial_{name}")
-                without = "" if needs_none is None else f"without a model {percent(needs_none)}"
-                value = 100 * info[f"miou_{name}"]
+                share, value = info.get(f"trivial_{name}"), 100 * info[f"miou_{name}"]
+                without = "" if share is None else f"without a model {percent(share)}"
                 found[f"mIoU in % by {name.replace('_', ' ')}"] = (value, "", without)
         if info.get("top1") is not None:
             share, count = info["top1"] / 100, info["pictures"]

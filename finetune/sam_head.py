@@ -35,11 +35,8 @@ class SamPromptEncoder(PredictorPrompts, PackagePrompts):
     def embed_prompts(
         self, points: Points | None, boxes: torch.Tensor | None, masks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The package's forward, with points and boxes in pixels of the model's square input.
-
-        Returns:
-            Sparse [Q, P, D] and dense [Q, D, h, w] embeddings, in the type of the weights.
-        """
+        """Sparse [Q, P, D] and dense [Q, D, h, w] embeddings, in the type of the weights: the
+        package's forward, with points and boxes in pixels of the model's square input."""
         dtype = self.no_mask_embed.weight.dtype
         if points is not None:
             points = points[0].float(), points[1].long()  # half a pixel is lost in integers or fp16
@@ -84,12 +81,8 @@ class SamMaskDecoder(PredictorMasks, PackageMasks):
         labels: torch.Tensor,
         masks: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All four masks of prompts; see the other head's.
-
-        Args:
-            labels: [B, Q, P]: 0 background, too.
-            masks: logits [B, Q, 4h, 4w] of earlier masks as prompts; None for none.
-        """
+        """As :meth:`finetune.mask_decoder.MaskDecoder.predict`; labels may be 0 (background), and
+        ``masks`` are logits [B, Q, 4h, 4w] of earlier masks as prompts, or None."""
         positions = prompt_encoder.get_dense_pe()
         images = []
         for number, embedding in enumerate(embeddings):
