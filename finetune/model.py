@@ -123,6 +123,9 @@ def build_model(
         for name, tensors in parts.items():
             module = getattr(model, name)
             load_strictly(module, tensors, f"{what} {does_not}", remedy, prefix=f"{name}.")
+    # A micro-batch of an image or two has no statistics worth having.
+    model.image_encoder.frozen_statistics = bool(encoder.checkpoint)
+    model.train()
     if decoder.freeze == "encoder":
         model.image_encoder.requires_grad_(False)
     if decoder.freeze == "decoder":

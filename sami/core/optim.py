@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from sami.core.config import require
@@ -172,6 +173,10 @@ def learning_rate(config: OptimConfig, step: int, steps: int, batch_size: int) -
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+# Tokens and positions, whatever their shape.
+UNDECAYED = ("_token", "pos_embed", "attention_biases")
+
+
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,
@@ -194,7 +199,7 @@ def parameter_groups(
     top = max((layer_id(name) for name, _ in model.named_parameters()), default=0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim < 2 or name.endswith(("_token", "pos_embed"))
+            plain = parameter.ndim < 2 or name.endswith(UNDECAYED)
             key = layer_decay ** (top - layer_id(name)), plain or id(parameter) in embeddings
             groups.setdefault(key, []).append(parameter)
     return [
@@ -253,6 +258,34 @@ class Ema:
                 current = parameter.detach().clone()
                 parameter.copy_(self.average[name])
                 self.average[name].copy_(current)
+
+
+class Statistics:
+    """The running statistics of batch normalisation, which no gradient reaches.
+
+    The ranks' are averaged after each update, so that all measure and save the same; where an
+    update is left out, what its batch brought is left out too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.before = [tensor.clone() for norm in self.norms for tensor in _running(norm)]
+
+    @torch.no_grad()
+    def update(self, skipped: torch.Tensor, accelerator: Accelerator) -> None:
+        """``skipped``: 0-dim tensor, 1 if the update was left out. Frozen statistics stay."""
+        before = iter(self.before)
+        for norm in self.norms:
+            for now in _running(norm):
+                old = next(before)
+                if norm.training:
+                    mean = accelerator.reduce(now, "mean") if accelerator.num_processes > 1 else now
+                    old.copy_(torch.where(skipped > 0, old, mean))
+                    now.copy_(old)
+
+
+def _running(norm: nn.modules.batchnorm._BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    return norm.running_mean, norm.running_var
 
 
 class Guard:

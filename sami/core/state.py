@@ -28,6 +28,7 @@ from sami.core.optim import (
     Ema,
     Guard,
     OptimConfig,
+    Statistics,
     TrainConfig,
     build_optimizer,
     guarded_step,
@@ -57,6 +58,7 @@ class State:
         self.optim, self.train, self.run, self.model = optim, train, run, model
         self.optimizer = optimizer or build_optimizer(model, optim, layer_id)
         self.ema = Ema(model, optim.ema) if optim.ema else None
+        self.statistics = Statistics(model)
         self.window, self.guard, self.clock = Window(run.device), Guard(run.device), Clock()
         self.bad, self.left_out = BadSamples(), BadSamples()  # of this rank; objects of samples
         self.unsure = BadSamples()  # images of which a default told how their masks lie
@@ -79,6 +81,7 @@ class State:
         norm, skipped = guarded_step(self.optimizer, self.optim.clip)
         self.window.add("grad_norm", norm, 1 / self.run.processes)
         self.guard.count(skipped)
+        self.statistics.update(skipped, self.run.accelerator)
         if self.ema is not None:
             self.ema.update(step, skipped)
         self.clock.steps += 1
@@ -306,6 +309,7 @@ class State:
         if self.ema is not None:
             self.ema.average = stored["ema"]
         self.guard.load(stored["guard"])
+        self.statistics = Statistics(self.model)
         if len(stored["ranks"]) == self.run.processes:
             mine = [stored["ranks"][self.run.rank]]
         else:

@@ -1,7 +1,8 @@
 """Encoders in files: which shape they have, and their weights."""
 
+import itertools
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from sami.core.errors import UserError
@@ -15,10 +16,7 @@ FORMS = {
     "model": (MODEL_PREFIX, "holds no model that is known here"),
 }
 # Models that are known by their names alone: what these begin with, and what they are.
-STRANGERS = (
-    ("image_encoder.layers.", "MobileSAM"),
-    (("image_encoder.trunk.", "sam_mask_decoder."), "SAM 2"),
-)
+STRANGERS = ((("image_encoder.trunk.", "sam_mask_decoder."), "SAM 2"),)
 
 
 def read_model(
@@ -37,7 +35,21 @@ def read_model(
     found = find_weights(path, takes, option)
     if found.note:
         say(found.note)
-    return read_weights(found.file, takes, option), found.file
+    return _renamed(read_weights(found.file, takes, option)), found.file
+
+
+def _renamed(weights: Weights) -> Weights:
+    """An encoder that others wrote, under the names that it has here."""
+    if weights.kind is not None:
+        return weights
+    for prefix, kind in itertools.product(("", MODEL_PREFIX), KINDS.values()):
+        tensors = kind.rename(weights.below(prefix))
+        if tensors is not None:
+            rest = {} if not prefix else weights.tensors
+            rest = {name: t for name, t in rest.items() if not name.startswith(prefix)}
+            own = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+            return replace(weights, tensors=rest | own)
+    return weights
 
 
 def read_shape(

@@ -76,6 +76,7 @@ class ImageEncoder(Protocol):
         prefix: of its tensors' names in the files that it is loaded from.
         pretrains: whether stage 1 can train it, which takes ``visible``.
         checkpointing: recompute the blocks in the backward pass instead of storing them.
+        frozen_statistics: whether batch normalisation, where there is any, keeps its statistics.
     """
 
     shape: EncoderShape
@@ -89,6 +90,7 @@ class ImageEncoder(Protocol):
     prefix: str
     pretrains: bool
     checkpointing: bool
+    frozen_statistics: bool
 
     def tokens(self, images: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """The last block's output.
@@ -115,6 +117,7 @@ class FromShape:
     class_tokens = 0
     resize: Literal["longest", "square"] = "longest"
     pretrains = False
+    frozen_statistics = False
 
     def take_shape(self, shape: EncoderShape) -> None:
         """Set the protocol's attributes; ``img_size`` is what SamPredictor asks for."""
@@ -131,6 +134,10 @@ class FromShape:
         Args:
             heads: their number, if it is known: tensors do not tell it.
         """
+
+    @staticmethod
+    def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        """Tensors that others wrote under other names, by their names here; None for no others."""
 
     def layer_id(self, name: str) -> int:
         first, _, rest = name.split(MODEL_PREFIX)[-1].partition(".")
