@@ -1,6 +1,6 @@
 """Models by configuration and by file.
 
-``load_model`` opens what can segment: the released EfficientSAM, SAM itself, and ours.
+``load_model`` opens what can segment: the released EfficientSAM, SAM itself, MobileSAM, and ours.
 """
 
 import json
@@ -24,7 +24,8 @@ from sami.grids import GRID
 TAKES_MODEL = Takes(
     ("model",),
     "the folder of a run of stage 2 (python finetune/train.py ...), its model.safetensors, a "
-    "released EfficientSAM .pt (efficient_sam_vitt.pt, efficient_sam_vits.pt.zip) or SAM's .pth",
+    "released EfficientSAM .pt (efficient_sam_vitt.pt, efficient_sam_vits.pt.zip), SAM's .pth or "
+    "MobileSAM's .pt",
 )
 TAKES_ENCODER = Takes(  # encoder.checkpoint in stage 2
     ("encoder", "model"),

@@ -29,7 +29,7 @@ class EncoderConfig:
 
     Attributes:
         name: vit_ti, vit_s, vit_b, or custom, whose defaults suit a test on a CPU; in stage 2
-            also SAM's own sam_vit_b, sam_vit_l and sam_vit_h.
+            also SAM's own sam_vit_b, sam_vit_l and sam_vit_h, and tiny_vit_5m, 11m and 21m.
         width: of the tokens; null for the name's own (likewise depth and heads).
         depth: number of blocks.
         heads: attention heads per block.

@@ -15,7 +15,15 @@ from sami.core.checkpoint import write_weights
 from sami.core.images import Normalise
 from sami.encoder import EncoderConfig, build_encoder, export_header, load_encoder
 from sami.encoders.protocol import EncoderShape, token_map
-from sami.encoders.registry import ENCODERS, KINDS, TEACHERS, Architecture, TeacherSource, build
+from sami.encoders.registry import (
+    ENCODERS,
+    KINDS,
+    TEACHERS,
+    Architecture,
+    TeacherSource,
+    build,
+    names_of_encoders,
+)
 from sami.extraction import describe_preprocessing, extract_whole, prepare
 from sami.features import Cache
 from sami.model import CrossDecoderConfig
@@ -66,7 +74,8 @@ def test_the_protocol(shape):
 
 def test_every_name_stands_for_a_class():
     assert list(ENCODERS) and all(one.kind in KINDS for one in ENCODERS.values())
-    assert all(KINDS[one.kind].pretrains for name, one in ENCODERS.items() if "sam" not in name)
+    assert set(names_of_encoders(pretrains=True)) == {"vit_ti", "vit_s", "vit_b", "custom"}
+    assert set(names_of_encoders()) == set(ENCODERS)
 
 
 @torch.no_grad()
