@@ -149,8 +149,8 @@ class CropTransform:
         """A batch of what :meth:`decode` made."""
         keys, student, teacher, drawn, cached = zip(*items, strict=True)
         return CropBatch(
-            student=_stack(student),
-            teacher=None if teacher[0] is None else _stack(teacher),
+            student=stack_views(student),
+            teacher=None if teacher[0] is None else stack_views(teacher),
             visible=torch.from_numpy(np.stack([one.visible for one in drawn])),
             masked=torch.from_numpy(np.stack([one.masked for one in drawn])),
             features=None if self.cache is None else FeatureBatch.of(cached, self.cache.grid),
@@ -203,6 +203,6 @@ def centre_square(width: int, height: int) -> Box:
     return (left, top, left + side, top + side)
 
 
-def _stack(views: Sequence[np.ndarray]) -> torch.Tensor:
+def stack_views(views: Sequence[np.ndarray]) -> torch.Tensor:
     """uint8 [H, W, 3] each, to uint8 [B, 3, H, W]."""
     return torch.from_numpy(np.stack([view.transpose(2, 0, 1) for view in views]))

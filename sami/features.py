@@ -62,10 +62,11 @@ class Cache:
         teacher: Teacher, info: Mapping[str, Any], grid: int, dtype: str, precision: str = "fp32"
     ) -> "Cache":
         """A teacher's; ``info``: what :func:`sami.teacher.describe_teacher` says of it."""
-        whose = {name: info[name] for name in ("name", "sha256", "random")}
-        seen = {name: getattr(teacher, name) for name in ("layer", "image_size", "channels")}
-        kept = {"grid": grid, "dtype": dtype, "precision": precision, "resize": teacher.resize}
-        return Cache(**whose, **seen, **kept, patch_size=teacher.stride)
+        own = {name: info[name] for name in ("name", "sha256", "random")}
+        for name in ("layer", "image_size", "channels", "resize"):
+            own[name] = getattr(teacher, name)
+        stored = {"grid": grid, "dtype": dtype, "precision": precision}
+        return Cache(**own, **stored, patch_size=teacher.stride)
 
     def header(self) -> dict[str, Any]:
         """As JSON has it; without ``resize`` where it is SAM's, as it always was."""
@@ -119,11 +120,8 @@ def quantise(features: torch.Tensor, cache: Cache, size: tuple[int, int]) -> lis
     Returns:
         values [C, h, w], scale fp32 [C], and whether all is finite, and small enough for fp16.
     """
-    width, height = size
-    token_rows, token_columns = (
-        -(-side // cache.patch_size) for side in cache.input_size(width, height)
-    )
-    features = features[:, :token_rows, :token_columns].float()
+    rows, columns = (-(-side // cache.patch_size) for side in cache.input_size(*size))
+    features = features[:, :rows, :columns].float()
     if cache.pool > 1:
         # A cell at the edge is the mean of the tokens that it has, without the padding's.
         features = F.avg_pool2d(features[None], cache.pool, ceil_mode=True)[0]
@@ -265,10 +263,9 @@ class FeatureBatch(TensorBatch):
     def tokens(self) -> torch.Tensor:
         """The crops' features, fp32 [B, g * g, C], in image order."""
         with torch.autocast(self.values.device.type, enabled=False):
-            values = rearrange(self.values.float(), "b c y x -> b (c y) x")
-            narrow = rearrange(
-                values @ self.columns.mT, "b (c y) q -> b y (q c)", y=self.rows.shape[2]
-            )
-            grid = rearrange(self.rows @ narrow, "b p (q c) -> b (p q) c", c=self.values.shape[1])
+            channels, side = self.values.shape[1:3]
+            values = rearrange(self.values.float(), "b c y x -> b (c y) x") @ self.columns.mT
+            narrow = rearrange(values, "b (c y) q -> b y (q c)", y=side)
+            grid = rearrange(self.rows @ narrow, "b p (q c) -> b (p q) c", c=channels)
             # After the sampling, which is linear: far fewer numbers are scaled.
             return grid * self.scale[:, None]

@@ -287,11 +287,11 @@ class MaskedReconstruction(nn.Module):
 
 
 def restore_order(
-    seen: torch.Tensor, made: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
+    encoded: torch.Tensor, decoded: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
 ) -> torch.Tensor:
     """Put tokens [B, V, D] and [B, M, D] back in image order (phi): [B, N, D]."""
     order = torch.cat([visible, masked], dim=1).argsort(dim=1)
-    return gather_tokens(torch.cat([seen, made.to(seen.dtype)], dim=1), order)
+    return gather_tokens(torch.cat([encoded, decoded.to(encoded.dtype)], dim=1), order)
 
 
 def token_errors(prediction: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:

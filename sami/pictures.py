@@ -74,11 +74,10 @@ def pca_basis(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     directions = vectors[:, -3:].flip(1)
     if directions.shape[1] < 3:
         directions = F.pad(directions, (0, 3 - directions.shape[1]))
+    # A direction's sign is arbitrary: fix it, so that colours stay from one figure to the next.
     directions = directions * directions.sum(0).sign().where(directions.sum(0) != 0, 1.0)
-    spread = torch.quantile(
-        (features - mean) @ directions, torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0
-    )
-    return mean, directions, spread
+    ends = torch.tensor([0.02, 0.98], dtype=torch.float64)
+    return mean, directions, torch.quantile((features - mean) @ directions, ends, dim=0)
 
 
 def pca_colours(
@@ -87,9 +86,8 @@ def pca_colours(
     """Features [B, N, C] in the colours of a basis: [B, h, w, 3] in 0..1."""
     mean, directions, (low, high) = basis
     projected = ((features.double() - mean) @ directions - low) / (high - low).clamp(min=1e-12)
-    return rearrange(
-        projected.clamp(0, 1).float(), "b (h w) c -> b h w c", h=round(features.shape[1] ** 0.5)
-    )
+    side = round(features.shape[1] ** 0.5)
+    return rearrange(projected.clamp(0, 1).float(), "b (h w) c -> b h w c", h=side)
 
 
 def hide(images: torch.Tensor, masked: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -145,10 +143,8 @@ def figure_of(
     target, prediction = target.cpu().float(), prediction.cpu().float()
     if target_kind == "pixels":
         names = ("target: pixels of each patch", "reconstruction")
-        maps = [
-            rearrange(pixels_back(tokens, images, patch_size), "b c h w -> b h w c")
-            for tokens in (target, prediction)
-        ]
+        both = (pixels_back(tokens, images, patch_size) for tokens in (target, prediction))
+        maps = [rearrange(pixels, "b c h w -> b h w c") for pixels in both]
         key = "Each patch is shown with its true mean and spread, which are not predicted."
     else:
         names = ("target: the teacher's features", "reconstruction of the features")
@@ -178,6 +174,8 @@ def figure_of(
             axes[row][column].set_title(heading, fontsize=13)
             axes[row][column].imshow(cell.numpy(), interpolation="nearest")
             axes[row][column].set_axis_off()
-    below = "%: of the variance of this image's masked tokens, how much is predicted; 0 is their "
-    figure.suptitle(f"{plain(title)}\n{key}\n{below}mean.", fontsize=13)
+    percent = (
+        "of the variance of this image's masked tokens, how much is predicted; 0 is their mean."
+    )
+    figure.suptitle(f"{plain(title)}\n{key}\n%: {percent}", fontsize=13)
     return figure

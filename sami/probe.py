@@ -23,7 +23,7 @@ from sami.core.labels import check_names, require_labels
 from sami.core.reading import RawSample
 from sami.core.run import Run
 from sami.core.scanning import IMAGE, parse_label
-from sami.data import centre_square
+from sami.data import centre_square, stack_views
 from sami.encoders.protocol import ImageEncoder
 
 BATCH = 64  # images per forward
@@ -59,8 +59,7 @@ def _decode(sample: RawSample, size: int) -> tuple[np.ndarray, int]:
 
 def _collate(items: list[tuple[np.ndarray, int]]) -> LabelledBatch:
     images, labels = zip(*items, strict=True)
-    stacked = np.stack([image.transpose(2, 0, 1) for image in images])
-    return LabelledBatch(torch.from_numpy(stacked), torch.tensor(labels))
+    return LabelledBatch(stack_views(images), torch.tensor(labels))
 
 
 def read_label(sample: RawSample) -> int:

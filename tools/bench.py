@@ -36,13 +36,8 @@ def main() -> int:
     parser.add_argument("--teacher", default="sam_vit_b", choices=list(SAM_SHAPES))
     parser.add_argument("--teacher-batch", type=int, default=1)
     parser.add_argument("--teacher-sizes", type=int, nargs="+", default=[1024, 224])
-    parser.add_argument(
-        "--shards",
-        type=path_pattern,
-        nargs="+",
-        default=[],
-        help="pattern for the data path; drawn images if none",
-    )
+    shards = {"type": path_pattern, "nargs": "+", "default": []}
+    parser.add_argument("--shards", **shards, help="of the data path; drawn images if none")
     parser.add_argument("--workers", type=int, default=2, help="of cache, for each stream")
     parser.add_argument("--grid", type=int, default=32, help="of cache's features")
     args = parser.parse_args()

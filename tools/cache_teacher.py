@@ -102,13 +102,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def own_slice(words: str, urls: list[str]) -> list[str]:
     """The shards of ``--slice``, and of this process among those of accelerate."""
     found = re.fullmatch(r"(\d+)/(\d+)", words)
-    require(
-        found is not None and int(found[1]) < int(found[2]),
-        f"--slice {words} must be I/N with I from 0 to N - 1, such as 0/8",
-    )
+    part, parts = map(int, found.groups()) if found else (0, 0)
+    require(part < parts, f"--slice {words} must be I/N with I from 0 to N - 1, such as 0/8")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    number = int(found[1]) * ranks + int(os.environ.get("RANK", 0))
-    return urls[number :: int(found[2]) * ranks]
+    return urls[part * ranks + int(os.environ.get("RANK", 0)) :: parts * ranks]
 
 
 def name_shards(patterns: list[str], out: Path) -> dict[str, str]:
@@ -122,11 +119,11 @@ def name_shards(patterns: list[str], out: Path) -> dict[str, str]:
                 f"{url} lies in --out {out}; name another folder, nothing is overwritten",
             )
             names[url] = re.sub(r"\.(tar|tgz)(\.\w+)?$", "", Path(url).name) + ".tar"
-    twice = {}
+    first: dict[str, str] = {}
     for url, name in names.items():
         require(
-            twice.setdefault(name, url) == url,
-            f"{twice[name]} and {url} have the same name; cache them into two folders",
+            first.setdefault(name, url) == url,
+            f"{first[name]} and {url} have the same name; cache them into two folders",
         )
     return names
 
@@ -269,10 +266,10 @@ def main(argv: list[str] | None = None) -> int:
             return plan(args, extractor, source.shards, len(names) / len(mine))
     shards = {names[shard.url]: shard for shard in source.shards}
     finished = manifest.finished()
-    for name in shards:
+    for name, shard in shards.items():
         require(
-            finished[name] is None or finished[name]["source"] == shards[name].digest,
-            f"{args.out / name} was made of another {shards[name].url}; delete it to make it anew",
+            finished[name] is None or finished[name]["source"] == shard.digest,
+            f"{args.out / name} was made of another {shard.url}; delete it to make it anew",
         )
     missing = [name for name in shards if finished[name] is None]
     if missing:  # the other slices fill the same disk

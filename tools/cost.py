@@ -261,20 +261,19 @@ def main(argv: list[str] | None = None) -> int:
     images = min(images, config.data.epoch_samples or images)
     lengths = [train.steps, train.epochs and train.epochs * (images // train.batch_size)]
     steps = min(length for length in lengths if length is not None)
-    seen = steps * train.batch_size
+    samples = steps * train.batch_size
 
     rate, hours, rows = args.share * CARDS[args.card] * 1e12, 0.0, []
     for part in parts:
         flops = 2 * part.macs * part.passes
-        own = flops * (images if part.once else seen) / rate / 3600
+        own = flops * (images if part.once else samples) / rate / 3600
         hours += own
         sizes = f"{part.parameters / 1e6:.2f}", f"{part.macs / 1e9:.2f}", f"{flops / 1e9:.1f}"
         rows.append([part.name + " (once per image)" * part.once, *sizes, hours_of(own)])
     head = ["part", "parameters, M", "forward, GMAC", "step, GFLOP", "hours"]
     show_table(f"{args.config}, per image", head, rows)
-    print(
-        f"{steps} steps of {train.batch_size} images, {seen / images:.4g} epochs of {images} images"
-    )
+    epochs = f"{samples / images:.4g} epochs of {images} images"
+    print(f"{steps} steps of {train.batch_size} images, {epochs}")
     print(
         f"{hours_of(hours)} hours of one {args.card} at {args.share:.0%} of its {CARDS[args.card]} "
         "TFLOP/s, if the data keeps up"

@@ -44,10 +44,12 @@ class EncoderShape:
 
     def header(self) -> dict[str, Any]:
         """As JSON has it; of a student without what follows from the rest."""
-        left = {"grid", "channels"} if self.channels is None else set()
-        if self.channels is None and self.kind == "vit":
-            left.add("kind")
-        return {name: value for name, value in asdict(self).items() if name not in left}
+        shape = asdict(self)
+        if self.channels is None:
+            del shape["grid"], shape["channels"]
+            if self.kind == "vit":
+                del shape["kind"]
+        return shape
 
     def describe(self) -> str:
         """For a sentence."""
