@@ -140,7 +140,7 @@ class PromptTransform:
         if flip:
             image[:, : frame[1]] = image[:, : frame[1]][:, ::-1]
             masks[:, :, : len(columns)] = masks[:, :, : len(columns)][:, :, ::-1]
-            points, labels = mirror(points, labels, frame[1], scale[0])
+            points = mirror(points, labels, frame[1], scale[0])
         places = np.zeros((2, self.loss_size), np.float32)
         places[0, : len(columns)], places[1, : len(rows)] = columns * scale[0], rows * scale[1]
         left_out = [(reason, sample.key) for reason in reasons.elements()]

@@ -65,28 +65,22 @@ def draw_prompt(
     if rng.random() < config.boxes:
         corners = np.array(box(ends, size[0]), float).reshape(2, 2) * scale
         limit = BOX_NOISE_LIMIT * image_size / 1024
-        return as_box(noisy_box(tuple(corners.ravel()), frame, limit, rng))
+        return as_box(noisy_box(corners, frame, limit, rng))
     count = int(rng.integers(1, config.clicks + 1))
     return as_clicks(random_points(ends, size[0], count, rng) * scale)
 
 
 def noisy_box(
-    box: tuple[float, float, float, float],
-    size: tuple[int, int],
-    limit: float,
-    rng: np.random.Generator,
+    corners: np.ndarray, size: tuple[int, int], limit: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """The corners [2, 2], x and y, of a box x0, y0, x1, y1 with noise on each coordinate.
+    """The corners [2, 2], x and y, of a box, the upper left first, with noise on each coordinate.
 
     Its std is 10 % of that side, at most ``limit`` pixels; corners stay within ``size``, height and
     width of the image in pixels.
     """
-    x0, y0, x1, y1 = box
-    sides = np.array([x1 - x0, y1 - y0], float)
-    noise = rng.normal(size=(2, 2)) * BOX_NOISE * sides
-    corners = np.array([[x0, y0], [x1, y1]], float) + noise.clip(-limit, limit)
-    corners = corners.clip(0, [size[1], size[0]])
-    return np.sort(corners, axis=0)
+    noise = rng.normal(size=(2, 2)) * BOX_NOISE * (corners[1] - corners[0])
+    moved = corners + noise.clip(-limit, limit)
+    return np.sort(moved.clip(0, [size[1], size[0]]), axis=0)
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,8 @@ def _filled(points: np.ndarray, labels: list[int]) -> tuple[np.ndarray, np.ndarr
     return points, np.pad(np.array(labels, np.int64), (0, free), constant_values=PADDING)
 
 
-def mirror(
-    points: np.ndarray, labels: np.ndarray, width: float, pixel: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts [K, 6, 2] of the mirrored image; a box's corners change sides.
+def mirror(points: np.ndarray, labels: np.ndarray, width: float, pixel: float) -> np.ndarray:
+    """Points [K, 6, 2] of prompts in the mirrored image; a box's corners change sides.
 
     Clicks are at the left edge of a pixel of the image, box corners are edges.
 
@@ -39,7 +37,7 @@ def mirror(
     click, first, second = (labels == kind for kind in (FOREGROUND, TOP_LEFT, BOTTOM_RIGHT))
     result[click, 0] = width - pixel - points[click, 0]
     result[first, 0], result[second, 0] = width - points[second, 0], width - points[first, 0]
-    return result, labels
+    return result
 
 
 def append_clicks(

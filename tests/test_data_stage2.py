@@ -232,11 +232,11 @@ def test_a_image_may_be_a_line(size, resize):
 def test_mirrored_prompts():
     points = np.array([[[2, 5], [8, 9], [-1, -1]], [[4, 7], [-1, -1], [-1, -1]]], np.float32)
     labels = np.array([[2, 3, -1], [1, -1, -1]])
-    once, _ = mirror(points, labels, 10, 1)
+    once = mirror(points, labels, 10, 1)
     assert once.tolist() == [[[2, 5], [8, 9], [-1, -1]], [[5, 7], [-1, -1], [-1, -1]]]
-    assert np.array_equal(mirror(once, labels, 10, 1)[0], points)
+    assert np.array_equal(mirror(once, labels, 10, 1), points)
     # the same for an image of 20 pixels in these 10: index 8 becomes 11
-    assert mirror(points.astype(int), labels, 10, 0.5)[0][1, 0].tolist() == [5.5, 7]
+    assert mirror(points.astype(int), labels, 10, 0.5)[1, 0].tolist() == [5.5, 7]
 
 
 def test_the_stream_of_both_stages(tmp_path):

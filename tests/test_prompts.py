@@ -19,15 +19,21 @@ from tests.reference import next_click
 def test_the_noise_is_sams():
     """Std 10 % of the side, at most 20 px, within the image."""
     rng = np.random.default_rng(0)
-    drawn = np.stack([noisy_box((300, 400, 400, 440), (1024, 1024), 20, rng) for _ in range(4000)])
+    drawn = np.stack(
+        [noisy_box(np.array([[300, 400], [400, 440]]), (1024, 1024), 20, rng) for _ in range(4000)]
+    )
     moved = drawn - [[300, 400], [400, 440]]
     assert np.abs(moved.mean(0)).max() < 0.6
     assert np.abs(moved).max() <= 20
     assert abs(moved[:, :, 1].std() - 4) < 0.2  # 10 % of 40
     assert 8.5 < moved[:, :, 0].std() < 10  # 10 % of 100, cut at two standard deviations
-    wide = np.stack([noisy_box((0, 0, 1024, 1024), (1024, 1024), 20, rng) for _ in range(500)])
+    wide = np.stack(
+        [noisy_box(np.array([[0, 0], [1024, 1024]]), (1024, 1024), 20, rng) for _ in range(500)]
+    )
     assert wide.min() >= 0 and wide.max() <= 1024
-    thin = np.stack([noisy_box((5, 5, 6, 900), (1024, 1024), 20, rng) for _ in range(500)])
+    thin = np.stack(
+        [noisy_box(np.array([[5, 5], [6, 900]]), (1024, 1024), 20, rng) for _ in range(500)]
+    )
     assert (thin[:, 0] <= thin[:, 1]).all()
 
 
