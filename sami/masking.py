@@ -17,9 +17,13 @@ Mask = tuple[np.ndarray, np.ndarray]  # visible [V] and masked [M], together eac
 
 def random_mask(config: "MaskConfig", grid: int, rng: np.random.Generator) -> Mask:
     """A uniformly random subset stays visible: MAE's, 49 of 196 patches at 75 %."""
-    tokens = grid * grid
-    order, keep = rng.permutation(tokens), int(round(tokens * (1 - config.ratio), 6))
+    order, keep = rng.permutation(grid * grid), visible_count(config, grid)
     return order[:keep], order[keep:]
+
+
+def visible_count(config: "MaskConfig", grid: int) -> int:
+    """How many patches ``mask.ratio`` leaves visible, rounded down (MAE's rule)."""
+    return int(round(grid * grid * (1 - config.ratio), 6))  # 0.3 of 10 is 3, not 2.9999
 
 
 STRATEGIES = {"random": random_mask}

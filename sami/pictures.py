@@ -148,11 +148,13 @@ def figure_of(
         key = "Each patch is shown with its true mean and spread, which are not predicted."
     else:
         names = ("target: the teacher's features", "reconstruction of the features")
+        if target_kind != "teacher":
+            names = (f"target: {target_kind}", "reconstruction")
         basis = pca_basis(target.flatten(0, 1))
         maps = [pca_colours(tokens, basis) for tokens in (target, prediction)]
         key = (
             "Features as colours: the three principal directions of the targets shown, the same "
-            "in both columns and all rows; alike in colour is alike to the teacher."
+            "in both columns and all rows; alike in colour is alike in the target."
         )
     hidden = masked.shape[1] / target.shape[1]
     columns = [

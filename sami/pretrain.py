@@ -66,12 +66,12 @@ class PretrainConfig:
             "loss.tokens masked needs masked tokens; set --loss.tokens all, or --mask.ratio over 0",
         )
         require(
-            self.target.kind == "pixels" or self.teacher.name != "none",
+            self.target.kind != "teacher" or self.teacher.name != "none",
             "target.kind teacher needs a teacher; set --teacher.name, or --target.kind pixels",
         )
         require(
             self.target.kind == "teacher" or not self.teacher.cached,
-            "teacher.cached true goes with target.kind teacher; pixels need no teacher",
+            f"teacher.cached true goes with target.kind teacher, not {self.target.kind}",
         )
         require(
             not self.eval.probe or bool(self.data.val_shards),
@@ -138,7 +138,8 @@ def train(cfg: PretrainConfig, run: Run, only_check: bool = False) -> int:
     if only_check:
         made = {"student": f"{cfg.encoder.name}, from {cfg.encoder.checkpoint or 'random weights'}"}
         if targets.info is not None:
-            made["teacher"] = f"{targets.info['name']}, sha256 {targets.info['sha256'][:12]}"
+            random = " RANDOM," * targets.info["random"]
+            made["teacher"] = "{name},{0} sha256 {sha256:.12}".format(random, **targets.info)
         return tell_checked(plan.order, held_out, transform, cfg.train.batch_size, made)
 
     # ---- Where training stands

@@ -1,7 +1,8 @@
 """What the student reconstructs: a teacher's features, computed or cached, or pixels.
 
 A target is called with a batch on the device and gives what its tokens are to become. To add one,
-write a :class:`Target`, and make it in :func:`open_targets`.
+write a :class:`Target`, and name what makes it from the student in TARGETS: then ``--target.kind
+NAME`` trains on it.
 """
 
 from collections.abc import Callable
@@ -23,17 +24,6 @@ from sami.data import CropBatch
 from sami.encoders.protocol import ImageEncoder
 from sami.features import Cache
 from sami.teacher import Teacher, TeacherConfig, checkpoint_sha256, describe_teacher, load_teacher
-
-
-@dataclass
-class TargetConfig:
-    """What is reconstructed.
-
-    Attributes:
-        kind: teacher, the features of ``teacher``; pixels, MAE's per-patch normalised pixels.
-    """
-
-    kind: Literal["teacher", "pixels"] = "teacher"
 
 
 class Target:
@@ -99,6 +89,24 @@ class Pixels(Target):
         return pixel_target(self.normalise(batch.student), self.patch_size)
 
 
+# Targets that follow from the student and the image alone.
+TARGETS: dict[str, Callable[[ImageEncoder], Target]] = {
+    "pixels": lambda student: Pixels(student.normalise, student.stride),
+}
+
+
+@dataclass
+class TargetConfig:
+    """What is reconstructed.
+
+    Attributes:
+        kind: teacher, the features of ``teacher``; or one of TARGETS: pixels, MAE's per-patch
+            normalised pixels.
+    """
+
+    kind: Literal[("teacher", *TARGETS)] = "teacher"
+
+
 def open_targets(
     config: TargetConfig,
     teacher: TeacherConfig,
@@ -119,8 +127,8 @@ def open_targets(
     Raises:
         UserError: the teacher or the cache cannot be used.
     """
-    if config.kind == "pixels":
-        return Pixels(student.normalise, student.stride)
+    if config.kind in TARGETS:
+        return TARGETS[config.kind](student)
     if teacher.cached:
         if run.is_main and teacher.checkpoint == RANDOM:
             sha256 = checkpoint_sha256(teacher)

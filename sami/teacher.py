@@ -197,8 +197,8 @@ def load_teacher(
     if config.attention == "flex":
         require(
             hasattr(teacher.encoder, "flex"),
-            f"teacher.attention flex is for SAM's own encoder; the plain ViT of {option} "
-            f"{config.checkpoint} has no relative positions: set sdpa",
+            f"teacher.attention flex is for SAM's own encoder; that of teacher.name {config.name}, "
+            f"{option} {config.checkpoint}, has no relative positions: set sdpa",
         )
         teacher.encoder.flex = True
     return teacher

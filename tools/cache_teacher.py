@@ -133,7 +133,7 @@ def make_extractor(args: argparse.Namespace) -> tuple[FeatureExtractor, dict[str
     names = ("checkpoint", "image_size", "layer", "attention", "width", "depth", "heads")
     config = TeacherConfig(args.teacher, **{name: getattr(args, name) for name in names})
     config.check()
-    if args.dry_run and not exists(args.checkpoint or ""):
+    if args.dry_run and args.checkpoint != "random" and not exists(args.checkpoint or ""):
         print("--checkpoint is not there yet: counted and timed with random weights instead")
         config = dataclasses.replace(config, checkpoint="random")
     teacher = load_teacher(config, "--checkpoint")

@@ -62,9 +62,11 @@ class EncoderShape:
 class ImageEncoder(Protocol):
     """A module from images to tokens and to a map.
 
-    It has these attributes (:class:`FromShape` sets most of them), two methods that compute, and
-    ``layer_id``. The constructor of a class of KINDS takes the shape alone, and leaves the weights
-    as a start from scratch wants them.
+    It has these attributes (:class:`FromShape` sets most of them), two methods that compute and
+    ``forward``, which calls the one that its stage learns from, and ``layer_id``. The constructor
+    of a class of KINDS takes the shape alone, and leaves the weights as a start from scratch wants
+    them. One class serves both stages: ``shape.channels`` is None in stage 1, and in stage 2 that
+    of the neck, with positions for any grid. A teacher needs neither ``layer_id`` nor ``forward``.
 
     Attributes:
         shape: rebuilds it.
@@ -128,6 +130,10 @@ class FromShape:
         self.stride, self.image_size = shape.patch_size, shape.image_size
         self.img_size = shape.image_size
         self.prefix = "" if shape.channels is None else MODEL_PREFIX
+
+    def forward(self, images: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """What its stage learns from: the tokens in stage 1, the neck's map in stage 2."""
+        return self.tokens(images, visible) if self.shape.channels is None else self.maps(images)
 
     @staticmethod
     def infer(tensors: dict[str, torch.Tensor], heads: int | None) -> EncoderShape | None:

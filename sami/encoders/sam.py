@@ -77,12 +77,8 @@ class SamEncoder(FromShape, ImageEncoderViT):
         self._tables: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._positions: dict[tuple, torch.Tensor] = {}
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised [B, 3, H, W], sides multiples of the patch size, to [B, C, h, w]."""
-        return self.maps(images)
-
     def maps(self, images: torch.Tensor) -> torch.Tensor:
-        """The same."""
+        """Normalised [B, 3, H, W], sides multiples of the patch size, to [B, C, h, w]."""
         return self.neck(token_map(self, images))
 
     def tokens(self, images: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:

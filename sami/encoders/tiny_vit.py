@@ -96,12 +96,8 @@ class TinyVit(FromShape, PackageTinyVit):
                     module.eval()
         return self
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised [B, 3, H, W], sides multiples of 16, to [B, C, h, w]."""
-        return self.maps(images)
-
     def maps(self, images: torch.Tensor) -> torch.Tensor:
-        """The same."""
+        """Normalised [B, 3, H, W], sides multiples of 16, to [B, C, h, w]."""
         return self.neck(self._last_stage(images))
 
     def tokens(self, images: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:

@@ -64,10 +64,6 @@ class Vit(FromShape, nn.Module):
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
 
-    def forward(self, images: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
-        """What its stage learns from: the tokens in stage 1, the neck's map in stage 2."""
-        return self.tokens(images, visible) if self.neck is None else self.maps(images)
-
     def tokens(self, images: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`sami.encoders.protocol.ImageEncoder`; in stage 1 behind the last norm."""
         if self.cls_token is not None:
