@@ -2,7 +2,8 @@
 
 Of the masks of a prompt only the one with the lowest mask loss is trained; the IoU head is trained
 on all of them. The mean is over the objects of an image and then over images, so that a
-batch gives the same loss however it is cut into micro-batches.
+batch gives the same loss however it is cut into micro-batches. To add a loss of the pixels, write a
+function of logits and truth to a loss of each pixel, and name it in PIXEL_LOSSES.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,23 @@ from torch.nn import functional as F
 from sami.core.config import require
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss (Lin et al. 2017), as in SAM
-FOCAL_WEIGHT, DICE_WEIGHT = 20.0, 1.0
+
+
+def entropy_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of each pixel; both fp32, of one shape."""
+    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+
+
+def focal_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """The same, less where it is small already (Lin et al. 2017)."""
+    entropy = entropy_loss(logits, truth)
+    right = torch.exp(-entropy)  # the probability given to what is true
+    alpha = torch.where(truth > 0, ALPHA, 1 - ALPHA)
+    return alpha * (1 - right) ** GAMMA * entropy
+
+
+# By ``loss.mask``: the loss of a pixel, and its weight beside a dice loss of weight 1.
+PIXEL_LOSSES = {"focal": (focal_loss, 20.0), "bce": (entropy_loss, 1.0)}
 
 
 @dataclass
@@ -22,8 +39,8 @@ class MaskLossConfig:
     """The mask loss.
 
     Attributes:
-        mask: focal, 20 : 1 with dice as in the paper; or bce, 1 : 1 with dice, which learns faster
-            from scratch.
+        mask: of PIXEL_LOSSES. focal, 20 : 1 with dice as in the paper; bce, 1 : 1 with dice,
+            which learns faster from scratch.
         size: side in pixels of the masks that are compared; null for the decoder's own, a quarter
             of the input's. Larger ones are what it predicts, brought there bilinearly.
         iou: mse or l1, between predicted and true IoU.
@@ -31,7 +48,7 @@ class MaskLossConfig:
         single_mask: train mask 0 too: it alone, where a prompt has more than one point or box.
     """
 
-    mask: Literal["focal", "bce"] = "focal"
+    mask: Literal[tuple(PIXEL_LOSSES)] = "focal"
     size: int | None = None
     iou: Literal["mse", "l1"] = "mse"
     iou_masks: Literal["all", "chosen"] = "all"
@@ -76,11 +93,12 @@ def stage2_losses(
         without gradients ``iou``, the trained masks' true IoU.
     """
     kind, truth = config.mask, targets.masks.unsqueeze(2)
+    weight = PIXEL_LOSSES[kind][1]
     inside = None if targets.inside is None else targets.inside[:, None, None]
     with torch.no_grad():
         # In pieces: only what is chosen needs its intermediate results for the backward pass.
         pixel, dice = _per_mask(logits, truth, inside, kind)
-        total = _weight(kind) * pixel + DICE_WEIGHT * dice
+        total = weight * pixel + dice
         asked = torch.ones_like(total, dtype=torch.bool) if asked is None else asked
         chosen = total.masked_fill(~asked, torch.inf).argmin(2, keepdim=True)
         true_iou = mask_iou(logits > 0, truth, inside)
@@ -92,7 +110,7 @@ def stage2_losses(
     else:
         score = torch.where(asked, score, 0.0).sum(2) / asked.sum(2)
     parts = {
-        "loss": _weight(kind) * pixel + DICE_WEIGHT * dice + score,
+        "loss": weight * pixel + dice + score,
         "loss_pixel": pixel.detach(),
         "loss_dice": dice.detach(),
         "loss_iou": score.detach(),
@@ -102,20 +120,13 @@ def stage2_losses(
 
 
 def pixel_loss(logits: torch.Tensor, truth: torch.Tensor, kind: str) -> torch.Tensor:
-    """Focal loss or binary cross-entropy of each pixel, in fp32.
+    """One of PIXEL_LOSSES, in fp32.
 
     Args:
         logits: any shape.
         truth: bool, broadcast to it.
     """
-    logits = logits.float()
-    truth = truth.expand(logits.shape).float()
-    entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    if kind == "bce":
-        return entropy
-    right = torch.exp(-entropy)  # the probability given to what is true
-    alpha = torch.where(truth > 0, ALPHA, 1 - ALPHA)
-    return alpha * (1 - right) ** GAMMA * entropy
+    return PIXEL_LOSSES[kind][0](logits.float(), truth.expand(logits.shape).float())
 
 
 def dice_loss(
@@ -152,10 +163,6 @@ def _per_mask(
     else:
         pixel = (pixel * inside).sum((-2, -1)) / inside.sum((-2, -1)).clamp(min=1)
     return pixel, dice_loss(logits, truth, inside)
-
-
-def _weight(kind: str) -> float:
-    return FOCAL_WEIGHT if kind == "focal" else 1.0
 
 
 def _mean(values: torch.Tensor, there: torch.Tensor) -> torch.Tensor:

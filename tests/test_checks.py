@@ -78,7 +78,9 @@ def test_check_looks_at_everything_and_leaves_nothing(entry, scenes, tmp_path, c
     size = 8 if entry == "pretrain" else 4
     assert f"a first batch: {size} images read and decoded" in lines
     assert lines[-1].startswith("not checked: ") and f"{tmp_path / 'run'}" in lines[-1]
-    told = "teacher: custom, RANDOM, sha256 " if entry == "pretrain" else "decoder: efficientsam, from"
+    told = (
+        "teacher: custom, RANDOM, sha256 " if entry == "pretrain" else "decoder: efficientsam, from"
+    )
     assert told in said
     assert not (tmp_path / "run").exists()
 

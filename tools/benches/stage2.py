@@ -174,7 +174,7 @@ def _highest() -> float:
 
 
 def stage2_losses_and_clicks(args: argparse.Namespace, device: torch.device) -> None:
-    """The losses and the error-click sampler, each against the obvious way."""
+    """The losses, against the obvious way, and the error clicks."""
     masks = max(args.masks)
     truth = draw_batch(args.batch, masks, args.image_size, device)
     side = truth.masks.shape[-1]
@@ -193,16 +193,8 @@ def stage2_losses_and_clicks(args: argparse.Namespace, device: torch.device) -> 
     def clicks() -> None:
         correction_clicks(logits[:, :, 0].detach() > 0, truth.masks, truth.places, True)
 
-    def looped() -> None:
-        rng = np.random.default_rng(0)
-        predicted = logits[:, :, 0].detach().flatten(0, 1)
-        for mask, wanted in zip(predicted, truth.masks.flatten(0, 1), strict=True):
-            y, x = np.nonzero(((mask > 0) != wanted).cpu().numpy())
-            at = rng.integers(len(y))
-            _ = (x[at], y[at])
-
     losses = {"focal and dice of all masks": every_mask, "ours, with IoU": ours}
-    sampling = {"loop over masks": looped, "ours": clicks}
+    sampling = {"ours": clicks}
     for name, steps in {"losses, forward and backward": losses, "error clicks": sampling}.items():
         title = f"{name}, {args.batch} x {masks} objects at {side} x {side}"
         report(title, measure(steps, args.rounds, device), args.batch, {}, 0.0)
