@@ -247,13 +247,7 @@ class Validation(Dataset):
 
 
 def load_training(
-    order: Order,
-    transform: Transform,
-    run: Run,
-    *,
-    micro_batch_size: int,
-    step: int,
-    workers: int,
+    order: Order, transform: Transform, run: Run, micro_batch_size: int, step: int, workers: int
 ) -> Iterator[tuple[Any, Bad]]:
     """One rank's micro-batches with the bad samples met, from a step on, without end.
 
@@ -361,12 +355,6 @@ class HandsOver(Dataset):
             return refused
 
 
-def _start_worker(worker: int) -> None:
-    """What a process that reads data does first."""
-    Queue._on_queue_feeder_error = staticmethod(_leave_for_it)
-    _heed_the_parent_alone(worker)
-
-
 def _leave_for_it(error: Exception, item: Any) -> None:
     """End a worker that cannot hand over a batch: else it is dropped, and waited for in vain."""
     refused = machine_error(error)
@@ -377,11 +365,13 @@ def _leave_for_it(error: Exception, item: Any) -> None:
     os._exit(HANDING_OVER + (machine_number(error) or 0))
 
 
-def _heed_the_parent_alone(worker: int) -> None:
-    """Outlive a signal that asks the whole process group to stop, as SLURM and Ctrl-C send it.
+def _start_worker(worker: int) -> None:
+    """What a process that reads data does first: from now on it heeds its parent alone.
 
-    The training process answers it with a checkpoint, and goes on reading until all ranks agree.
+    It outlives a signal that asks the whole process group to stop, as SLURM and Ctrl-C send it: the
+    training process answers with a checkpoint, and goes on reading until all ranks agree.
     """
+    Queue._on_queue_feeder_error = staticmethod(_leave_for_it)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who has sent a signal

@@ -20,13 +20,13 @@ from torch import distributed
 
 from sami.core.checkpoint import list_checkpoints, write_text
 from sami.core.config import PATH, require, to_dict, to_yaml
-from sami.core.errors import UserError, not_written, raise_if_machine
+from sami.core.errors import UserError, not_written
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, user_error
 from sami.core.paths import exists
 from sami.core.processes import choose_device, is_launched, make_accelerator
 from sami.core.reporting import Reporter, environment
 from sami.core.stop import StopSignal
-from sami.core.weights import entry_of_run
+from sami.core.weights import entry_of_run, read_summary
 
 
 @dataclass
@@ -74,11 +74,6 @@ class RunConfig:
         )
         require(self.save_minutes > 0, f"run.save_minutes {self.save_minutes} must be positive")
         choose_device(self.device, "run.device")
-
-
-def is_due(step: int, every: int, last: bool = False) -> bool:
-    """Whether something done every so many steps, and at the end, is due; ``every`` 0 is never."""
-    return every > 0 and (step % every == 0 or last)
 
 
 class Run:
@@ -213,22 +208,16 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether the run in this folder had come to its end."""
-        try:
-            summary = json.loads((self.dir / "summary.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise_if_machine(error, self.dir / "summary.json")
-            return False
+        summary = read_summary(self.dir)
         return summary.get("status") == "finished" and summary.get("exit_code") == FINISHED
 
     def seed_step(self, step: int) -> None:
         """Make what torch draws in a step a function of (seed, step, rank)."""
-        digest = hashlib.blake2b(f"{self.config.seed}/{step}/{self.rank}".encode(), digest_size=8)
-        torch.manual_seed(int.from_bytes(digest.digest(), "little"))
+        torch.manual_seed(_seed_from(f"{self.config.seed}/{step}/{self.rank}", 8))
 
     def seed_of(self, step: int) -> int:
         """A seed under 2^32 that is a function of (seed, step), for what all ranks draw alike."""
-        digest = hashlib.blake2b(f"{self.config.seed}/{step}".encode(), digest_size=4).digest()
-        return int.from_bytes(digest, "little")
+        return _seed_from(f"{self.config.seed}/{step}", 4)
 
     def wait_for_all(self) -> None:
         """A barrier."""
@@ -331,6 +320,11 @@ def refuse_other_run(folder: Path, entry: str | None) -> None:
         )
     if exists(folder) and not folder.is_dir():
         raise UserError(f"run.dir {folder} is a file; choose a folder with --run.dir")
+
+
+def _seed_from(text: str, size: int) -> int:
+    """A seed of ``size`` bytes."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "little")
 
 
 def _names(folder: Path) -> list[str] | None:

@@ -60,8 +60,10 @@ class State:
         self.ema = Ema(model, optim.ema) if optim.ema else None
         self.statistics = Statistics(model)
         self.window, self.guard, self.clock = Window(run.device), Guard(run.device), Clock()
-        self.bad, self.left_out = BadSamples(), BadSamples()  # of this rank; objects of samples
-        self.unsure = BadSamples()  # images of which a default told how their masks lie
+        # Of this rank: bad samples, objects that good ones had to do without, and images of which
+        # a default decided how their masks lie.
+        self.bad, self.left_out, self.unsure = BadSamples(), BadSamples(), BadSamples()
+        self._counters = {"bad": self.bad, "left_out": self.left_out, "unsure": self.unsure}
 
     # -- one step -----------------------------------------------------------------------------
 
@@ -90,8 +92,8 @@ class State:
         """Count unusable samples, given as (reason, key); name the first of each reason."""
         for reason, key in bad:
             if self.bad.add(reason, key):
-                words = f"bad sample {key}: {reason}; another one takes its place"
-                self.run.say(words, any_rank=True)
+                sentence = f"bad sample {key}: {reason}; another one takes its place"
+                self.run.say(sentence, any_rank=True)
 
     def note_left_out(self, objects: list[tuple[str, str]]) -> None:
         """Count objects that a good sample had to do without, given as (reason, key)."""
@@ -203,7 +205,7 @@ class State:
             export: from the step and which weights they are (ema, last) to the file.
 
         Returns:
-            Its name.
+            The file's name.
         """
         with self.averaged():
             return export(step, self.weights).write(folder)
@@ -214,10 +216,7 @@ class State:
         return "last" if self.ema is None else "ema"
 
     def save(
-        self,
-        step: int,
-        identity: dict[str, Any],
-        export: Callable[[int, str], Export],
+        self, step: int, identity: dict[str, Any], export: Callable[[int, str], Export]
     ) -> None:
         """Write ``checkpoints/step-<step>``. Collective; rank 0 writes.
 
@@ -225,10 +224,8 @@ class State:
             identity: ``config`` and ``facts`` (its metadata); see :meth:`resume`.
             export: as :meth:`leave` takes it.
         """
-        mine = {"window": self.window.state(), "bad": self.bad.state()}
-        mine["left_out"] = self.left_out.state()
-        mine["unsure"] = self.unsure.state()
-        ranks = self.run.gather(mine)
+        counted = {name: counter.state() for name, counter in self._counters.items()}
+        ranks = self.run.gather({"window": self.window.state(), **counted})
         if self.run.is_main:
             tensors = {
                 "model": self.model.state_dict(),
@@ -237,23 +234,25 @@ class State:
                 "guard": self.guard.state(),
                 "ranks": ranks,
             }
-            folder = self.run.dir / "checkpoints"
-            meta = {**identity, "entry": self.run.entry, "machine": _machine()}
-            keep = self.run.config.keep
             save_checkpoint(
-                folder, step, tensors, meta, keep, lambda place: self.leave(place, step, export)
+                self.run.dir / "checkpoints",
+                step,
+                tensors,
+                {**identity, "entry": self.run.entry, "machine": _machine()},
+                self.run.config.keep,
+                lambda folder: self.leave(folder, step, export),
             )
         self.run.saved()
 
     def resume(self, identity: dict[str, Any], free: set[str]) -> int:
         """Load the newest whole checkpoint of the run folder.
 
-        Returns:
-            Its step; 0 where a run begins.
-
         Args:
             identity: what the checkpoint must agree with.
             free: dotted keys of ``config`` and ``facts`` that may differ.
+
+        Returns:
+            Its step; 0 where a run begins.
 
         Raises:
             UserError: the folder belongs to another configuration, or no checkpoint is whole.
@@ -262,8 +261,7 @@ class State:
         checkpoints = list_checkpoints(run.dir / "checkpoints")
         for checkpoint in reversed(checkpoints):
             try:
-                meta = read_meta(checkpoint)
-                stored = read_state(checkpoint, run.device)
+                meta, stored = read_meta(checkpoint), read_state(checkpoint, run.device)
             except Damaged as error:
                 run.say(f"{error}; looking for an earlier one")
                 continue
@@ -310,43 +308,37 @@ class State:
             self.ema.average = stored["ema"]
         self.guard.load(stored["guard"])
         self.statistics = Statistics(self.model)
+        mine = stored["ranks"] if self.run.is_main else []  # of another number of processes
         if len(stored["ranks"]) == self.run.processes:
             mine = [stored["ranks"][self.run.rank]]
-        else:
-            mine = stored["ranks"] if self.run.is_main else []
         self.window.load([rank["window"] for rank in mine])
         for rank in mine:
-            self._count_on(rank)
-
-    def _count_on(self, stored: dict[str, Any]) -> None:
-        """From what a rank had counted in a checkpoint; older ones have less."""
-        self.bad.merge(stored["bad"])
-        self.left_out.merge(stored.get("left_out", BadSamples().state()))
-        self.unsure.merge(stored.get("unsure", BadSamples().state()))
+            for name in self._counters.keys() & rank.keys():  # older checkpoints have less
+                self._counters[name].merge(rank[name])
 
 
 def _other_metadata(before: dict[str, Any], now: dict[str, Any], free: set[str]) -> list[str]:
     """What a run depends on beside its configuration and has changed, in words."""
-    words = []
+    changed = []
     old, new = before.get("data") or {}, now.get("data") or {}
     weights = old.get("weights"), new.get("weights")
     if weights[0] != weights[1]:
-        words.append(f"the weights of data.shards were {weights[0]} and are now {weights[1]}")
-    if old.get("fingerprint") != new.get("fingerprint") or (old != new and not words):
+        changed.append(f"the weights of data.shards were {weights[0]} and are now {weights[1]}")
+    if old.get("fingerprint") != new.get("fingerprint") or (old != new and not changed):
         there, here = (
             f"{info.get('pictures')} images in {info.get('shards')} shards, fingerprint "
             f"{str(info.get('fingerprint'))[:12]}"
             for info in (old, new)
         )
-        words.append(
+        changed.append(
             f"data.shards hold other samples than those this run was begun with ({there} there; "
             f"{here} here)"
         )
     known = free | {"facts.data", "facts.started_from"}
     for change in differences({"facts": before}, {"facts": now}, known):
         group, _, rest = change.removeprefix("facts.").partition(".")
-        words.append(f"the {group}'s {rest}" if rest else change.removeprefix("facts."))
-    return words
+        changed.append(f"the {group}'s {rest}" if rest else change.removeprefix("facts."))
+    return changed
 
 
 def _machine() -> dict[str, Any]:

@@ -15,14 +15,14 @@ from torch import nn
 from sami.core.checkpoint import Export
 from sami.core.config import require, to_dict
 from sami.core.dataset import ShardsConfig, Transform, load_training
-from sami.core.exits import ASKED_TO_STOP, FINISHED
+from sami.core.exits import FINISHED
 from sami.core.index import Shard, Source, fingerprint, open_sources
 from sami.core.optim import OptimConfig, TrainConfig, unfinished_warmup
 from sami.core.order import Order
 from sami.core.overlap import refuse_overlap
 from sami.core.patterns import expand
 from sami.core.remote import ShardCache
-from sami.core.run import Run, RunConfig, is_due
+from sami.core.run import Run, RunConfig
 from sami.core.state import State
 
 # What may change between two starts of one run. Shards may have moved; that they are the same is
@@ -55,8 +55,7 @@ class Plan:
         steps: of the whole run.
         micro_batch: samples of one forward on one rank.
         parts: micro-batches of one step on one rank.
-        max_bad_fraction: stop once more than this share of the samples was bad.
-        workers: processes per rank that read.
+        max_bad_fraction, workers: of the configuration.
         metadata: of the data, for the summary; what a run that goes on has to find again.
     """
 
@@ -231,13 +230,9 @@ class Loop:
 
     def open(self, transform: Transform) -> None:
         """Begin to read, from the step on at which training stands."""
+        plan = self.plan
         self._batches = load_training(
-            self.plan.order,
-            transform,
-            self.run,
-            micro_batch_size=self.plan.micro_batch,
-            step=self.step,
-            workers=self.plan.workers,
+            plan.order, transform, self.run, plan.micro_batch, self.step, plan.workers
         )
 
     # -- one step -----------------------------------------------------------------------------
@@ -275,7 +270,7 @@ class Loop:
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is due; 0 is never."""
-        return is_due(self.step, every, self.step == self.steps)
+        return every > 0 and (self.step % every == 0 or self.step == self.steps)
 
     def report(self, measures: dict[str, Any]) -> None:
         """Write the line of metrics that is due, and stop where going on would be in vain.
@@ -308,13 +303,8 @@ class Loop:
     # -- after it -----------------------------------------------------------------------------
 
     def leave(self, counted: dict[str, Any]) -> int:
-        """Note that the run stopped as asked; the exit code.
-
-        Args:
-            counted: see :meth:`State.counted`.
-        """
-        self.run.leave_asked(self.step, **counted)
-        return ASKED_TO_STOP
+        """Note that the run stopped as asked, and :meth:`State.counted`; the exit code."""
+        return self.run.leave_asked(self.step, **counted)
 
     def finish(self, counted: dict[str, Any], remarks: Collection[str] = ()) -> int:
         """Write the weights and close the summary; the exit code.
