@@ -108,13 +108,9 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_file(checkpoint: Path, name: str) -> None:
-    """
-    Raises:
-        Damaged: a file of a checkpoint, beside its state, is missing, cut short or changed.
-    """
+    """Raise Damaged if a checkpoint's file of weights is missing, cut short or changed."""
     try:
-        digest = read_meta(checkpoint)["files"][name]
-        whole = sha256_of(checkpoint / name) == digest
+        whole = sha256_of(checkpoint / name) == read_meta(checkpoint)["files"][name]
     except (KeyError, FileNotFoundError) as error:
         raise Damaged(f"{checkpoint} has no {name}") from error
     if not whole:
@@ -171,16 +167,14 @@ def write_text(path: Path, text: str) -> None:
 
 def _write_state(state: dict[str, Any], path: Path) -> None:
     """torch.save, with the file system's refusals as OSError."""
-    failure = None
     try:
         torch.save(state, path)
+        return
     except RuntimeError as error:  # torch's zip writer says so of a write that came out short
         failure = str(error)
-    if (
-        failure is not None
-    ):  # out of the handler: the writer keeps its file open as long as it lives
-        short = shutil.disk_usage(path.parent).free < _bytes(state)
-        raise OSError(errno.ENOSPC if short else errno.EIO, failure, str(path))
+    # Out of the handler: the error keeps the writer alive, and the writer its file open.
+    short = shutil.disk_usage(path.parent).free < _bytes(state)
+    raise OSError(errno.ENOSPC if short else errno.EIO, failure, str(path))
 
 
 def _bytes(state: Any) -> int:

@@ -129,16 +129,15 @@ def tell_checked(
     Raises:
         UserError: the first images cannot be used.
     """
+    train = f"{len(order.shards)} shard(s), {order.samples} images"
+    steps = f"{order.steps_per_epoch} steps of {batch_size} an epoch"
+    other = f"{len(held_out)} shard(s), {sum(shard.count for shard in held_out)} images"
     about = {
-        "data.shards": f"{len(order.shards)} shard(s), {order.samples} images, "
-        f"{order.steps_per_epoch} steps of {batch_size} an epoch",
-        "data.val_shards": f"{len(held_out)} shard(s), {sum(s.count for s in held_out)} images"
-        if held_out
-        else "none given",
-        **made,
+        "data.shards": f"{train}, {steps}",
+        "data.val_shards": other if held_out else "none given",
     }
-    for name, words in about.items():
-        print(f"{name}: {words}", flush=True)
+    for name, text in (about | made).items():
+        print(f"{name}: {text}", flush=True)
     items, bad = [], Counter()
     positions = range(min(BATCH, batch_size, order.samples))
     for sample in read_range(order.shards, positions, transform.fields):

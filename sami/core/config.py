@@ -72,7 +72,7 @@ def load_config(config_class: type[Config], argv: Sequence[str] | None = None) -
     if only_print:
         print(to_yaml(config), end="")
         raise SystemExit(0)
-    for key, value in _flatten(to_dict(config)).items():
+    for key, value in flatten(to_dict(config), {}).items():
         for number in value if isinstance(value, list) else [value]:
             finite = not isinstance(number, float) or math.isfinite(number)
             require(finite, f"{key} must be a finite number, got {number}")
@@ -106,7 +106,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], ignore: set[str]) -> l
     Args:
         ignore: dotted keys, or what they begin with (whole groups), that may differ.
     """
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = flatten(old, {}), flatten(new, {})
     changed = []
     for key in sorted(flat_old.keys() | flat_new.keys()):
         parts = key.split(".")
@@ -136,16 +136,6 @@ def _expand_paths(name: str, group: Any) -> None:
             elif isinstance(value, dict):
                 value = {expand_path(path, option): share for path, share in value.items()}
             setattr(group, item.name, value)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _read_file(path: str, config_class: type) -> str:

@@ -133,7 +133,7 @@ def merge(layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
 
 
 def flatten(tree: dict[str, Any], types: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A file's content by dotted key, down to what ``types`` has as a value."""
+    """A nested content by dotted key, down to what ``types`` has as a value; {}: all the way."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"

@@ -34,10 +34,7 @@ def run_entry(main: Callable[[], int]) -> int:
 
 
 def _require_locks() -> None:
-    """
-    Raises:
-        UserError: this is Windows.
-    """
+    """Raise UserError if this is Windows."""
     if importlib.util.find_spec("fcntl") is None:
         raise UserError(
             "native Windows is not supported (it lacks the locks and signals that runs are kept "

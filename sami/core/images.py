@@ -44,6 +44,7 @@ OVERSHOOT = 0.05  # of the range of a float image: what resampling leaves beyond
 UNKNOWN_RANGE = "pixel values of no known range"
 
 Box = tuple[float, float, float, float]
+Colour = tuple[float, float, float]  # red, green, blue
 Drawn = Literal["upright", "stored"]  # on which image, the displayed or the stored one
 DRAWN: tuple[Drawn, ...] = get_args(Drawn)
 
@@ -330,11 +331,7 @@ class Normalise(nn.Module):
     """Images to zero mean and unit variance, by ImageNet's (and SAM's) statistics if none are
     given."""
 
-    def __init__(
-        self,
-        mean: tuple[float, float, float] = MEAN,
-        std: tuple[float, float, float] = STD,
-    ) -> None:
+    def __init__(self, mean: Colour = MEAN, std: Colour = STD) -> None:
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
             # On the CPU even where a module is built on the meta device: no file holds them.

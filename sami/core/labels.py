@@ -12,7 +12,7 @@ from sami.core.index import Shard
 from sami.core.network import is_url
 from sami.core.order import Order
 from sami.core.paths import is_file
-from sami.core.reading import key_of
+from sami.core.reading import key_of, locate
 from sami.core.scanning import BAD_LABEL, FIELDS, NO_LABEL
 
 CLASSES = "classes.json"  # what tools/make_shards.py calls the list of names beside its shards
@@ -29,15 +29,10 @@ def labels_of(shards: list[Shard]) -> np.ndarray:
 
 
 def require_labels(shards: list[Shard], key: str, remedy: str) -> None:
-    """
-    Raises:
-        UserError: no sample in the shards has a label.
-    """
+    """Raise UserError if no sample in the shards has a label."""
     column = FIELDS.index("cls")
-    require(
-        any((shard.members().sizes[:, column] > 0).any() for shard in shards),
-        f"{key} hold no labelled image (.cls); {remedy}",
-    )
+    labelled = any((shard.members().sizes[:, column] > 0).any() for shard in shards)
+    require(labelled, f"{key} hold no labelled image (.cls); {remedy}")
 
 
 def check_labels(shards: list[Shard], key: str, classes: int, max_bad_fraction: float) -> None:
@@ -60,11 +55,8 @@ def check_labels(shards: list[Shard], key: str, classes: int, max_bad_fraction: 
             f"are beyond, up to class {labels.max()}); set --data.classes {labels.max() + 1}, or "
             "make the shards anew with numbers from 0 on"
         )
-    require_labels(
-        shards,
-        key,
-        "make shards with labels (tools/make_shards.py on a folder per class), or name others",
-    )
+    remedy = "make shards with labels (tools/make_shards.py on a folder per class), or name others"
+    require_labels(shards, key, remedy)
     without, bad = np.flatnonzero(labels == NO_LABEL), np.flatnonzero(labels == BAD_LABEL)
     if len(without) + len(bad) > max_bad_fraction * len(labels):
         first = _name_of(shards, int(min([*without[:1], *bad[:1]])))
@@ -111,8 +103,6 @@ def classes_in_a_batch(order: Order) -> tuple[int, float, int]:
         mine = shards == number
         first[mine] = order.shards[number].members().labels[rows[mine]]
     first = _good(first)
-    if not len(first):
-        return 0, 0.0, 0
     return len(np.unique(first)), _classes_drawn(counts, len(first)), len(first)
 
 
@@ -173,11 +163,8 @@ def _good(labels: np.ndarray) -> np.ndarray:
 
 def _name_of(shards: list[Shard], number: int) -> str:
     """The key of a sample of the shards laid end to end."""
-    for shard in shards:
-        if number < shard.count:
-            return key_of(shard, shard.members(), number)
-        number -= shard.count
-    raise IndexError(number)
+    (shard,), (row,) = locate(shards, np.array([number]))
+    return key_of(shards[shard], shards[shard].members(), row)
 
 
 def _lists_beside(shards: list[Shard]) -> list[Path]:

@@ -16,12 +16,8 @@ from pathlib import Path
 import psutil
 
 LAUNCHERS = {
-    "accelerate",
-    "accelerate-launch",
-    "accelerate.commands.launch",
-    "torchrun",
-    "torch.distributed.launch",
-    "torch.distributed.run",
+    *("accelerate", "accelerate-launch", "accelerate.commands.launch"),
+    *("torchrun", "torch.distributed.launch", "torch.distributed.run"),
 }
 PATIENCE = 120  # seconds after which the sentence is said, whatever the launcher does
 EVERY = 0.002  # seconds between two looks at the launcher

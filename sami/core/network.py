@@ -255,10 +255,7 @@ def _status(error: BaseException) -> int:
 
 
 def _raise_if_refused(url: str, error: BaseException, reason: str) -> None:
-    """
-    Raises:
-        UserError: trying again would not help.
-    """
+    """Raise UserError if trying again would not help."""
     status = _status(error)
     if status in (401, 403):
         raise UserError(
@@ -266,12 +263,8 @@ def _raise_if_refused(url: str, error: BaseException, reason: str) -> None:
             "an address that was signed anew"
         )
     unknown = getattr(error, "errno", None) == socket.EAI_NONAME and url not in _DESCRIBED
-    if (
-        unknown
-        or isinstance(error, ValueError)
-        or 400 <= status < 500
-        and status not in ASKS_FOR_PATIENCE
-    ):
+    refused = 400 <= status < 500 and status not in ASKS_FOR_PATIENCE
+    if unknown or refused or isinstance(error, ValueError):
         raise UserError(f"{url} is not there ({reason}); correct the address or leave it out")
 
 

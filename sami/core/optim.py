@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,10 +44,8 @@ class OptimConfig:
 
     def check(self) -> None:
         require(self.lr > 0, f"optim.lr {self.lr} must be positive, such as 2.4e-3")
-        require(
-            self.base_batch > 0,
-            f"optim.base_batch {self.base_batch} must be positive, such as 4096",
-        )
+        base = self.base_batch
+        require(base > 0, f"optim.base_batch {base} must be positive, such as 4096")
         require(
             all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas {list(self.betas)} must be at least 0 and under 1, such as [0.9, 0.95]",
@@ -190,10 +188,7 @@ def parameter_groups(
             ``lr_scale`` is ``layer_decay`` to the power of how many layers lie above.
     """
     embeddings = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters()
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, False): [], (1.0, True): []}
     top = max((layer_id(name) for name, _ in model.named_parameters()), default=0)
@@ -230,8 +225,7 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         """``decay``: the largest, which a long run reaches."""
-        self.decay = decay
-        self.model = model
+        self.decay, self.model = decay, model
         self.average = {
             name: parameter.detach().clone()
             for name, parameter in model.named_parameters()
@@ -303,6 +297,7 @@ class Guard:
         self.worst_row = torch.maximum(self.worst_row, self.in_row)
 
     def state(self) -> list[float]:
+        """Updates left out in all, in a row now, and in the longest row; waits for the device."""
         return torch.stack([self.skipped, self.in_row, self.worst_row]).tolist()
 
     def load(self, state: list[float]) -> None:
@@ -329,18 +324,14 @@ def guarded_step(
     Returns:
         The norm of the gradient before clipping, and 1 if the update was left out; 0-dim tensors.
     """
-    parameters: Iterable[nn.Parameter] = [
-        p for group in optimizer.param_groups for p in group["params"]
-    ]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     if clip > 0:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     skipped = (~norm.isfinite()).float()
-    optimizer.grad_scale, optimizer.found_inf = (
-        None,
-        skipped,
-    )  # the fused kernel's own switch, as GradScaler uses it
+    # The fused kernel's own switch, as GradScaler uses it.
+    optimizer.grad_scale, optimizer.found_inf = None, skipped
     if skipped.device.type != "mps" or not skipped.item():  # Apple's kernel has no such switch
         optimizer.step()
     return norm, skipped

@@ -40,12 +40,8 @@ class Options(argparse.ArgumentParser):
     """argparse whose errors are one sentence each, with the nearest option; no abbreviations."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(
-            prog=f"python {sys.argv[0]}",
-            allow_abbrev=False,
-            formatter_class=Help,
-            **settings,
-        )
+        prog = f"python {sys.argv[0]}"
+        super().__init__(prog=prog, allow_abbrev=False, formatter_class=Help, **settings)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """argparse's, with options under the names that they had before."""
@@ -53,10 +49,7 @@ class Options(argparse.ArgumentParser):
         return super().parse_known_args([_renamed(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
-        """
-        Raises:
-            UserError: always.
-        """
+        """Raise UserError with one sentence."""
         raise UserError(self._sentence(" ".join(message.split())))
 
     def _sentence(self, message: str) -> str:
@@ -133,44 +126,31 @@ def join_lists(words: list[str], lists: Collection[str]) -> list[str]:
     Args:
         lists: dotted names of the options that take a list.
     """
-    joined: list[str] = []
-    before: str | None = None
-    values: list[str] = []
-
-    def close() -> None:
-        if before is not None:
-            joined.append(f"--{before}={_list_of(values)}")
-
-    rest = iter(words)
-    waiting = next(rest, None)
-    while waiting is not None:
-        word, waiting = waiting, next(rest, None)
+    parts: list[tuple[str, list[str]]] = []  # such an option and its values, or "" and one word
+    for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in lists:
-            close()
-            before, values = None, []
-            joined.append(word)
-            continue
-        found = [value] if equals else []
-        while waiting is not None and not waiting.startswith("--"):
-            found.append(waiting)
-            waiting = next(rest, None)
-        if not found:  # nothing stands behind it: the parser says so
-            close()
-            before, values = None, []
-            joined.append(word)
-        elif before == name and all(values) and all(found):
-            values += found
+        if word.startswith("--") and name in lists:
+            parts.append((name, [value] if equals else []))
+        elif word.startswith("--") or not parts or not parts[-1][0]:
+            parts.append(("", [word]))
         else:
-            close()
-            before, values = name, found
-    close()
-    return joined
+            parts[-1][1].append(word)
+    joined: list[tuple[str, list[str]]] = []
+    for name, values in parts:
+        before, earlier = joined[-1] if joined else ("", [])
+        if name and name == before and earlier and values and all(earlier + values):
+            earlier += values
+        else:
+            joined.append((name, values))
+    return [_option(name, values) if name else values[0] for name, values in joined]
 
 
-def _list_of(values: list[str]) -> str:
-    """Several words as one value; a list or map that was written with spaces is one already."""
+def _option(name: str, values: list[str]) -> str:
+    """An option with its values as one; a list or map that was written with spaces is one already.
+
+    Of an option without a value the parser says so.
+    """
     whole = " ".join(values)
-    if len(values) == 1 or re.fullmatch(r"\[.*\]|\{[^}]*\}", whole):
-        return whole
-    return json.dumps(values)
+    if len(values) > 1 and not re.fullmatch(r"\[.*\]|\{[^}]*\}", whole):
+        whole = json.dumps(values)
+    return f"--{name}={whole}" if values else f"--{name}"

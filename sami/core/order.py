@@ -70,8 +70,7 @@ class Order:
         self.steps_per_epoch = self.samples // batch_size
         self._counts = np.array([shard.count for shard in self.shards], np.int64)
         self._first = np.cumsum([0, *(len(source.shards) for source in sources)])
-        self._windows = lru_cache(2 * len(sources))(self._windows_of)
-        self._permuted = lru_cache(HELD_WINDOWS + 2 * len(sources))(self._permutation_of)
+        self._open_caches()
 
     def __getstate__(self) -> dict:
         """Without what can be made again, for a process that is not forked."""
@@ -79,6 +78,9 @@ class Order:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
+        self._open_caches()
+
+    def _open_caches(self) -> None:
         self._windows = lru_cache(2 * len(self.sources))(self._windows_of)
         self._permuted = lru_cache(HELD_WINDOWS + 2 * len(self.sources))(self._permutation_of)
 

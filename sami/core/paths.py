@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sami.core.errors import UserError
 
-NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 Place = str | os.PathLike
 
 
@@ -75,7 +75,7 @@ def _status(path: Place) -> os.stat_result | None:
     try:
         return os.stat(path)
     except OSError as error:
-        if error.errno in NOT_THERE:
+        if error.errno in _NOT_THERE:
             return None
         raise
     except ValueError:  # a zero byte

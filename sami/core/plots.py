@@ -17,18 +17,8 @@ from sami.core.tables import WITHOUT, Results
 # Of objects over a photograph: saturated, and neighbours differ in lightness too, which helps those
 # who do not tell hues apart.
 OBJECTS = (
-    "#f5182d",
-    "#00b3ff",
-    "#ffd500",
-    "#b23cff",
-    "#00d060",
-    "#ff8000",
-    "#0038d0",
-    "#ff3ddb",
-    "#00e5d0",
-    "#b30047",
-    "#a6f000",
-    "#00707a",
+    *("#f5182d", "#00b3ff", "#ffd500", "#b23cff", "#00d060", "#ff8000"),
+    *("#0038d0", "#ff3ddb", "#00e5d0", "#b30047", "#a6f000", "#00707a"),
 )
 # Of lines on white: Okabe and Ito's, which the colour-blind can tell apart, without its yellow.
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9")
@@ -97,13 +87,8 @@ def logarithmic(axis: Axes, least: float = 2.0) -> None:
 def legend_below(figure: Figure, handles: Iterable, names: list[str], columns: int) -> None:
     """One legend for all axes, under them."""
     if names:
-        figure.legend(
-            handles,
-            [plain(name) for name in names],
-            loc="outside lower center",
-            ncols=columns,
-            frameon=False,
-        )
+        names, place = [plain(name) for name in names], "outside lower center"
+        figure.legend(handles, names, loc=place, ncols=columns, frameon=False)
 
 
 def new_figure(width: float, height: float) -> Figure:

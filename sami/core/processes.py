@@ -114,10 +114,7 @@ def check_launch() -> None:
 
 
 def _require_answer(address: str, port: str) -> None:
-    """
-    Raises:
-        UserError: the launcher, which holds the meeting point, is not there.
-    """
+    """Raise UserError if the launcher, which holds the meeting point, is not there."""
     try:
         socket.create_connection((address, int(port)), ANSWER).close()
     except (OSError, ValueError, OverflowError) as error:

@@ -244,10 +244,10 @@ def _read_together(file: RangeFile, places: dict[str, tuple[int, int]]) -> dict[
 def _read_at(file: BinaryIO, start: int, count: int) -> bytes:
     """So many bytes of a local file from a place on, fewer where it ends."""
     data = os.pread(file.fileno(), count, start)
-    while len(data) < count:  # the kernel gives at most 2 GB at once
-        more = os.pread(file.fileno(), count - len(data), start + len(data))
-        if not more:
-            break
+    # The kernel gives at most 2 GB at once.
+    while len(data) < count and (
+        more := os.pread(file.fileno(), count - len(data), start + len(data))
+    ):
         data += more
     return data
 
@@ -267,8 +267,4 @@ def _checked(head: bytes, data: bytes, size: int) -> bytes:
 
 def key_of(shard: Shard, members: Members, row: int) -> str:
     """A sample's key, as logs have it."""
-    return f"{shard.name}/{_name(members.keys[row])}"
-
-
-def _name(key: bytes) -> str:
-    return key.decode("utf-8", "backslashreplace")
+    return f"{shard.name}/{members.keys[row].decode('utf-8', 'backslashreplace')}"

@@ -24,14 +24,8 @@ from sami.core.paths import exists
 from sami.core.progress import Progress, duration
 
 VERSIONS = (
-    "torch",
-    "torchvision",
-    "timm",
-    "accelerate",
-    "webdataset",
-    "segment-anything",
-    "numpy",
-    "pillow",
+    *("torch", "torchvision", "timm", "accelerate"),
+    *("webdataset", "segment-anything", "numpy", "pillow"),
 )
 
 
@@ -93,9 +87,8 @@ class Reporter:
         """A line on the screen and in ``log.txt``; of rank 0, or of ``any_rank``."""
         if self.is_main or any_rank:
             (self._bar.console if self._bar else self._console).print(text)
-            with (self.dir / "log.txt").open(
-                "a", encoding="utf-8", errors="backslashreplace"
-            ) as file:
+            log = self.dir / "log.txt"
+            with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def say_once(self, text: str) -> None:
@@ -111,12 +104,13 @@ class Reporter:
         self.metrics.append(values)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
-        words = f"loss {_short(values['loss'])} · lr {values['lr']:.2e}"
-        words += f" · {values['images_per_second']:.1f} images/s"
-        words += f" · data wait {values['data_wait']:.0%}"
+        words = (
+            f"loss {_short(values['loss'])} · lr {values['lr']:.2e} · "
+            f"{values['images_per_second']:.1f} images/s · data wait {values['data_wait']:.0%}"
+        )
         held_out = [
-            f"{name.removeprefix('val_')} {_short(values[name])}"
-            for name in values
+            f"{name.removeprefix('val_')} {_short(value)}"
+            for name, value in values.items()
             if name.startswith("val_")
         ]
         if held_out:
@@ -185,10 +179,8 @@ def environment(device: torch.device, bf16: bool, processes: int = 1) -> dict[st
     commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in VERSIONS},
-        },
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in VERSIONS},
         "commit": commit and commit + (" with changes" if changed else ""),
         "hardware": {
             "host": socket.gethostname(),

@@ -92,8 +92,7 @@ class Run:
             UserError: the folder holds a run of another entry, another process holds it, or it
                 cannot be written.
         """
-        self.config, self.entry = config, entry
-        self.dir = Path(config.dir)
+        self.config, self.entry, self.dir = config, entry, Path(config.dir)
         device = choose_device(config.device, "run.device")
         self.bf16 = precision == "bf16" or (
             precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -179,10 +178,9 @@ class Run:
         Returns:
             What the first rank to fail said, if that was for the user to mend.
         """
-        try:
+        info: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
             info = json.loads((self.dir / "summary.json").read_bytes())
-        except (OSError, ValueError):
-            info = {}
         fresh = self._summary_time() != self._summary_before
         if fresh and info.get("status") == "failed" and info.get("rank") != self.rank:
             return info["error"] if info["exit_code"] == USER_ERROR else None
@@ -197,14 +195,17 @@ class Run:
                 "rank": self.rank,
             }
             with contextlib.suppress(OSError):  # the disk is full: stderr has to do
-                write_text(self.dir / "summary.json", json.dumps(self._summary, indent=1) + "\n")
+                self._write_summary()
         return None
 
     def summarise(self, **values: Any) -> None:
         """Update ``summary.json``, atomically. Only rank 0 writes."""
         if self.is_main:
             self._summary.update(values)
-            write_text(self.dir / "summary.json", json.dumps(self._summary, indent=1) + "\n")
+            self._write_summary()
+
+    def _write_summary(self) -> None:
+        write_text(self.dir / "summary.json", json.dumps(self._summary, indent=1) + "\n")
 
     def is_finished(self) -> bool:
         """Whether the run in this folder had come to its end."""
@@ -308,10 +309,7 @@ class Run:
 
 
 def refuse_other_run(folder: Path, entry: str | None) -> None:
-    """
-    Raises:
-        UserError: the folder holds a run of another entry, or is none.
-    """
+    """Raise UserError if the folder holds a run of another entry, or is none."""
     held = entry_of_run(folder)
     if None not in (held, entry) and held != entry:
         raise UserError(

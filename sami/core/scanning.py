@@ -84,15 +84,8 @@ class Members:
             labels = np.full(len(file["keys"]), NO_LABEL, np.int64)
             if (file["sizes"][:, FIELDS.index("cls")] > 0).any():
                 labels = file["labels"]  # not in an index of before: it is made anew
-            return Members(
-                file["keys"],
-                file["starts"],
-                file["sizes"],
-                bool(file["seekable"]),
-                str(file["stamp"]),
-                file["notes"].tolist(),
-                labels,
-            )
+            facts = (file[name].tolist() for name in ("seekable", "stamp", "notes"))
+            return Members(file["keys"], file["starts"], file["sizes"], *facts, labels)
 
 
 def scan(url: str, cache: ShardCache | None = None) -> Members:

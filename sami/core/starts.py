@@ -1,6 +1,7 @@
 """What a run starts from: weights by path, which may move, and by content, which may not change."""
 
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from sami.core.run import Run
 from sami.core.weights import Takes, check_weights, find_weights
 
 RANDOM = "random"  # a path that asks for weights by name
+Record = dict[str, Any]  # of weights: path as given, file, sha256, step of their checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,16 @@ def find_starts(
     Raises:
         UserError: weights that are not there, or others than the run began from.
     """
-    found: tuple[dict[str, str | None], dict[str, Any]] = ({}, {})
+    files: dict[str, str | None] = {}
+    records: dict[str, Record] = {}
     if run.is_main:
         begun = _begun(run.dir / "checkpoints")
         for option, start in options.items():
-            file, record = _settle(run, config, option, start, begun)
-            found[0][option] = file
+            files[option], record = _settle(run, config, option, start, begun)
             if record is not None:
-                found[1][option] = record
-    return run.gather(found)[0]  # the same file on every rank, though another may be saved now
+                records[option] = record
+    # The same file on every rank, though another may be saved now.
+    return run.gather((files, records))[0]
 
 
 def _begun(checkpoints: Path) -> dict[str, Any] | None:
@@ -67,31 +70,25 @@ def _begun(checkpoints: Path) -> dict[str, Any] | None:
 
 def _settle(
     run: Run, config: Any, option: str, start: Start, begun: dict[str, Any] | None
-) -> tuple[str | None, dict[str, Any] | None]:
+) -> tuple[str | None, Record | None]:
     """File and record of one option."""
     group, name = option.split(".")
-    path = getattr(getattr(config, group), name) or None
+    path = attrgetter(option)(config) or None
     gone, now, file = None, None, None
-    if path is not None and path != RANDOM:
+    if path == RANDOM:
+        now, file = _record(RANDOM), RANDOM
+    elif path is not None:
         try:
             found = find_weights(path, start.takes, option)
             file = str(found.file)
-            now = {
-                "path": path,
-                "file": file,
-                "sha256": sha256_of(found.file),
-                "step": found.step,
-            }
+            now = _record(path, file, sha256_of(found.file), found.step)
             if found.note:
                 run.say(f"{option}: {found.note}")
         except UserError as error:
-            if isinstance(error, MachineError) or start.needed == "always":
-                raise
-            if start.needed == "begin" and begun is None:
+            needed = start.needed == "always" or start.needed == "begin" and begun is None
+            if needed or isinstance(error, MachineError):
                 raise
             gone = str(error).split(";")[0]
-    elif path == RANDOM:
-        now, file = {"path": RANDOM, "file": None, "sha256": None, "step": None}, RANDOM
     if begun is None:
         if gone:
             run.say(f"{gone}: it cannot be compared")
@@ -99,7 +96,7 @@ def _settle(
     before = _before(begun, option)
     if gone or (path is None and start.needed == "never"):
         if gone:
-            run.say(f"{gone}: this run goes on without it; it began from {_words(before)}")
+            run.say(f"{gone}: this run goes on without it; it began from {_describe(before)}")
         setattr(getattr(config, group), name, before and before["path"])
         return None, before
     _refuse_another(run, option, start, before, now)
@@ -108,27 +105,26 @@ def _settle(
     return file, now
 
 
-def _before(begun: dict[str, Any], option: str) -> dict[str, Any] | None:
+def _before(begun: dict[str, Any], option: str) -> Record | None:
     """The record of a run's begin; of earlier versions no more than the path."""
     records = begun["facts"].get("started_from")
     if records is not None and option in records:
         return records[option]
     group, name = option.split(".")
     path = (begun["config"].get(group) or {}).get(name) or None
-    return path and {"path": path, "file": None, "sha256": None, "step": None}
+    return path and _record(path)
+
+
+def _record(
+    path: str, file: str | None = None, sha256: str | None = None, step: int | None = None
+) -> Record:
+    return {"path": path, "file": file, "sha256": sha256, "step": step}
 
 
 def _refuse_another(
-    run: Run,
-    option: str,
-    start: Start,
-    before: dict[str, Any] | None,
-    now: dict[str, Any] | None,
+    run: Run, option: str, start: Start, before: Record | None, now: Record | None
 ) -> None:
-    """
-    Raises:
-        UserError: the run began from other weights.
-    """
+    """Raise UserError if the run began from other weights."""
     known = before is not None and (before["sha256"] or before["path"] == RANDOM)
     if before is None or now is None:
         same = before is now
@@ -140,12 +136,13 @@ def _refuse_another(
         return
     old = "null" if before is None else before["path"]
     raise UserError(
-        f"{run.dir} was begun with {option} {_words(before)}, and now it is {_words(now)}; give "
-        f"--{option} {old} or where the same file lies now, or name another folder with --run.dir"
+        f"{run.dir} was begun with {option} {_describe(before)}, and now it is {_describe(now)}; "
+        f"give --{option} {old} or where the same file lies now, or name another folder with "
+        "--run.dir"
     )
 
 
-def _words(record: dict[str, Any] | None) -> str:
+def _describe(record: Record | None) -> str:
     """A record, for a sentence."""
     if record is None:
         return "null (random weights)"
@@ -161,13 +158,9 @@ def starts_missing(config: Any, options: dict[str, Start]) -> list[str | None]:
     """
     going_on = bool(list_checkpoints(Path(config.run.dir) / "checkpoints"))
     needed = {"always"} if going_on else {"always", "begin"}
-    paths = {
-        option: getattr(getattr(config, option.split(".")[0]), option.split(".")[1])
-        for option, start in options.items()
-        if start.needed in needed
-    }
+    paths = {option: attrgetter(option)(config) for option in options}
     return [
-        check_weights(path, options[option].takes, option)
-        for option, path in paths.items()
-        if path != RANDOM
+        check_weights(paths[option], start.takes, option)
+        for option, start in options.items()
+        if start.needed in needed and paths[option] != RANDOM
     ]

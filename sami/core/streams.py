@@ -71,10 +71,7 @@ class Stream(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        """
-        Raises:
-            OSError: the program behind it ended with an error.
-        """
+        """Raise OSError if the program behind it ended with an error."""
         if self.closed:
             return
         super().close()

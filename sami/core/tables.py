@@ -38,17 +38,15 @@ def show_table(
             are numbers and stay whole.
     """
     console = Console(markup=False, highlight=False, emoji=False)
-    numbers, first = list(range(words, len(head))), True
-    while numbers or first:
+    numbers = list(range(words, len(head)))
+    while numbers or title:
         count = len(numbers)
         while count > 1 and _least(head, rows, words, numbers[:count]) > console.width:
             count -= 1
         table = _table(head, rows, words, numbers[:count])
-        if first:
-            table.title = title
-        numbers, first = numbers[count:], False
-        if not numbers:
-            table.caption = caption or None
+        table.title, title = title or None, ""
+        numbers = numbers[count:]
+        table.caption = None if numbers else caption or None
         console.print(table)
 
 
@@ -220,18 +218,12 @@ def paired(values: list[float]) -> dict[str, Any]:
     ``low`` and ``high`` bound the 95 % interval of the mean by Student's t; None for a single seed,
     which has none. ``ahead``: in how many seeds the first was better.
     """
-    low = high = None
+    mean, low, high = float(np.mean(values)), None, None
     if len(values) > 1:
         half = stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5
-        low, high = float(np.mean(values) - half), float(np.mean(values) + half)
+        low, high = float(mean - half), float(mean + half)
     ahead = sum(value > 0 for value in values)
-    return {
-        "by_seed": values,
-        "mean": float(np.mean(values)),
-        "low": low,
-        "high": high,
-        "ahead": ahead,
-    }
+    return {"by_seed": values, "mean": mean, "low": low, "high": high, "ahead": ahead}
 
 
 def verdict(

@@ -4,10 +4,9 @@ One place for every option and every tool that takes weights. A run folder holds
 name of what it exports; one that has not ended, in its newest whole checkpoint.
 """
 
-import errno
 import json
+import os
 import re
-import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 from sami.core.checkpoint import META, STATE, Damaged, check_file, list_checkpoints, read_meta
 from sami.core.entries import ENTRIES, entry_of_groups, exporters
 from sami.core.errors import UserError, raise_if_machine
-from sami.core.paths import NOT_THERE, exists, is_file
+from sami.core.paths import exists, is_file
 from sami.core.weightfile import WEIGHTS, NotWeights, identify, read_header, read_tensors
 
 
@@ -40,10 +39,7 @@ class Takes:
         return f"{option} takes {self.words}" if option else f"give {self.words}"
 
     def refuse(self, kind: str | None, what: str, option: str) -> None:
-        """
-        Raises:
-            UserError: one of our exports, and none of ``kinds``.
-        """
+        """Raise UserError if ``kind`` is one of our exports and none of ``kinds``."""
         if kind is not None and kind not in self.kinds:
             makers = exporters([kind])
             scripts = " or ".join(entry.script for entry in makers)
@@ -110,23 +106,17 @@ def find_weights(path: str | Path | None, takes: Takes, option: str = "") -> Fou
     if not isinstance(path, (str, Path)):
         raise UserError(f"{option or 'the path'} is {path!r}, which is no path; {remedy}")
     place = Path(path)
-    try:
-        mode = place.stat().st_mode
-    except OSError as error:
-        if error.errno not in NOT_THERE:
-            raise
-        link = ""
-        if error.errno == errno.ENOENT and place.is_symlink():
-            link = f" (a link to {place.readlink()})"
-        raise UserError(f"{what} does not exist{link}; {remedy}") from error
-    if stat.S_ISREG(mode):
+    if not exists(place):
+        link = f" (a link to {place.readlink()})" if os.path.islink(place) else ""
+        raise UserError(f"{what} does not exist{link}; {remedy}")
+    if is_file(place):
         if place.name == STATE and exists(place.parent / META):
             raise UserError(
                 f"{what} is what a run goes on from, with the optimizer's state; name its folder "
                 f"{place.parent}, whose weights are taken"
             )
         return Found(place)
-    if not stat.S_ISDIR(mode):
+    if not place.is_dir():
         raise UserError(f"{what} is neither a file nor a folder; {remedy}")
     names = [f"{kind}.safetensors" for kind in takes.kinds]
     if exists(place / META):  # one checkpoint
