@@ -157,7 +157,7 @@ def _read_file(path: str, config_class: type) -> str:
             )
             require(
                 value is not None or group or type(None) in typing.get_args(types[key]),
-                f"{file}: {key} must be {_type_words(types[key])}, got null",
+                f"{file}: {key} must be {_describe_type(types[key])}, got null",
             )
     return yaml.safe_dump(merge(layers), sort_keys=False)
 
@@ -199,12 +199,12 @@ def needs_of(argv: Sequence[str]) -> str:
     return ""
 
 
-def _type_words(kind: Any) -> str:
+def _describe_type(kind: Any) -> str:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return "one of " + ", ".join(str(choice) for choice in inner)
     if origin in (typing.Union, UnionType):
-        return " or ".join(_type_words(choice) for choice in inner)
+        return " or ".join(_describe_type(choice) for choice in inner)
     if origin is tuple:
         return f"a list of {len(inner)} numbers"
     if origin is list:
@@ -225,29 +225,25 @@ def _takes_list(kind: Any) -> bool:
 def _sentence(message: str, config_class: type) -> str:
     """jsonargparse's message as one sentence that names the key and the remedy."""
     types = types_of(config_class)
-    unknown = re.search(r"unrecognized arguments: ?(\S*)", message)
-    in_group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", message)
-    in_file = re.search(
-        r"[Kk]ey [\"']([^\"']+)[\"'] is not expected|does not accept option '([^']+)'", message
-    )
-    lacking = re.search(r"argument (?:-\w/)?--([^\s/:]+)\S*: expected one argument", message)
-    explicit = re.search(r"argument (?:-\w/)?--([^\s/:]+)\S*: ignored explicit argument", message)
-    wrong = re.search(r"Parser key \"([^\"]+)\"", message)
-    if unknown:
-        return _unknown_word(unknown.group(1), types)
-    if lacking:
-        key = lacking.group(1)
-        return f"--{key} needs a value: {_type_words(types[key]) if key in types else 'one word'}"
-    if explicit:
-        return f"--{explicit.group(1)} takes no value"
-    if in_group or in_file:
-        key = ".".join(in_group.groups()) if in_group else next(filter(None, in_file.groups()))
+    if found := re.search(r"unrecognized arguments: ?(\S*)", message):
+        return _unknown_word(found[1], types)
+    if found := re.search(r"argument (?:-\w/)?--([^\s/:]+)\S*: (expected one|ignored)", message):
+        key, needs = found[1], found[2] != "ignored"
+        kind = _describe_type(types[key]) if key in types else "one word"
+        return f"--{key} needs a value: {kind}" if needs else f"--{key} takes no value"
+    if found := (
+        re.search(r"Group '([^']+)' does not accept option '([^']+)'", message)
+        or re.search(r"[Kk]ey [\"']([^\"']+)[\"'] is not expected", message)
+        or re.search(r"does not accept option '([^']+)'", message)
+    ):
+        key = ".".join(found.groups())
         return f"{key} is not a known key{_nearest(key, types, '')}"
-    if wrong and wrong.group(1) in types:
-        key = wrong.group(1)
+    found = re.search(r"Parser key \"([^\"]+)\"", message)
+    if found and found[1] in types:
+        key = found[1]
         value = re.findall(r"(?:Got|Given) value: (.*)", message)
         got = f", got {'null' if value[-1] == 'None' else value[-1].strip()}" if value else ""
-        return f"{key} must be {_type_words(types[key])}{got}{_remedy(types[key], value)}"
+        return f"{key} must be {_describe_type(types[key])}{got}{_remedy(types[key], value)}"
     return " ".join(message.split())
 
 

@@ -165,22 +165,24 @@ class Training(Dataset):
         )
 
 
+@dataclass(eq=False)
 class MicroBatches(Sampler):
     """The sample indices of one rank's micro-batches, from a step on, without end.
 
     A rank's part of a batch is contiguous, and so is each micro-batch.
     """
 
-    def __init__(
-        self, batch_size: int, micro_batch_size: int, rank: int, processes: int, step: int
-    ) -> None:
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self.share, self.rank, self.step = batch_size // processes, rank, step
+    batch_size: int
+    micro_batch_size: int
+    rank: int
+    processes: int
+    step: int
 
     def __iter__(self) -> Iterator[range]:
+        share = self.batch_size // self.processes
         for step in itertools.count(self.step):
-            start = step * self.batch_size + self.rank * self.share
-            for first in range(start, start + self.share, self.micro_batch_size):
+            start = step * self.batch_size + self.rank * share
+            for first in range(start, start + share, self.micro_batch_size):
                 yield range(first, first + self.micro_batch_size)
 
 
@@ -203,13 +205,13 @@ class ShardSource:
         self.shards, self.numbers = shards, numbers
         self.reader = Reader(shards, fields)
 
-    @staticmethod
+    @classmethod
     def first(
-        shards: list[Shard], fields: tuple[str, ...], samples: int | None = None
-    ) -> "ShardSource":
+        cls, shards: list[Shard], fields: tuple[str, ...], samples: int | None = None
+    ) -> Self:
         """The first ``samples``, or all."""
         total = sum(shard.count for shard in shards)
-        return ShardSource(shards, fields, range(total if samples is None else min(samples, total)))
+        return cls(shards, fields, range(total if samples is None else min(samples, total)))
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -220,19 +222,16 @@ class ShardSource:
             yield sample
 
 
+@dataclass(eq=False)
 class Validation(Dataset):
     """Batches of held-out samples in fixed order; bad samples are left out of theirs.
 
     What is in a batch depends neither on processes nor on workers.
     """
 
-    def __init__(
-        self,
-        source: SampleSource,
-        decode: Callable[[RawSample], Any],
-        collate: Callable[[list[Any]], Any],
-    ) -> None:
-        self.source, self.decode, self.collate = source, decode, collate
+    source: SampleSource
+    decode: Callable[[RawSample], Any]
+    collate: Callable[[list[Any]], Any]
 
     def __getitems__(self, numbers: Sequence[int]) -> tuple[Any, Bad]:
         """A batch, or None where no sample can be used, and those that cannot."""
@@ -290,7 +289,7 @@ def load_validation(
     Args:
         share: (rank, processes); each rank has a contiguous part of the batches, which are the same
             for any number of processes.
-        say: told how far it is, if it takes long; ``what`` it is.
+        say: called with how far it is, if it takes long; ``what`` names it.
     """
     count, (rank, processes) = len(dataset.source), share
     parts = [range(at, min(at + batch_size, count)) for at in range(0, count, batch_size)]
@@ -337,11 +336,11 @@ def load(
         yield content
 
 
+@dataclass(eq=False)
 class HandsOver(Dataset):
     """Hands over what the user can mend as it was raised; torch would make a traceback of it."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    dataset: Dataset
 
     def __getitems__(self, numbers: Sequence[int]) -> Any:
         try:

@@ -1,10 +1,11 @@
 """Files that one process at a time may write; the kernel drops a lock with the process."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 
 @contextlib.contextmanager
@@ -25,6 +26,21 @@ def locked(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
             yield file
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do if a fork has a copy of it
+
+
+def try_lock(file: IO) -> bool | None:
+    """Lock an open file for this process, which its children do not hold; also between machines.
+
+    Returns:
+        Whether it has the lock now; None where the file system knows none.
+    """
+    import fcntl  # not on Windows
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        return False if error.errno in (errno.EACCES, errno.EAGAIN) else None
 
 
 def is_named(path: Path, file: BinaryIO) -> bool:

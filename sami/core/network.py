@@ -128,7 +128,8 @@ class RangeFile(io.RawIOBase):
     """A remote file; each ``read`` is one request for just these bytes, tried again on faults.
 
     Nothing is read ahead, since the next sample may lie anywhere: who reads small pieces in a row
-    wraps it in ``io.BufferedReader``. Several threads may use ``read_at``.
+    wraps it in ``io.BufferedReader``. Several threads may use ``read_at``, whose errors
+    ``read`` raises too.
     """
 
     def __init__(self, url: str, size: int, patience: Patience) -> None:
@@ -149,17 +150,14 @@ class RangeFile(io.RawIOBase):
         self._position = max(start + offset, 0)
         return self._position
 
-    def read(self, size: int | None = -1) -> bytes:
-        """Raises as :meth:`read_at` does."""
-        data = self.read_at(self._position, self.size if size is None or size < 0 else size)
+    def readall(self) -> bytes:
+        data = self.read_at(self._position, self.size)
         self._position += len(data)
         return data
 
-    def readall(self) -> bytes:
-        return self.read()
-
     def readinto(self, buffer: memoryview) -> int:
-        data = self.read(len(buffer))
+        data = self.read_at(self._position, len(buffer))
+        self._position += len(data)
         buffer[: len(data)] = data
         return len(data)
 

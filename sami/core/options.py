@@ -54,8 +54,7 @@ class Options(argparse.ArgumentParser):
 
     def _sentence(self, message: str) -> str:
         known = [name for action in self._actions for name in action.option_strings]
-        unknown = re.match(r"unrecognized arguments: (.*)", message)
-        if unknown:
+        if unknown := re.match(r"unrecognized arguments: (.*)", message):
             word = unknown[1].split()[0]
             if not word.startswith("-"):
                 return f"'{word}' is one word too many; {QUOTE}, and see {self.prog} --help"
@@ -72,22 +71,19 @@ class Options(argparse.ArgumentParser):
         about = re.match(r"argument ([^:]+): (.*)", message)
         if about is None:
             return message
-        name, words = about[1].split("/")[-1], about[2]
-        value = re.search(r"invalid (\w+) value: '?(.*?)'?$", words)
-        choice = re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$", words)
-        other = re.search(r"not allowed with argument (\S+)", words)
-        if value:
-            kind = {"int": "an integer", "float": "a number"}.get(value[1], f"a {value[1]}")
-            return f"{name} must be {kind}, got {value[2] or 'nothing'}"
-        if choice:
-            return f"{name} must be one of {choice[2].replace(chr(39), '')}, got {choice[1]}"
-        if other:
-            return f"{name} and {other[1]} exclude each other; give one of them"
-        if words.startswith("expected "):
-            return f"{name} needs {'one value or more' if 'at least' in words else 'a value'}"
-        if words.startswith("ignored explicit argument"):
+        name, problem = about[1].split("/")[-1], about[2]
+        if found := re.search(r"invalid (\w+) value: '?(.*?)'?$", problem):
+            kind = {"int": "an integer", "float": "a number"}.get(found[1], f"a {found[1]}")
+            return f"{name} must be {kind}, got {found[2] or 'nothing'}"
+        if found := re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$", problem):
+            return f"{name} must be one of {found[2].replace(chr(39), '')}, got {found[1]}"
+        if found := re.search(r"not allowed with argument (\S+)", problem):
+            return f"{name} and {found[1]} exclude each other; give one of them"
+        if problem.startswith("expected "):
+            return f"{name} needs {'one value or more' if 'at least' in problem else 'a value'}"
+        if problem.startswith("ignored explicit argument"):
             return f"{name} takes no value"
-        return f"{name}: {words}"
+        return f"{name}: {problem}"
 
 
 def _renamed(word: str) -> str:

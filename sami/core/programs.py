@@ -1,7 +1,6 @@
 """Programs that are run to their end: output, requests to stop, locks between processes."""
 
 import contextlib
-import errno
 import os
 import re
 import signal
@@ -13,10 +12,10 @@ from pathlib import Path
 
 from sami.core.config import require
 from sami.core.exits import ASKED_TO_STOP, FINISHED
+from sami.core.locks import try_lock
 from sami.core.paths import exists
 
 PROGRESS = re.compile(rb"[a-z ]+ \d+/\d+( |$)")  # lines of sami/core/progress.py, of any program
-HELD = (errno.EACCES, errno.EAGAIN)  # of a lock that another process has
 
 
 @contextlib.contextmanager
@@ -106,31 +105,20 @@ def locked(path: Path, wait: Callable[[], bool] | None = None) -> Iterator[bool]
     Raises:
         UserError: another process has it.
     """
-    import fcntl  # not on Windows
-
     with path.open("ab") as file:
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
+        held = try_lock(file) is not False  # a file system without locks has to do
+        while not held:
+            require(wait is not None, f"{path.parent} is being run already; wait for it")
+            if not wait():
                 break
-            except OSError as error:
-                held = error.errno not in HELD  # a file system without locks
-                require(
-                    held or wait is not None, f"{path.parent} is being run already; wait for it"
-                )
-                if held or not wait():
-                    break
+            held = try_lock(file) is not False
         yield held
 
 
 def is_locked(path: Path) -> bool:
     """Whether a process, of this machine or another, holds a lock."""
-    import fcntl
-
     try:
         with path.open("r+b") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # or it is not there, not ours, or not on a file system with locks
-        return exists(path) and os.access(path, os.W_OK) and error.errno in HELD
-    return False
+            return try_lock(file) is False
+    except OSError:  # it is not there, or not ours
+        return False

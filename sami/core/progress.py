@@ -29,7 +29,7 @@ class Progress:
         self.last = -1  # what was said last
 
     def at(self, done: int) -> None:
-        """Say it if nothing was said for two thirds of the time: the next chance may be late."""
+        """Say it if nothing was said for two thirds of EVERY: the next chance may be late."""
         if time.monotonic() - self.said >= 2 / 3 * EVERY:
             self.tell(done)
 

@@ -1,7 +1,6 @@
 """A run: its folder, its processes, and how it begins and ends."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from sami.core.checkpoint import list_checkpoints, write_text
 from sami.core.config import PATH, require, to_dict, to_yaml
 from sami.core.errors import UserError, not_written
 from sami.core.exits import ASKED_TO_STOP, FINISHED, USER_ERROR, user_error
+from sami.core.locks import try_lock
 from sami.core.paths import exists
 from sami.core.processes import choose_device, is_launched, make_accelerator
 from sami.core.reporting import Reporter, environment
@@ -279,30 +279,25 @@ class Run:
 
     def _take_folder(self) -> None:
         refuse_other_run(self.dir, self.entry)
-        import fcntl  # not on Windows
-
         try:
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._lock = (self.dir / "lock").open("a+", encoding="utf-8")
         except OSError as error:
             remedy = "choose another folder with --run.dir"
             raise not_written(error, f"run.dir {self.dir}", remedy) from error
-        try:  # the kernel drops this lock with the process, however it dies
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                self.say(
-                    f"this file system cannot lock {self.dir}; see to it that only one job uses "
-                    "the folder"
-                )
-            else:
-                self._lock.seek(0)
-                holder = self._lock.read().strip() or "another process"
-                raise UserError(
-                    f"run.dir {self.dir} is in use by {holder}; wait for it or choose another "
-                    "folder with --run.dir"
-                ) from error
+        has_lock = try_lock(self._lock)
         self._lock.seek(0)
+        if has_lock is None:
+            self.say(
+                f"this file system cannot lock {self.dir}; see to it that only one job uses "
+                "the folder"
+            )
+        elif not has_lock:
+            holder = self._lock.read().strip() or "another process"
+            raise UserError(
+                f"run.dir {self.dir} is in use by {holder}; wait for it or choose another "
+                "folder with --run.dir"
+            )
         self._lock.truncate()
         self._lock.write(f"host {socket.gethostname()}, pid {os.getpid()}")
         self._lock.flush()
