@@ -21,6 +21,7 @@ from sami.core.processes import DEVICES, choose_device
 from sami.encoders.sam import SAM_SHAPES
 
 BENCHES = Path(__file__).parent / "benches"
+SHARDS = "of the data path; drawn images if none"
 
 
 def main() -> int:
@@ -36,8 +37,7 @@ def main() -> int:
     parser.add_argument("--teacher", default="sam_vit_b", choices=list(SAM_SHAPES))
     parser.add_argument("--teacher-batch", type=int, default=1)
     parser.add_argument("--teacher-sizes", type=int, nargs="+", default=[1024, 224])
-    shards = {"type": path_pattern, "nargs": "+", "default": []}
-    parser.add_argument("--shards", **shards, help="of the data path; drawn images if none")
+    parser.add_argument("--shards", type=path_pattern, nargs="+", default=[], help=SHARDS)
     parser.add_argument("--workers", type=int, default=2, help="of cache, for each stream")
     parser.add_argument("--grid", type=int, default=32, help="of cache's features")
     args = parser.parse_args()
