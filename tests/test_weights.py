@@ -460,6 +460,8 @@ def test_what_lies_at_a_path_is_told(tmp_path, models):
     ended = a_run(tmp_path / "ended", "encoder", models, (), ended=True)
     second = a_run(tmp_path / "second", "model", models, (5,))
     fresh = a_run(tmp_path / "fresh", "encoder", models)
+    broken = a_run(tmp_path / "broken", "encoder", models)
+    (broken / "summary.json").write_text('{"status": "failed", "entry": "sami/pretrain.py"}')
     failed = tmp_path / "failed"
     failed.mkdir()
     (failed / "summary.json").write_text('{"status": "failed", "entry": "sami/pretrain.py"}')
@@ -479,6 +481,7 @@ def test_what_lies_at_a_path_is_told(tmp_path, models):
         (first / "checkpoints/step-5", MODEL, "is a checkpoint of sami/pretrain.py"),
         (ended / "encoder.safetensors", MODEL, "is an encoder of stage 1 (of sami/pretrain.py)"),
         (fresh, ENCODER, "is a run that has not saved yet"),
+        (broken, ENCODER, "is a run that failed before its first checkpoint: summary.json says"),
         (failed, ENCODER, "is a start that failed"),
         (other, MODEL, f"is a folder; name the file in it, such as {other}/sam.pth"),
         (tmp_path / "nowhere", ENCODER, "does not exist; a.b takes an encoder"),

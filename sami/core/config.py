@@ -113,8 +113,14 @@ def differences(old: dict[str, Any], new: dict[str, Any], ignore: set[str]) -> l
         if any(".".join(parts[:depth]) in ignore for depth in range(1, len(parts) + 1)):
             continue
         before, after = flat_old.get(key), flat_new.get(key)
-        if before != after:
+        if before == after:
+            continue
+        if key in flat_old and key in flat_new:
             changed.append(f"{key} was {before} and is now {after}")
+        else:
+            changed.append(
+                f"{key} is {after} and was not there" if key in flat_new else f"{key} is gone"
+            )
     return changed
 
 

@@ -173,9 +173,12 @@ def _describe(place: Path, takes: Takes, spoilt: list[str]) -> str:
         return f"is a run of {entry}, which makes {makes}"
     if spoilt:
         return f"is a run without whole weights ({spoilt[0].split(';')[0]})"
+    failed = read_summary(place).get("status") == "failed"
+    if entry is not None and failed:
+        return "is a run that failed before its first checkpoint: summary.json says why"
     if entry is not None:
         return "is a run that has not saved yet: wait for its first checkpoint"
-    if read_summary(place).get("status") == "failed":
+    if failed:
         return "is a start that failed, and has no weights"
     files = sorted(one.name for one in place.iterdir() if one.suffix in WEIGHTS)
     if files:
