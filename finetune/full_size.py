@@ -1,9 +1,9 @@
 """Masks at the size of an image, from the mask decoder's logits, without an array of that size.
 
 Resizing mixes each pixel of at most 4 x 4 samples of the mask decoder's output. A block of pixels
-with the same samples is a *cell*. What its samples allow says of most cells that all of their pixels
-are inside or outside; only where the logits may cross a threshold, along the outline, are pixels
-computed: some 2 % of them. So the result is that of resizing everything, but for rounding.
+with the same samples is a *cell*. Of most cells their samples allow no pixel but inside, or none
+but outside; only where the logits may cross a threshold, along the outline, are pixels computed.
+So the result is that of resizing everything, but for rounding.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-CELLS = 8192  # computed at once: a noisy mask has 65,000, of some 50 pixels each
+CELLS = 8192  # computed at once, of some 50 pixels each
+NOISY = 0.25  # of the cells are open: from here on computing all pixels takes less time
+ROWS = 64  # computed at once then
 SLACK = 1e-5  # of the range of a cell's samples, for rounding
 
 
@@ -72,6 +74,7 @@ class Axis:
     """One side of an image: groups of neighbouring pixels that are mixed of the same samples.
 
     Attributes:
+        matrix: weights of all samples in each pixel, [S, n].
         taps: samples in a window.
         starts: first sample of each group's window, [G].
         first: first pixel of each group, and one past the last one, [G + 1].
@@ -82,7 +85,7 @@ class Axis:
     """
 
     def __init__(self, matrix: torch.Tensor) -> None:
-        """``matrix``: weights of samples in pixels, [S, n]."""
+        self.matrix = matrix
         size, samples = matrix.shape
         used = matrix != 0
         begin = used.float().argmax(1)  # the first of equal ones
@@ -125,8 +128,15 @@ class Enlarger:
             Axis(_matrix(samples, side, None if frame is None else frame[axis], full))
             for axis, side in enumerate(size)
         )
+        # Samples that reach into the image.
+        self.there = [samples if frame is None else -(-frame[a] * samples // full) for a in (0, 1)]
         rows, columns = self.rows, self.columns
         self.overshoot = rows.above * columns.below + rows.below * columns.above + SLACK
+
+    def without_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of logits [..., n, n] those of the image."""
+        height, width = self.there
+        return logits[..., :height, :width]
 
     def paint(
         self, logits: torch.Tensor, threshold: float, offset: float, least: float
@@ -143,6 +153,12 @@ class Enlarger:
         minimum, maximum = self._bounds(logits)
         sure = minimum > above
         open_cells = (maximum > below) & ~sure
+        r, c = open_cells.nonzero(as_tuple=True)
+        if open_cells.float().mean() > NOISY:
+            counts, inside = self._all_pixels(logits, threshold, low, high)
+            stability = float((counts[0] / counts[1]).float())
+            stays = least <= 0 or stability >= least
+            return FullMask(inside, 0, 0, stability) if stays else None
         r, c = open_cells.nonzero(as_tuple=True)
         counts = torch.outer(rows.first.diff(), columns.first.diff())[sure].sum().repeat(2)
         windows = logits.unfold(0, rows.taps, 1).unfold(1, columns.taps, 1)
@@ -168,9 +184,21 @@ class Enlarger:
         painted = painted.repeat_interleave(rows.first.diff()[top:bottom], 1)
         left, top = int(columns.first[left]), int(rows.first[top])
         at = (columns.pixels[c] - left)[:, :, None], (rows.pixels[r] - top)[:, None]
-        if inside:
-            painted[at] = torch.cat(inside)
+        painted[at] = torch.cat(inside)
         return FullMask(painted.numpy(), left, top, stability)
+
+    def _all_pixels(
+        self, logits: torch.Tensor, threshold: float, low: float, high: float
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """How many pixels are above the high and the low threshold; and the mask, [W, H]."""
+        rows, columns = self.rows.matrix, self.columns.matrix
+        counts = torch.zeros(2, dtype=torch.long)
+        inside = np.empty((len(columns), len(rows)), bool)
+        for start in range(0, len(rows), ROWS):
+            found = rows[start : start + ROWS] @ logits @ columns.T
+            counts += torch.stack([(found > at).sum() for at in (high, low)])
+            inside[:, start : start + ROWS] = (found > threshold).T.numpy()
+        return counts, inside
 
     def _bounds(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Between what each cell's pixels must lie: two [Gr, Gc]."""

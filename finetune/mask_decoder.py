@@ -182,21 +182,50 @@ class MaskDecoder(PredictorMasks):
     def decode(
         self, embedding: torch.Tensor, image_pe: torch.Tensor, prompts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`predict`, of embeddings [B, D, h, w] with their positional encoding
-        [1, D, h, w], and prompts' tokens [B, Q, P, D]."""
-        images, count = prompts.shape[:2]
-        height, width = embedding.shape[2:]
+        """All four masks.
+
+        Args:
+            embedding: of the images, [B, D, h, w].
+            image_pe: [1, D, h, w].
+            prompts: tokens [B, Q, P, D].
+
+        Returns:
+            Logits [B, Q, 4, 4h, 4w] and predicted IoU [B, Q, 4].
+        """
+        tokens, image = self._transform(embedding, image_pe, prompts)
+        count, size = prompts.shape[:2], embedding.shape[2:]
+        logits = self.draw(tokens.flatten(0, 1), image.flatten(0, 1), *size).unflatten(0, count)
+        return logits, self.iou_prediction_head(tokens[:, :, 0])
+
+    def attend(
+        self,
+        image_embeddings: torch.Tensor,
+        image_pe: torch.Tensor,
+        sparse_prompt_embeddings: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._transform(image_embeddings, image_pe, sparse_prompt_embeddings[None])
+        return found[0][0], found[1][0]
+
+    def draw(
+        self, tokens: torch.Tensor, image: torch.Tensor, height: int, width: int
+    ) -> torch.Tensor:
+        fine = rearrange(image, "q (h w) d -> q d h w", h=height, w=width)
+        for layer in self.final_output_upscaling_layers:
+            fine = layer(fine)
+        weights = [
+            network(tokens[:, 1 + number])
+            for number, network in enumerate(self.output_hypernetworks_mlps)
+        ]
+        return torch.einsum("qmd,qdhw->qmhw", torch.stack(weights, dim=1), fine)
+
+    def _transform(
+        self, embedding: torch.Tensor, image_pe: torch.Tensor, prompts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [B, Q, T, D] of IoU, masks and prompts, and image tokens [B, Q, N, D]."""
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([own.expand(images, count, -1, -1), prompts], dim=2)
+        tokens = torch.cat([own.expand(*prompts.shape[:2], -1, -1), prompts], dim=2)
         image, image_pe = (
             rearrange(x, "b d h w -> b 1 (h w) d").to(tokens.dtype) for x in (embedding, image_pe)
         )
-        tokens, image = self.transformer(tokens, image, image_pe)
-        fine = rearrange(image, "b q (h w) d -> (b q) d h w", h=height, w=width)
-        for layer in self.final_output_upscaling_layers:
-            fine = layer(fine)
-        own = tokens[:, :, 1 : 1 + self.MASKS].unbind(2)
-        weights = [mlp(x) for mlp, x in zip(self.output_hypernetworks_mlps, own, strict=True)]
-        fine = rearrange(fine, "(b q) d h w -> b q d h w", q=count)
-        logits = torch.einsum("bqmd,bqdhw->bqmhw", torch.stack(weights, dim=2), fine)
-        return logits, self.iou_prediction_head(tokens[:, :, 0])
+        return self.transformer(tokens, image, image_pe)

@@ -97,6 +97,31 @@ class SamMaskDecoder(PredictorMasks, PackageMasks):
         logits, iou = (torch.stack(parts) for parts in zip(*images, strict=True))
         return logits, iou
 
+    def attend(
+        self,
+        image_embeddings: torch.Tensor,
+        image_pe: torch.Tensor,
+        sparse_prompt_embeddings: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first half of the package's ``predict_masks``, :meth:`draw` is the second."""
+        count = len(sparse_prompt_embeddings)
+        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens = torch.cat([own.expand(count, -1, -1), sparse_prompt_embeddings], dim=1)
+        image = image_embeddings + dense_prompt_embeddings
+        return self.transformer(image, image_pe.expand(count, -1, -1, -1), tokens)
+
+    def draw(
+        self, tokens: torch.Tensor, image: torch.Tensor, height: int, width: int
+    ) -> torch.Tensor:
+        image = image.mT.unflatten(2, (height, width))
+        fine = self.output_upscaling(image)
+        weights = [
+            network(tokens[:, 1 + number])
+            for number, network in enumerate(self.output_hypernetworks_mlps)
+        ]
+        return (torch.stack(weights, dim=1) @ fine.flatten(2)).unflatten(2, fine.shape[2:])
+
 
 def _groups(
     points: torch.Tensor, labels: torch.Tensor

@@ -158,15 +158,15 @@ def _peak_memory(
     encoder: str, masks: int, args: argparse.Namespace, bf16: bool, checkpointing: bool
 ) -> float:
     batch = draw_batch(args.batch, masks, args.image_size, torch.device(args.device))
-    before = _highest()
+    before = highest()
     step = stage2_step(encoder, batch, bf16, False, checkpointing)
     for _ in range(2):
         step()
     on_cuda = args.device.startswith("cuda")
-    return torch.cuda.max_memory_allocated() / 1e9 if on_cuda else _highest() - before
+    return torch.cuda.max_memory_allocated() / 1e9 if on_cuda else highest() - before
 
 
-def _highest() -> float:
+def highest() -> float:
     """GB of main memory that this process had at most; Linux."""
     status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in status if line.startswith("VmHWM")]
