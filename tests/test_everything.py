@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from segment_anything import SamAutomaticMaskGenerator
+from segment_anything import SamAutomaticMaskGenerator as Theirs
 from segment_anything.utils.amg import (
     batched_mask_to_box,
     calculate_stability_score,
@@ -16,6 +16,7 @@ from segment_anything.utils.amg import (
     rle_to_mask,
 )
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import everything, full_size
 from finetune.everything import MaskGenerator
@@ -35,7 +36,7 @@ ALL = {"points_per_side": 4, "pred_iou_thresh": 0, "stability_score_thresh": 0}
 
 
 def lively(kind="efficientsam", resize="square"):
-    """A model whose prompts matter, with logits of -5 to 5."""
+    """A model whose prompts matter; logits of some -5 to 5, predicted IoU about 1."""
     torch.manual_seed(0)
     model = Sam(ModelShape(NARROW, kind, resize)).eval()
     for parameter in model.prompt_encoder.parameters():
@@ -43,6 +44,7 @@ def lively(kind="efficientsam", resize="square"):
     for network in model.mask_decoder.output_hypernetworks_mlps:
         for parameter in list(network.parameters())[-2:]:
             parameter.data.mul_(10)
+    list(model.mask_decoder.iou_prediction_head.parameters())[-1].data.add_(1)
     return model
 
 
@@ -120,7 +122,7 @@ def test_run_ends_are_the_packages(turn):
 
 def compare(model, image=IMAGE, **words):
     """Both generators' results, which must be the same; ours."""
-    theirs = SamAutomaticMaskGenerator(model, **words).generate(image)
+    theirs = Theirs(model, **words).generate(image)
     ours = MaskGenerator(model, **words).generate(image)
     assert len(theirs) == len(ours) > 0
     for wanted, found in zip(theirs, ours, strict=True):
@@ -182,8 +184,7 @@ def test_thresholds_leave_the_same(monkeypatch):
                 float(np.quantile([one[name] for one in found], share))
                 for name in ("predicted_iou", "stability_score")
             )
-            if iou > 0:
-                assert len(compare(model, **words | {"pred_iou_thresh": iou})) < len(found)
+            assert len(compare(model, **words | {"pred_iou_thresh": iou})) < len(found)
             few = compare(model, **words | {"stability_score_thresh": stable})
             assert len(few) < len(found)
 
@@ -199,6 +200,32 @@ def test_masks_that_nobody_wants_are_not_drawn(monkeypatch):
     assert drawn == []
     MaskGenerator(model, **ALL).generate(IMAGE)
     assert sum(drawn) == 16 and max(drawn) <= everything.ON_CPU
+
+
+class Sizes(TorchDispatchMode):
+    """Keeps the size of the largest array of floats that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(one, torch.Tensor) and one.is_floating_point():
+                self.largest = max(self.largest, one.numel())
+        return made
+
+
+@RESIZES
+def test_no_floats_have_the_size_of_the_image(resize):
+    image = np.tile(IMAGE, (15, 15, 1))
+    pixels = image.shape[0] * image.shape[1]
+    generators = [kind(lively(resize=resize), **ALL) for kind in (MaskGenerator, Theirs)]
+    largest = []
+    for generator in generators:
+        with Sizes() as sizes:
+            assert generator.generate(image)
+        largest.append(sizes.largest)
+    assert largest[0] < pixels / 2 and largest[1] >= pixels
 
 
 def components(mask, connectivity):
