@@ -22,7 +22,7 @@ from segment_anything.utils.amg import (
 )
 from torchvision.ops.boxes import batched_nms, box_area
 
-from finetune.full_size import Enlarger, run_ends
+from finetune.full_size import Enlarger, PackedMask, run_ends
 from finetune.rle import area
 from finetune.rle import box as tight_box
 from finetune.sam import Sam
@@ -41,12 +41,13 @@ MARGIN, SMALL = 0.1, 200
 class Found:
     """A mask that was found, in pixels of the whole image."""
 
-    ends: np.ndarray  # its runs, see finetune.rle
+    mask: PackedMask  # in its crop
     box: tuple[int, int, int, int]  # x0, y0, x1, y1, the last two inclusive
     point: list[float]
     iou: float
     stability: float
     crop: list[int]  # x0, y0, x1, y1, the last two exclusive
+    ends: np.ndarray | None = None  # its runs, see finetune.rle; once it is no duplicate
 
 
 class MaskGenerator:
@@ -172,6 +173,8 @@ class MaskGenerator:
         if len(crops) > 1:
             scores = 1 / box_area(torch.tensor([one.crop for one in found]).reshape(-1, 4))
             found = _distinct(found, scores, self.crop_nms_thresh)
+        for one in found:
+            one.ends = one.mask.ends(*one.crop[:2], *size)
         if self.min_mask_region_area > 0:
             found = self._without_small_regions(found, size)
         return [self._record(one, size) for one in found]
@@ -250,7 +253,7 @@ class MaskGenerator:
                 continue
             found.append(
                 Found(
-                    mask.ends(*crop[:2], *size),
+                    mask.packed(),
                     tuple((box[0].numpy() + np.tile(corner, 2)).tolist()),
                     (points[given[number]] + corner).tolist(),
                     float(iou[number]),

@@ -6,6 +6,7 @@ but outside; only where the logits may cross a threshold, along the outline, are
 So the result is that of resizing everything, but for rounding.
 """
 
+import zlib
 from dataclasses import dataclass
 from functools import reduce
 
@@ -42,13 +43,37 @@ class FullMask:
         left, right, top, bottom = (int(line[end]) for line in (columns, rows) for end in (0, -1))
         return (self.left + left, self.top + top, self.left + right, self.top + bottom)
 
+    def packed(self) -> "PackedMask":
+        """The same in some kB; a noisy mask, whose run lengths would be larger than itself, too."""
+        bits = zlib.compress(np.packbits(self.inside), 1)
+        return PackedMask(bits, self.inside.shape, self.left, self.top)
+
+
+@dataclass
+class PackedMask:
+    """A :class:`FullMask` that waits.
+
+    Attributes:
+        bits: of its rectangle, compressed.
+        shape: width and height of that.
+        left, top: where it lies, in pixels.
+    """
+
+    bits: bytes
+    shape: tuple[int, int]
+    left: int
+    top: int
+
     def ends(self, x: int, y: int, height: int, width: int) -> np.ndarray:
         """Where its runs end, as :mod:`finetune.rle` has it, in an image of height x width pixels.
 
         Args:
             x, y: where the crop that it is a mask of lies in the image, in pixels.
         """
-        return run_ends(self.inside, self.left + x, self.top + y, height, width)
+        bits = np.frombuffer(zlib.decompress(self.bits), np.uint8)
+        count = self.shape[0] * self.shape[1]
+        inside = np.unpackbits(bits, count=count).view(bool).reshape(self.shape)
+        return run_ends(inside, self.left + x, self.top + y, height, width)
 
 
 def run_ends(inside: np.ndarray, left: int, top: int, height: int, width: int) -> np.ndarray:

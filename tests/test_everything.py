@@ -85,7 +85,7 @@ def test_the_outline_alone_gives_the_mask_of_all_pixels(kind, resize, size, monk
     for noisy in (0.25, 2.0, -1.0):  # as it comes, the outline alone, all pixels
         monkeypatch.setattr(full_size, "NOISY", noisy)
         found = enlarger.paint(logits, 0.25, 0.9, 0)
-        ends = found.ends(0, 0, *size)
+        ends = found.packed().ends(0, 0, *size)
         counts = np.diff(ends, prepend=0).tolist()
         mask = rle_to_mask({"size": size, "counts": counts})
         near = (whole[0] - 0.25).abs() < 1e-4  # may round to either side
