@@ -190,7 +190,7 @@ class MaskGenerator:
             step = min(step, ON_CPU)
         shape = predictor.model.shape
         frame = None if shape.resize == "square" else predictor.input_size
-        enlarger = Enlarger(shape.mask_size, size, frame, shape.image_size)
+        enlarger = Enlarger(4 * shape.grid, size, frame, shape.image_size)
         found = []
         for start in range(0, len(points), step):
             some = points[start : start + step]
