@@ -31,7 +31,7 @@ TAKES_ENCODER = Takes(  # encoder.checkpoint in stage 2
     ("encoder", "model"),
     "the folder of a run of stage 1 (python sami/pretrain.py ...) or its encoder.safetensors; or "
     "a model, whose image encoder is taken: a run of stage 2, its model.safetensors, a released "
-    ".pt, SAM's .pth",
+    ".pt, SAM's .pth; or a ViT of MAE's or timm's, as a file or as timm:NAME",
 )
 
 

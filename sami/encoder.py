@@ -36,7 +36,8 @@ class EncoderConfig:
         patch_size: side of a patch in pixels.
         checkpoint: encoder.safetensors, or the folder of a run of stage 1, to start from; in
             stage 2 also a model (model.safetensors or its run folder, released .pt, SAM's .pth);
-            null or empty for none.
+            a file of MAE's or of a ViT of timm's, or timm:NAME, which is downloaded; null or empty
+            for none.
         grid: side of the grid that positions are stored for; null for the checkpoint's own, and
             without one for the images' in stage 1 and the released model's 14 in stage 2.
     """

@@ -21,6 +21,8 @@ from sami.core.errors import UserError, raise_if_machine
 from sami.core.paths import exists, is_file
 from sami.core.weightfile import WEIGHTS, NotWeights, identify, read_header, read_tensors
 
+TIMM = "timm:"  # before a name of timm's
+
 
 @dataclass(frozen=True)
 class Takes:
@@ -89,7 +91,7 @@ class Weights:
 
 
 def find_weights(path: str | Path | None, takes: Takes, option: str = "") -> Found:
-    """The file of weights at a path: a file, a run folder, or a checkpoint of one.
+    """The file of weights at a path: a file, a run folder or a checkpoint of one, or timm:NAME.
 
     Of a run folder it is what the run exported at its end or, before that, what its newest whole
     checkpoint holds.
@@ -105,6 +107,10 @@ def find_weights(path: str | Path | None, takes: Takes, option: str = "") -> Fou
         raise UserError(f"{option or 'the path'} is empty; {remedy}")
     if not isinstance(path, (str, Path)):
         raise UserError(f"{option or 'the path'} is {path!r}, which is no path; {remedy}")
+    if str(path).startswith(TIMM):
+        from sami.core.hub import fetch_timm  # timm takes a second to import
+
+        return Found(fetch_timm(str(path).removeprefix(TIMM), what))
     place = Path(path)
     if not exists(place):
         link = f" (a link to {place.readlink()})" if os.path.islink(place) else ""

@@ -26,6 +26,8 @@ from sami.encoders.protocol import EncoderShape, FromShape, token_map
 from sami.encoders.registry import ENCODERS, KINDS, Architecture
 
 HEAD_WIDTH = 64  # of an attention head in all ViTs of the papers
+# Tensors of timm's and MAE's files that are no part of the encoder.
+BEHIND = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "decoder_", "mask_token")
 RELEASED_SIZE = 1024  # pixels; the input of the released models, which no tensor tells
 
 
@@ -109,6 +111,14 @@ class Vit(FromShape, nn.Module):
         tokens = F.linear(patches, projection.weight.flatten(1), projection.bias) + positions
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
         return torch.cat([first.to(tokens.dtype), tokens], dim=1)
+
+    @staticmethod
+    def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        """timm's or MAE's ViT with a class token, without what stands behind its last norm:
+        classifier, MAE's decoder."""
+        if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= tensors.keys():
+            return None
+        return {name: t for name, t in tensors.items() if not name.startswith(BEHIND)}
 
     @staticmethod
     def infer(tensors: dict[str, torch.Tensor], heads: int | None) -> EncoderShape | None:
