@@ -1,0 +1,288 @@
+"""FastSAM (arXiv 2306.12156): segment everything once, then choose by points, box or text.
+
+The first step, all-instance segmentation, is YOLOv8-seg of the package ultralytics (AGPL-3.0, the
+extra ``fastsam``). The second, prompt-guided selection, is in selection.py.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from segment_anything.utils.transforms import ResizeLongestSide
+
+from finetune.selection import select_by_box, select_by_points, select_by_text_scores
+from finetune.yolo_weights import TAKES, read_yolo
+from sami.core.config import require
+from sami.core.errors import UserError
+from sami.core.images import longest_frame
+from sami.core.weights import load_strictly
+
+MASK_SIDE = 256  # of SAM's low-resolution logits
+LOGIT = 10.0  # of a pixel that is inside
+STEM = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}  # channels of YOLOv8's first layer: its size
+NEEDS = (
+    "FastSAM needs the package ultralytics, whose licence is AGPL-3.0 (it extends to what is built "
+    "on it); if that suits you: pip install -e '.[fastsam]'"
+)
+
+
+class Instances(NamedTuple):
+    """All that is found in an image, the most confident first.
+
+    ``masks`` bool [N, H, W]; ``boxes`` fp32 [N, 4] in pixels; ``scores`` fp32 [N], confidence.
+    """
+
+    masks: torch.Tensor
+    boxes: torch.Tensor
+    scores: torch.Tensor
+
+
+class FastSam:
+    """FastSAM with the interface of segment_anything's ``SamPredictor``.
+
+    An image's instances are found when it is set; prompts then choose among them. Three things
+    differ from SAM: there is one mask for a prompt, also with ``multimask_output``; points and a
+    box exclude each other; earlier masks are not taken as a prompt.
+
+    Attributes:
+        instances: of the image that is set.
+        original_size: its height and width in pixels.
+        transform: for ``predict_torch``, as SamPredictor's.
+    """
+
+    def __init__(self, segmenter: Any, image_size: int = 1024) -> None:
+        """
+        Args:
+            segmenter: ultralytics' predictor with its model; :meth:`load` makes it.
+            image_size: longest side of what the model sees, in pixels.
+        """
+        self._segmenter = segmenter
+        self.transform = ResizeLongestSide(image_size)
+        self.reset_image()
+
+    @staticmethod
+    def load(
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        image_size: int = 1024,
+        conf: float = 0.4,
+        iou: float = 0.9,
+        max_det: int = 100,
+    ) -> "FastSam":
+        """A model from a file; the defaults are those of FastSAM's inference.
+
+        The file is read without executing what it holds; see :mod:`finetune.yolo_weights`.
+
+        Args:
+            path: FastSAM's .pt, or what ultralytics trained YOLOv8-seg to.
+            conf: least confidence of an instance.
+            iou: boxes that overlap more are one instance.
+            max_det: most instances of an image.
+
+        Raises:
+            UserError: ultralytics is missing, or the file is no YOLOv8-seg.
+        """
+        for name, value in (("conf", conf), ("iou", iou)):
+            require(0 <= value <= 1, f"{name} {value} must be within 0..1")
+        for name, value in (("image_size", image_size), ("max_det", max_det)):
+            require(value > 0, f"{name} {value} must be positive")
+        tensors = read_yolo(path)
+        try:
+            from ultralytics.models.yolo.segment import SegmentationPredictor
+        except ImportError as error:
+            raise UserError(NEEDS) from error
+        settings = {"conf": conf, "iou": iou, "imgsz": image_size, "max_det": max_det}
+        settings |= {"retina_masks": True, "agnostic_nms": True, "save": False, "verbose": False}
+        settings |= {"task": "segment", "mode": "predict", "device": str(device)}
+        segmenter = SegmentationPredictor(overrides=settings)
+        segmenter.setup_model(build_yolo(tensors, path), verbose=False)
+        return FastSam(segmenter, image_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self._segmenter.device
+
+    def everything(self, image: np.ndarray) -> Instances:
+        """All instances of an image, uint8 [H, W, 3] in RGB.
+
+        Raises:
+            UserError: another type or shape.
+        """
+        image = np.asarray(image)
+        require(
+            image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0,
+            f"an image is uint8 [height, width, 3], got {image.dtype} {list(image.shape)}",
+        )
+        (found,) = self._segmenter(np.ascontiguousarray(image[..., ::-1]))  # it takes BGR
+        boxes, scores = found.boxes.xyxy.float(), found.boxes.conf.float()
+        if found.masks is None:
+            return Instances(
+                boxes.new_zeros((0, *image.shape[:2]), dtype=torch.bool), boxes, scores
+            )
+        return Instances(found.masks.data.bool(), boxes, scores)
+
+    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
+        """Find an image's instances, for :meth:`predict`.
+
+        Args:
+            image: uint8 [H, W, 3].
+            image_format: order of its channels, RGB or BGR.
+        """
+        require(image_format in ("RGB", "BGR"), f"image_format must be RGB or BGR: {image_format}")
+        self.reset_image()
+        image = np.asarray(image)
+        self.instances = self.everything(image if image_format == "RGB" else image[..., ::-1])
+        self.original_size, self.is_image_set = image.shape[:2], True
+        self.input_size = longest_frame(self.transform.target_length, *self.original_size)
+
+    def reset_image(self) -> None:
+        """Forget the image."""
+        self.instances: Instances | None = None
+        self.original_size: tuple[int, int] | None = None
+        self.input_size: tuple[int, int] | None = None
+        self.is_image_set = False
+
+    def predict(
+        self,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The mask of a prompt; see SamPredictor's.
+
+        Args:
+            point_coords: [P, 2] in pixels of the image.
+            point_labels: [P], 1 for foreground, 0 for background.
+            box: [4], in place of points.
+            mask_input: must be None.
+            multimask_output: makes no difference.
+            return_logits: masks as fp32, 10 inside and -10 outside.
+
+        Returns:
+            Masks bool [1, H, W]; scores [1], the lowest confidence of the instances in it, 0 for an
+            empty mask; and low-resolution logits [1, 256, 256] in SAM's frame, positive where at
+            least half of the pixels are inside.
+
+        Raises:
+            UserError: no image is set, or prompts that FastSAM has no rule for.
+        """
+        require(point_coords is None or point_labels is not None, "point_coords need point_labels")
+        found = self._answer(point_coords, point_labels, box, mask_input)
+        masks, scores, low = (part[None].cpu().numpy() for part in found)
+        return (masks * 2 - 1.0).astype(np.float32) * LOGIT if return_logits else masks, scores, low
+
+    def predict_torch(
+        self,
+        point_coords: torch.Tensor | None,
+        point_labels: torch.Tensor | None,
+        boxes: torch.Tensor | None = None,
+        mask_input: torch.Tensor | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Masks of Q prompts: ``point_coords`` [Q, P, 2], ``point_labels`` [Q, P], ``boxes`` [Q, 4]
+        in pixels of ``transform``'s frame.
+
+        Returns:
+            As :meth:`predict`: [Q, 1, H, W], [Q, 1] and [Q, 1, 256, 256].
+        """
+        self._require_image()
+        (height, width), (h, w) = self.original_size, self.input_size
+        given = [one for one in (point_coords, boxes) if one is not None]
+        require(bool(given), "give points or boxes; instances holds all masks")
+        scale = torch.tensor([width / w, height / h], dtype=torch.float64)
+        found = []
+        for number in range(len(given[0])):
+            points = labels = box = None
+            if point_coords is not None:
+                # Rounding must not move a click off its pixel.
+                points = (point_coords[number].cpu() * scale).round(decimals=3).numpy()
+                labels = point_labels[number].cpu().numpy()
+            if boxes is not None:
+                box = (boxes[number].cpu().reshape(2, 2) * scale).numpy()
+            found.append(self._answer(points, labels, box, mask_input))
+        masks, scores, low = (torch.stack(parts)[:, None] for parts in zip(*found, strict=True))
+        return (masks * 2 - 1.0) * LOGIT if return_logits else masks, scores, low
+
+    def predict_text(
+        self, scores: Sequence | np.ndarray | torch.Tensor
+    ) -> tuple[np.ndarray, float]:
+        """The mask that a text describes best, bool [H, W], and its confidence.
+
+        Args:
+            scores: [N], see :func:`finetune.selection.select_by_text_scores`.
+
+        Raises:
+            UserError: no image is set, or not one finite score for each instance.
+        """
+        self._require_image()
+        mask, score, _ = self._chosen(select_by_text_scores(self.instances.masks, scores))
+        return mask.cpu().numpy(), float(score)
+
+    def _require_image(self) -> None:
+        require(self.is_image_set, "no image is set; call set_image(image) first")
+
+    def _answer(self, points: Any, labels: Any, box: Any, earlier: Any) -> tuple[torch.Tensor, ...]:
+        """Mask bool [H, W], score [] and low-resolution logits [256, 256] of one prompt."""
+        self._require_image()
+        require(earlier is None, "FastSAM takes no earlier masks; leave mask_input out")
+        require(
+            (points is None) != (box is None),
+            "FastSAM takes points or a box, and has no rule for both; give one of them "
+            "(instances holds all masks)",
+        )
+        if box is not None:
+            return self._chosen(select_by_box(self.instances.masks, box))
+        mask, painted = select_by_points(self.instances.masks, points, labels)
+        return self._scored(mask, painted)
+
+    def _chosen(self, number: int | None) -> tuple[torch.Tensor, ...]:
+        masks = self.instances.masks
+        if number is None:
+            return self._scored(masks.new_zeros(masks.shape[1:]), [])
+        return self._scored(masks[number], [number])
+
+    def _scored(self, mask: torch.Tensor, numbers: list[int]) -> tuple[torch.Tensor, ...]:
+        scores = self.instances.scores
+        score = scores[numbers].min() if numbers and mask.any() else scores.new_zeros(())
+        return mask, score, low_resolution(mask)
+
+
+def low_resolution(mask: torch.Tensor) -> torch.Tensor:
+    """A mask, bool [H, W], as SAM's low-resolution logits, fp32 [256, 256]: the longest side fills
+    them, the rest is padding on the right and below."""
+    height, width = longest_frame(MASK_SIDE, *mask.shape)
+    covered = F.interpolate(mask[None, None].float(), (height, width), mode="area")[0, 0]
+    return F.pad(
+        (2 * covered - 1) * LOGIT, (0, MASK_SIDE - width, 0, MASK_SIDE - height), value=-LOGIT
+    )
+
+
+def build_yolo(tensors: dict[str, torch.Tensor], path: str | Path) -> torch.nn.Module:
+    """YOLOv8-seg of the size, classes and bins that its tensors tell, with these tensors.
+
+    FastSAM has 26 bins for a box's distances in place of 16 (section 3.2), and one class.
+
+    Raises:
+        UserError: the tensors are not YOLOv8-seg's.
+    """
+    from ultralytics.nn.tasks import SegmentationModel, yaml_model_load
+
+    stem, boxes = tensors.get("0.conv.weight"), tensors.get("22.cv2.0.2.bias")
+    classes, masks = tensors.get("22.cv3.0.2.bias"), tensors.get("22.cv4.0.2.bias")
+    size = None if stem is None else STEM.get(len(stem))
+    if None in (size, boxes, classes):
+        raise UserError(f"{path} holds another model than YOLOv8; {TAKES.remedy('')}")
+    if masks is None:
+        raise UserError(f"{path} is a YOLOv8 without masks (boxes alone); {TAKES.remedy('')}")
+    definition = yaml_model_load(f"yolov8{size}-seg.yaml")
+    definition |= {"reg_max": len(boxes) // 4, "nc": len(classes)}
+    module = SegmentationModel(definition, verbose=False)
+    load_strictly(module.model, tensors, f"{path} does not fit YOLOv8{size}-seg", TAKES.remedy(""))
+    return module.float().eval()
