@@ -37,9 +37,6 @@ class Record:
     def __setstate__(self, state: Any) -> None:
         self.state = state if isinstance(state, dict) else {}
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """Some pickles fill subclasses of dict item by item."""
-
 
 def read_yolo(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors by name, as YOLOv8-seg has them without the leading ``model.``; floating ones fp32.
@@ -60,8 +57,8 @@ def read_yolo(path: str | Path) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals([(Record, name) for name in named]):
             stored = torch.load(file, map_location="cpu", weights_only=True)
     except BROKEN as error:
-        blocked = isinstance(error, pickle.UnpicklingError) and "blocked" in str(error)
-        why = "asks to run programs" if blocked else "is damaged"
+        code = isinstance(error, pickle.UnpicklingError)
+        why = "asks to run code that no model needs" if code else "is damaged"
         raise UserError(f"{file} {why} and is not read; {TAKES.remedy('')}") from error
     model = stored
     if isinstance(stored, dict):

@@ -159,7 +159,7 @@ def read_counts(file: Path) -> dict:
         return json.loads(file.read_bytes())
     except (FileNotFoundError, ValueError) as error:
         raise UserError(
-            f"{file.parent} is not this tool's work or is damaged ({file.name}); delete it, and the "
+            f"{file.parent} is damaged or of another program ({file.name}); delete it, and the "
             "same command makes it anew"
         ) from error
 
