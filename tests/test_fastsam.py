@@ -365,11 +365,14 @@ def make_yolo(kind="SegmentationModel", name="yolov8n-seg.yaml", **changes):
 
     torch.manual_seed(0)
     definition = tasks.yaml_model_load(name) | {"nc": 1} | changes
-    module = getattr(tasks, kind)(definition, verbose=False).eval()
+    module = getattr(tasks, kind)(definition, verbose=False)
+    for norm in (one for one in module.modules() if isinstance(one, nn.BatchNorm2d)):
+        norm.momentum = 1.0
+    module(torch.rand(2, 3, 96, 96))  # without the statistics of data all activations vanish
     for branch in module.model[-1].cv3:
-        nn.init.normal_(branch[-1].weight, std=20.0)
+        nn.init.normal_(branch[-1].weight, std=0.5)
         nn.init.zeros_(branch[-1].bias)
-    return module
+    return module.eval()
 
 
 @pytest.mark.parametrize("bins", [16, 26])
