@@ -87,9 +87,9 @@ def simplify(ring: np.ndarray, tolerance: float) -> np.ndarray:
         first, last = open_spans.pop()
         if last - first < 2:
             continue
-        inner, (x, y) = closed[first + 1 : last] - closed[first], closed[last] - closed[first]
-        length = np.hypot(x, y)
-        away = np.abs(inner[:, 0] * y - inner[:, 1] * x) / length if length else np.hypot(*inner.T)
+        inner, along = closed[first + 1 : last] - closed[first], closed[last] - closed[first]
+        share = (inner @ along / max(along @ along, 1e-12)).clip(0, 1)  # to the segment's ends
+        away = np.hypot(*(inner - share[:, None] * along).T)
         most = int(away.argmax())
         if away[most] > tolerance:
             middle = first + 1 + most
