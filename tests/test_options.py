@@ -23,6 +23,11 @@ CLASSES = {
     "finetune/classify.py": ClassifyConfig,
 }
 FOLDERS = {entry.name: script for script, entry in ENTRIES.items()}
+FOREIGN = {  # folders of configurations that no entry reads, and what is said of them
+    "sweeps": "is a sweep; run it with python tools/sweep.py run",
+    "accelerate": "accelerate launch --config_file",
+    "fastsam": "is for ultralytics; run yolo train cfg=",
+}
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
 
@@ -225,9 +230,8 @@ def test_a_file_that_is_meant_for_something_else(path):
     kind = path.parent.name
     for entry, config_class in CLASSES.items():
         words = ["--config", str(path)]
-        if kind in ("sweeps", "accelerate"):
-            says = "is a sweep; run it with python tools/sweep.py run"
-            says = says if kind == "sweeps" else "accelerate launch --config_file"
+        if kind in FOREIGN:
+            says = FOREIGN[kind]
         elif (own := FOLDERS[kind]) == entry:
             load_config(config_class, words)
             continue

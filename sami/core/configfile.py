@@ -163,6 +163,8 @@ def meant_for(content: dict[str, Any], path: str) -> str | None:
         return f"is a sweep; run it with python tools/sweep.py run {path} 0"
     if "compute_environment" in content or "distributed_type" in content:
         return f"is the launcher's; write accelerate launch --config_file {path}"
+    if {"task", "mode"} <= content.keys():
+        return f"is for ultralytics; run yolo train cfg={path} data=DATA.yaml"
     entry = entry_of(content)
     return entry and f"is a configuration of {entry}; run python {entry} --config {path}"
 
