@@ -29,7 +29,7 @@ def outline(
         and how many holes and parts there were, by what was done with them.
     """
     done: Counter[str] = Counter()
-    padded = np.pad(mask, 1).astype(np.float32)
+    padded = np.pad(mask, 1).astype(np.float64)  # a float32 would be copied
     generator = contour_generator(z=padded, fill_type=FillType.OuterOffset)
     # Half-way between an inner and an outer pixel's centre is the edge of both.
     parts = [
