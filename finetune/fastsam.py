@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from finetune.selection import select_by_box, select_by_points, select_by_text_scores
@@ -93,7 +94,7 @@ class FastSam:
         try:
             from ultralytics.models.yolo.segment import SegmentationPredictor
         except ImportError as error:
-            raise UserError(NEEDS) from error
+            raise UserError(f"{NEEDS} ({error})") from error
         settings = {"conf": conf, "iou": iou, "imgsz": image_size, "max_det": max_det}
         settings |= {"retina_masks": True, "agnostic_nms": True, "save": False, "verbose": False}
         settings |= {"task": "segment", "mode": "predict", "device": str(device)}
@@ -272,7 +273,8 @@ def build_yolo(tensors: dict[str, torch.Tensor], path: str | Path) -> torch.nn.M
     Raises:
         UserError: the tensors are not YOLOv8-seg's.
     """
-    from ultralytics.nn.tasks import SegmentationModel, yaml_model_load
+    import ultralytics
+    from ultralytics.nn.tasks import SegmentationModel
 
     stem, boxes = tensors.get("0.conv.weight"), tensors.get("22.cv2.0.2.bias")
     classes, masks = tensors.get("22.cv3.0.2.bias"), tensors.get("22.cv4.0.2.bias")
@@ -281,8 +283,10 @@ def build_yolo(tensors: dict[str, torch.Tensor], path: str | Path) -> torch.nn.M
         raise UserError(f"{path} holds another model than YOLOv8; {TAKES.remedy('')}")
     if masks is None:
         raise UserError(f"{path} is a YOLOv8 without masks (boxes alone); {TAKES.remedy('')}")
-    definition = yaml_model_load(f"yolov8{size}-seg.yaml")
-    definition |= {"reg_max": len(boxes) // 4, "nc": len(classes)}
+    # The package's own file: by its name alone, one in the working directory would be taken.
+    file = Path(ultralytics.__file__).parent / "cfg/models/v8/yolov8-seg.yaml"
+    definition = yaml.safe_load(file.read_text())
+    definition |= {"scale": size, "reg_max": len(boxes) // 4, "nc": len(classes)}
     module = SegmentationModel(definition, verbose=False)
     load_strictly(module.model, tensors, f"{path} does not fit YOLOv8{size}-seg", TAKES.remedy(""))
     return module.float().eval()

@@ -11,6 +11,7 @@ import numpy as np
 from contourpy import FillType, contour_generator
 
 CUT_OUT, FILLED = "holes cut out", "small holes filled"
+CORNERS = 0.5  # pixels that an outline is smaller by than its pixels: it cuts off their corners
 JOINED, DROPPED = "further parts joined", "small parts left out"
 
 
@@ -39,13 +40,13 @@ def outline(
     parts.sort(key=lambda rings: ring_area(rings[0]), reverse=True)
     ring: np.ndarray | None = None
     for outer, *holes in parts:
-        if ring is not None and ring_area(outer) < min_area:
+        if ring is not None and ring_area(outer) + CORNERS < min_area:
             done[DROPPED] += 1
             continue
         done[JOINED] += ring is not None
         part = simplify(outer, tolerance)
         for hole in holes:
-            large = ring_area(hole) >= min_area
+            large = ring_area(hole) + CORNERS >= min_area
             done[CUT_OUT if large else FILLED] += 1
             part = bridge(part, simplify(hole, tolerance)) if large else part
         ring = part if ring is None else bridge(ring, part)
@@ -100,6 +101,6 @@ def simplify(ring: np.ndarray, tolerance: float) -> np.ndarray:
 
 
 def ring_area(ring: np.ndarray) -> float:
-    """Pixels within a ring [P, 2] that does not cross itself."""
+    """The area within a ring [P, 2] that does not cross itself."""
     x, y = (ring - ring[0]).T
     return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2

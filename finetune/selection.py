@@ -55,8 +55,9 @@ def select_by_points(
         inside = masks[:, y, x]  # [N, P]
         last = len(labels) - 1 - inside.flip(1).int().argmax(1)
         paints = (labels == FOREGROUND)[last].tolist()
-        order = masks.sum((1, 2)).argsort(descending=True, stable=True)
-        for number in order[inside.any(1)[order]].tolist():
+        hit = inside.any(1).nonzero()[:, 0]  # areas of the others would take most of the time
+        order = masks[hit].sum((1, 2)).argsort(descending=True, stable=True)
+        for number in hit[order].tolist():
             result[masks[number]] = paints[number]
             painted += [number] * paints[number]
     return result, painted
@@ -94,8 +95,12 @@ def select_by_box(masks: Masks, box: Sequence | np.ndarray) -> int | None:
         "y0, x1, y1 in pixels",
     )
     common = masks[:, y0:y1, x0:x1].sum((1, 2))
-    iou = common / ((y1 - y0) * (x1 - x0) + masks.sum((1, 2)) - common)
-    return int(iou.argmax()) if len(masks) and common.any() else None
+    touching = common.nonzero()[:, 0]
+    if not len(touching):
+        return None
+    common = common[touching]
+    iou = common / ((y1 - y0) * (x1 - x0) + masks[touching].sum((1, 2)) - common)
+    return int(touching[iou.argmax()])
 
 
 def select_by_text_scores(masks: Masks, scores: Sequence | np.ndarray | torch.Tensor) -> int | None:

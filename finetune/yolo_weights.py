@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sami.core.errors import UserError
-from sami.core.weightfile import BROKEN
+from sami.core.weightfile import BROKEN, NotWeights, check_sums
 from sami.core.weights import Takes, find_weights, read_weights
 
 TAKES = Takes(
@@ -54,8 +54,12 @@ def read_yolo(path: str | Path) -> dict[str, torch.Tensor]:
     if not named:
         return read_weights(file, TAKES).tensors
     try:
+        with file.open("rb") as stream:
+            check_sums(stream, str(file))
         with torch.serialization.safe_globals([(Record, name) for name in named]):
             stored = torch.load(file, map_location="cpu", weights_only=True)
+    except NotWeights as error:
+        raise UserError(f"{error}; {TAKES.remedy('')}") from error
     except BROKEN as error:
         code = isinstance(error, pickle.UnpicklingError)
         why = "asks to run code that no model needs" if code else "is damaged"

@@ -323,6 +323,18 @@ def test_nothing_in_a_file_is_executed(tmp_path):
         assert not target.exists()
 
 
+def test_a_hole_in_a_file_is_noticed(tmp_path):
+    """torch would read zeros."""
+    model = nn.Linear(64, 64)
+    torch.save({"model": model}, tmp_path / "a.pt")
+    data = (tmp_path / "a.pt").read_bytes()
+    part = model.weight.detach().numpy().tobytes()[:4096]
+    assert data.count(part) == 1
+    (tmp_path / "a.pt").write_bytes(data.replace(part, bytes(4096)))
+    with pytest.raises(UserError, match="a checksum is wrong"):
+        read_yolo(tmp_path / "a.pt")
+
+
 def test_files_that_are_no_such_weights(tmp_path):
     (tmp_path / "page.pt").write_text("<!doctype html>")
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 and no more")

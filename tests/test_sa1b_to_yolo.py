@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -94,10 +93,17 @@ def test_small_holes_and_parts_are_counted():
     mask[25:28, 25:28] = False  # of 9
     mask[40:55, 40:70] = True  # a part
     mask[50:52, 5:8] = True  # of 6
+    mask[2:4, 60:79] = True  # of 38
+    ring, done = outline(mask, 0.0, 38)
+    assert done == {CUT_OUT: 1, FILLED: 1, JOINED: 2, DROPPED: 1}
+    ring, done = outline(mask, 0.0, 100)
+    assert done == {CUT_OUT: 1, FILLED: 1, JOINED: 1, DROPPED: 2}
+    ring, done = outline(mask, 0.0, 101)
+    assert done == {FILLED: 2, JOINED: 1, DROPPED: 2}
     ring, done = outline(mask, 0.0, 50)
-    assert done == {CUT_OUT: 1, FILLED: 1, JOINED: 1, DROPPED: 1}
+    assert done == {CUT_OUT: 1, FILLED: 1, JOINED: 1, DROPPED: 2}
     expected = mask.copy()
-    expected[25:28, 25:28], expected[50:52, 5:8] = True, False
+    expected[25:28, 25:28], expected[50:52, 5:8], expected[2:4] = True, False, False
     assert (filled(ring, 60, 80) == expected).all()
     only = mask[48:54, 2:10]
     ring, done = outline(only, 0.5, 50)  # the largest part stays, however small
@@ -385,9 +391,9 @@ def test_the_config_is_what_ultralytics_reads(ultralytics, tmp_path):
     told = yaml.safe_load(CONFIG.read_text())
     read = get_cfg(overrides=told)  # refuses unknown keys
     assert (read.imgsz, read.batch, read.epochs, read.overlap_mask) == (1024, 32, 100, False)
-    command = re.search(r"#   (sed .*fastsam_x.yaml)", CONFIG.read_text(), re.S)[1]
-    command = command.replace("\n#", "\n").replace("$(python", f"$({sys.executable}")
-    made = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=os.environ | {"PWD": ""})
+    command = re.search(r"#   (package=.*?fastsam_x.yaml)", CONFIG.read_text(), re.S)[1]
+    command = command.replace("\n# ", "\n").replace("(pip", f"({sys.executable} -m pip")
+    made = subprocess.run(["bash", "-c", command], cwd=tmp_path)
     assert made.returncode == 0
     definition = yaml_model_load(str(tmp_path / "fastsam_x.yaml"))
     assert definition["reg_max"] == 26 and list(definition["scales"]) == ["x"]

@@ -156,7 +156,7 @@ def read_tensors(
     if form == "zip":
         return _read_packed(stream, what)
     if form == "torch":
-        _check_sums(stream, what)
+        check_sums(stream, what)
     in_memory = isinstance(stream, io.BytesIO)
     try:
         if form == "safetensors":
@@ -186,8 +186,12 @@ def _damaged(what: str, error: Exception) -> NotWeights:
     return NotWeights(f"{what} is cut short or damaged ({words}): {AGAIN}")
 
 
-def _check_sums(stream: BinaryIO, what: str) -> None:
-    """Whether all of torch's file is there: torch itself would read a hole in it as zeros."""
+def check_sums(stream: BinaryIO, what: str) -> None:
+    """Check that all of torch's file is there: torch itself would read a hole in it as zeros.
+
+    Raises:
+        NotWeights: a checksum is wrong.
+    """
     with zipfile.ZipFile(stream) as archive:
         for item in archive.infolist():
             if item.CRC == 0:  # torch can be told not to compute them
