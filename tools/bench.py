@@ -17,7 +17,7 @@ import torch
 
 from sami.core.exits import run_entry
 from sami.core.options import Options, require_least
-from sami.core.paths import path_pattern
+from sami.core.paths import local_path, path_pattern
 from sami.core.processes import DEVICES, choose_device
 from sami.encoders.sam import SAM_SHAPES
 
@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--pixels", type=int, nargs=2, default=[1500, 2250], help="height, width")
     parser.add_argument("--model", help="of everything; default: random weights of --encoder")
     parser.add_argument("--head", choices=["efficientsam", "sam"], default="efficientsam")
-    parser.add_argument("--image", type=Path, help="of everything; default: a drawn one")
+    parser.add_argument("--image", type=local_path, help="of everything; default: a drawn one")
     parser.add_argument(
         "--thresholds",
         type=float,
