@@ -42,8 +42,8 @@ def read_yaml(path: str | os.PathLike, option: str, see: str = "configs/") -> di
     """
     name = f"{option} {path}".strip()
 
-    def refuse(words: str) -> UserError:
-        return UserError(" ".join(f"{name} {words}".split()))
+    def refuse(problem: str) -> UserError:
+        return UserError(" ".join(f"{name} {problem}".split()))
 
     try:
         data = Path(path).read_bytes()
@@ -68,8 +68,8 @@ def read_yaml(path: str | os.PathLike, option: str, see: str = "configs/") -> di
         remedy = "indent with spaces, not with tabs" if tab else "correct it"
         raise refuse(f"is no YAML ({where}{error.problem}); {remedy}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        words = str(error).partition(' in "<unicode')[0]
-        raise refuse(f"cannot be read ({' '.join(words.split())}); correct it") from error
+        problem = str(error).partition(' in "<unicode')[0]
+        raise refuse(f"cannot be read ({' '.join(problem.split())}); correct it") from error
     if content is None:
         raise refuse(f"is empty; name one of {see}")
     if not isinstance(content, dict):
@@ -97,14 +97,14 @@ def read_layers(path: str, option: str) -> list[tuple[str, dict[str, Any]]]:
         UserError: as :func:`read_yaml`; or bases that lead back to where they began.
     """
     layers: list[tuple[str, dict[str, Any]]] = []
-    seen: set[Path] = set()
+    found: set[Path] = set()
     while True:
         file = Path(find(path))
-        if file.resolve() in seen:
+        if file.resolve() in found:
             raise UserError(
                 f"{option} {path} leads back to a file that begins from it; take it out"
             )
-        seen.add(file.resolve())
+        found.add(file.resolve())
         content = read_yaml(file, option)
         base = content.pop(BASE, None)
         layers.insert(0, (path, content))

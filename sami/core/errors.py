@@ -65,8 +65,8 @@ def machine_error(
         if in_memory and number in (None, errno.ENOSPC, errno.ENOMEM):  # torch's shared memory
             return MachineError(shared_memory_full())
         if number:
-            words = WORDS.get(number, os.strerror(number))
-            return MachineError(f"{_named(one, path)}{words}; {REMEDIES[number]}")
+            message = WORDS.get(number, os.strerror(number))
+            return MachineError(f"{_named(one, path)}{message}; {REMEDIES[number]}")
         if isinstance(one, MemoryError):
             return MachineError(f"{_named(one, path)}memory ran out; {REMEDIES[errno.ENOMEM]}")
     return None
@@ -92,18 +92,18 @@ def reader_gone(error: BaseException) -> UserError | None:
     Torch raises it wherever the main process happens to be when that process ends, mostly in the
     middle of a step.
     """
-    words = " ".join(f"{error} {error.__cause__ or ''}".split())
-    if not isinstance(error, RuntimeError) or "DataLoader worker" not in words:
+    message = " ".join(f"{error} {error.__cause__ or ''}".split())
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in message:
         return None
-    left = re.search(r"with exit code (\d+)", words)
+    left = re.search(r"with exit code (\d+)", message)
     code = int(left[1]) if left else 0
-    if "Bus error" in words or code == NO_SHARED_MEMORY:
+    if "Bus error" in message or code == NO_SHARED_MEMORY:
         return MachineError(f"a process that reads data could not go on: {shared_memory_full()}")
     refused = machine_error(OSError(code - HANDING_OVER, ""))
     if refused is not None:
         return MachineError(f"a process that reads data could not go on: {refused}")
     return UserError(
-        f"a process that reads data was killed ({words[:80]}); if memory ran out, which dmesg "
+        f"a process that reads data was killed ({message[:80]}); if memory ran out, which dmesg "
         "tells, lower --data.workers"
     )
 
@@ -142,7 +142,7 @@ def _named(error: BaseException, path: str | os.PathLike | None) -> str:
 
 
 def machine_number(error: BaseException) -> int | None:
-    """The number of an error of the machine; torch and safetensors tell it in words alone."""
+    """The number of an error of the machine; torch and safetensors have it in the text alone."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in REMEDIES else None
     if not isinstance(error, RuntimeError) and "Safetensor" not in type(error).__name__:

@@ -27,13 +27,13 @@ def find_launcher() -> psutil.Process | None:
     """The launcher that started this process; None if something else did."""
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(os.getppid())
-        words = [Path(word).name for word in parent.cmdline()[:4]]
-        if words and words[0].startswith("python") and LAUNCHERS & set(words[1:]):
+        arguments = [Path(word).name for word in parent.cmdline()[:4]]
+        if arguments and arguments[0].startswith("python") and LAUNCHERS & set(arguments[1:]):
             return parent
     return None
 
 
-def say_last(words: str) -> None:
+def say_last(sentence: str) -> None:
     """Print a line to stderr: at once, or behind what a launcher has to say, once for all ranks."""
     rank, node = (os.environ.get(name, "0") for name in ("RANK", "GROUP_RANK"))
     launcher = find_launcher()
@@ -44,18 +44,18 @@ def say_last(words: str) -> None:
             return
         except OSError:  # no temporary folder: it may be said by each
             pass
-        words = words if node == "0" else f"rank {rank}: {words}"
+        sentence = sentence if node == "0" else f"rank {rank}: {sentence}"
         with contextlib.suppress(OSError):
             subprocess.Popen(
-                [sys.executable, "-P", __file__, str(launcher.pid), words[:50_000]],
+                [sys.executable, "-P", __file__, str(launcher.pid), sentence[:50_000]],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # what ends the launcher does not end it
             )
             return
     elif rank != "0":
-        words = f"rank {rank}: {words}"
-    print(words, file=sys.stderr, flush=True)
+        sentence = f"rank {rank}: {sentence}"
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def is_said() -> bool:
@@ -81,7 +81,7 @@ def _claim(launcher: psutil.Process) -> Path:
     return Path(tempfile.gettempdir()) / f"sami-said-{launcher.pid}-{began}"
 
 
-def _wait_and_say(pid: int, words: str) -> None:
+def _wait_and_say(pid: int, sentence: str) -> None:
     """What the process that is left behind does.
 
     A process that ends gives its memory back before its parent hears of it: said then, the
@@ -95,7 +95,7 @@ def _wait_and_say(pid: int, words: str) -> None:
         while launcher.memory_info().rss > 0 and time.monotonic() < until:
             time.sleep(EVERY)
     with contextlib.suppress(OSError):
-        print(words, file=sys.stderr, flush=True)
+        print(sentence, file=sys.stderr, flush=True)
     if claim is not None:
         claim.unlink(missing_ok=True)
 

@@ -60,7 +60,7 @@ class Patience:
 
 
 DEFAULT_PATIENCE = Patience()
-TOLD = 5  # s of a pause that is told: a log that stands still looks like a hang
+ANNOUNCED = 5  # s from which on a pause is announced: a log that stands still looks like a hang
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ class RangeFile(io.RawIOBase):
     """A remote file; each ``read`` is one request for just these bytes, tried again on faults.
 
     Nothing is read ahead, since the next sample may lie anywhere: who reads small pieces in a row
-    wraps it in ``io.BufferedReader``. Several threads may use ``read_at``, whose errors
-    ``read`` raises too.
+    wraps it in ``io.BufferedReader``. Several threads may use ``read_at``;
+    ``read`` raises what it raises.
     """
 
     def __init__(self, url: str, size: int, patience: Patience) -> None:
@@ -220,7 +220,7 @@ def persist(url: str, attempt: Callable[[], Result], patience: Patience) -> Resu
                     f"{time.monotonic() - began:.0f} s; see whether its server and the network "
                     f"are up, and {AGAIN}"
                 ) from error
-        if pause >= TOLD:
+        if pause >= ANNOUNCED:
             print(f"{url}: {reason}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
         time.sleep(pause * random.Random().uniform(0.5, 1))  # all readers at once would not help
 
@@ -236,8 +236,8 @@ def _describe_error(error: BaseException, patience: Patience) -> str:
         return f"no byte came for {patience.stall:g} s"
     if _status(error):
         return f"the server answers {_status(error)}"
-    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(words).split())
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(reason).split())
 
 
 def _status(error: BaseException) -> int:

@@ -98,9 +98,9 @@ def require_least(least: int, args: argparse.Namespace, *names: str) -> None:
         UserError: the first of them.
     """
     for name in names:
-        value, words = getattr(args, name), "positive" if least else "0 or more"
+        value, limit = getattr(args, name), "positive" if least else "0 or more"
         if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be {words}")
+            raise UserError(f"--{name.replace('_', '-')} {value} must be {limit}")
 
 
 def nearest(word: str, known: Collection[str], shown: str) -> str:

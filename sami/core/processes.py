@@ -44,7 +44,7 @@ BELOW = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 ANSWER = 3.0  # seconds in which a launcher that is alive answers
 
 
-def choose_device(words: str, option: str = "--device") -> torch.device:
+def choose_device(name: str, option: str = "--device") -> torch.device:
     """The device that a user names; auto is the GPU if there is one, else the CPU.
 
     Args:
@@ -53,18 +53,18 @@ def choose_device(words: str, option: str = "--device") -> torch.device:
     Raises:
         UserError: no such device, or not on this machine.
     """
-    if words == "auto":
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     require(
-        re.fullmatch(r"cpu|mps|cuda(:\d+)?", words) is not None,
-        f"{option} {words} is no device; it is one of {DEVICES}",
+        re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) is not None,
+        f"{option} {name} is no device; it is one of {DEVICES}",
     )
-    device = torch.device(words)
+    device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        require(count > 0, f"{option} {words}: no GPU is visible; take cpu or mend the driver")
+        require(count > 0, f"{option} {name}: no GPU is visible; take cpu or mend the driver")
         last = "only cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
-        require((device.index or 0) < count, f"{option} {words}: there is {last}")
+        require((device.index or 0) < count, f"{option} {name}: there is {last}")
     if device.type == "mps":
         there = torch.backends.mps.is_available()
         require(there, f"{option} mps: this is no Mac with such a GPU; take auto or cpu")

@@ -104,7 +104,7 @@ class Reporter:
         self.metrics.append(values)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
-        words = (
+        text = (
             f"loss {_short(values['loss'])} · lr {values['lr']:.2e} · "
             f"{values['images_per_second']:.1f} images/s · data wait {values['data_wait']:.0%}"
         )
@@ -117,13 +117,13 @@ class Reporter:
             self.say(f"step {step}/{steps} · held out: " + " · ".join(held_out))
         if not sys.stdout.isatty():
             left = duration((steps - step) * values["seconds_per_step"])
-            self.say(f"step {step}/{steps} · {words} · {left} left")
+            self.say(f"step {step}/{steps} · {text} · {left} left")
             if self._progress is not None:
                 self._progress.said = time.monotonic()
         else:
-            self.advance(step, steps, words)
+            self.advance(step, steps, text)
 
-    def advance(self, step: int, steps: int, words: str | None = None) -> None:
+    def advance(self, step: int, steps: int, text: str | None = None) -> None:
         """Move the progress bar; where there is no terminal, a line unless there was one lately."""
         if not self.is_main:
             return
@@ -137,13 +137,13 @@ class Reporter:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[words]}"),
+                TextColumn("{task.fields[text]}"),
                 TimeLeft(),
                 console=self._console,
             )
             self._bar.start()
-            self._task = self._bar.add_task(self.dir.name, total=steps, words="", completed=step)
-        self._bar.update(self._task, completed=step, **({} if words is None else {"words": words}))
+            self._task = self._bar.add_task(self.dir.name, total=steps, text="", completed=step)
+        self._bar.update(self._task, completed=step, **({} if text is None else {"text": text}))
 
     def image(self, path: Path, step: int) -> None:
         """Hand an image that was written to wandb."""

@@ -124,14 +124,14 @@ def scan(url: str, cache: ShardCache | None = None) -> Members:
                 )
     except UNREADABLE as error:
         raise_if_machine(error, url)
-        words = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(":")
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(":")
         if isinstance(error, OSError) and not rows:
-            raise UserError(f"{url} cannot be read ({words}); mend it or leave it out") from error
+            raise UserError(f"{url} cannot be read ({reason}); mend it or leave it out") from error
         if not rows:
             raise UserError(
-                f"{url} is not a readable tar ({words}); fetch it again or leave it out"
+                f"{url} is not a readable tar ({reason}); fetch it again or leave it out"
             ) from error
-        notes.append(f"cut short ({words}), {len(rows)} samples stand in it; fetch it again")
+        notes.append(f"cut short ({reason}), {len(rows)} samples stand in it; fetch it again")
     if sparse:
         notes.append(f"{sparse} members are stored with holes and do not count; write it anew")
     alone = [f"{key}.{next(iter(row))}" for key, row in rows.items() if IMAGE not in row]

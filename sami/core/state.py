@@ -135,7 +135,7 @@ class State:
         """Stop where going on would train on nothing. Collective: every rank calls it.
 
         Args:
-            whole: whole epochs have been seen. Within one, three standard deviations are put down
+            whole: the step ends an epoch. Within one, three standard deviations are put down
                 to chance.
 
         Raises:
@@ -150,12 +150,12 @@ class State:
                 f"step {step}; lower --optim.lr, set --optim.clip 1.0 or --train.precision fp32; "
                 f"{last}"
             )
-        counts, seen = self._of_all(self.bad).counts, step * self.train.batch_size
-        allowed = max_bad_fraction * seen
+        counts, samples = self._of_all(self.bad).counts, step * self.train.batch_size
+        allowed = max_bad_fraction * samples
         if counts.total() > allowed + (0 if whole else 3 * math.sqrt(allowed)):
             self.run.summarise(**self.counted())  # every rank comes here
             raise UserError(
-                f"{counts.total()} of {seen} samples were bad ({dict(counts)}), more than "
+                f"{counts.total()} of {samples} samples were bad ({dict(counts)}), more than "
                 f"data.max_bad_fraction {max_bad_fraction}; mend the shards or raise it; {last}"
             )
 

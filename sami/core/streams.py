@@ -85,9 +85,9 @@ class Stream(io.RawIOBase):
         else:
             try:
                 self.source.close()
-            except OSError:  # whose words are webdataset's whole call
-                words = f"the program that opens it ended with {program.returncode}"
-                raise (OSError if self.count else NothingCame)(words) from None
+            except OSError:  # whose message is webdataset's whole call
+                reason = f"the program that opens it ended with {program.returncode}"
+                raise (OSError if self.count else NothingCame)(reason) from None
 
     def _read(self, size: int) -> bytes:
         if not hasattr(self.source, "proc"):

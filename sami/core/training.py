@@ -212,8 +212,8 @@ class Loop:
         )
         if self.steps < (train.steps or self.steps):
             run.say(f"train.epochs {train.epochs} end it before train.steps {train.steps}")
-        if words := unfinished_warmup(optim, self.steps, train.batch_size):
-            run.say(words)
+        if warning := unfinished_warmup(optim, self.steps, train.batch_size):
+            run.say(warning)
         run.say(
             f"{run.processes} process(es) on {run.device.type}, {'bf16' if run.bf16 else 'fp32'}, "
             f"batch {train.batch_size} = {run.processes} x {self.plan.micro_batch} x "
