@@ -74,7 +74,7 @@ class PromptBatch(TensorBatch):
     ``images`` uint8 [B, 3, H, H]; ``masks`` bool [B, K, h, h]; ``there`` bool [B, K];
     ``inside`` bool [B, h, h], what is image; ``points`` [B, K, 6, 2] in pixels of the input, and
     ``labels`` [B, K, 6]; ``places`` [B, 2, h], x of a click on each column and y of one on each row
-    of ``masks``. ``left_out``: reason and key of each object that could not be trained on;
+    of ``masks``; ``frames`` [B, 2], height and width of each image within the input. ``left_out``: reason and key of each object that could not be trained on;
     ``unsure``: likewise of each image of which data.masks_drawn_on told how its masks lie.
     """
 
@@ -85,6 +85,7 @@ class PromptBatch(TensorBatch):
     points: torch.Tensor
     labels: torch.Tensor
     places: torch.Tensor
+    frames: torch.Tensor | None = None
     keys: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     unsure: list[tuple[str, str]] = field(default_factory=list)
@@ -147,11 +148,11 @@ class PromptTransform:
         counted = ([(UNSURE, sample.key)] * unsure, left_out)
         if replacement:  # or it would be counted again in its own slot
             counted = ([], [])
-        return sample.key, image, inside, masks, points, labels, places, *counted
+        return sample.key, image, inside, masks, points, labels, places, frame, *counted
 
     def collate(self, items: list[tuple]) -> PromptBatch:
         """A batch of what :meth:`decode` made; missing objects are empty slots."""
-        keys, images, inside, masks, points, labels, places, unsure, left_out = zip(
+        keys, images, inside, masks, points, labels, places, frames, unsure, left_out = zip(
             *items, strict=True
         )
         most = max(map(len, masks))
@@ -172,6 +173,7 @@ class PromptTransform:
             points=filled(points, -1),
             labels=filled(labels, -1),
             places=torch.from_numpy(np.stack(places)),
+            frames=torch.tensor(frames),
             keys=list(keys),
             left_out=list(itertools.chain(*left_out)),
             unsure=list(itertools.chain(*unsure)),

@@ -14,6 +14,7 @@ import torch
 
 from finetune.sam import ModelShape, Sam
 from sami.core.config import PATH, require
+from sami.core.optim import TrainConfig
 from sami.core.weights import Takes, Weights, load_strictly
 from sami.encoder import EncoderConfig
 from sami.encoders.files import read_model, read_shape
@@ -70,6 +71,17 @@ class MaskDecoderConfig:
             self.width > 0 and self.width % 16 == 0,
             f"decoder.width {self.width} must be a positive multiple of 16, such as 256",
         )
+
+
+@dataclass
+class LengthConfig(TrainConfig):
+    """How long, and in which pieces.
+
+    Attributes:
+        checkpointing: recompute the encoder's blocks in the backward pass: less memory, more time.
+    """
+
+    checkpointing: bool = False
 
 
 def build_model(
@@ -181,6 +193,17 @@ def _load_decoder(
     if decoder.kind != "sam" and of_sam(weights):
         parts = {name: _renamed(part) for name, part in parts.items()}
     return parts, what
+
+
+def trains_single_mask(path: str, say: Callable[[str], None] = print) -> bool:
+    """Whether mask 0 is trained in the model at ``decoder.checkpoint``.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    weights, _ = read_model(path, TAKES_MODEL, "decoder.checkpoint", say)
+    header = weights.header("model")
+    return of_sam(weights) if header is None else bool(header.get("single_mask"))
 
 
 def of_sam(weights: Weights) -> bool:

@@ -16,6 +16,7 @@ from finetune.losses import MaskLossConfig
 from finetune.model import (
     TAKES_ENCODER,
     TAKES_MODEL,
+    LengthConfig,
     MaskDecoderConfig,
     build_model,
     model_header,
@@ -28,7 +29,7 @@ from sami.core.checkpoint import Export
 from sami.core.checks import start_entry, tell_checked
 from sami.core.config import require
 from sami.core.exits import FINISHED, run_entry
-from sami.core.optim import OptimConfig, TrainConfig, propagate_nonfinite
+from sami.core.optim import OptimConfig, propagate_nonfinite
 from sami.core.run import Run, RunConfig
 from sami.core.starts import Start, find_starts
 from sami.core.state import State
@@ -37,17 +38,6 @@ from sami.core.weights import find_weights
 from sami.encoder import EncoderConfig
 
 STARTS = {"encoder.checkpoint": Start(TAKES_ENCODER), "decoder.checkpoint": Start(TAKES_MODEL)}
-
-
-@dataclass
-class LengthConfig(TrainConfig):
-    """How long, and in which pieces.
-
-    Attributes:
-        checkpointing: recompute the encoder's blocks in the backward pass: less memory, more time.
-    """
-
-    checkpointing: bool = False
 
 
 @dataclass

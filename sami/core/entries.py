@@ -13,7 +13,7 @@ class Entry:
         script: its file.
         name: of its folder in configs/, and of its runs in a report.
         config: the dataclass in the script that configures it.
-        group: the group of fields that no other entry has.
+        group: a group of fields that no entry above it has.
         exports: what its runs leave behind: ``NAME.safetensors``, with NAME as the header's key.
         makes: what that file holds, for a sentence. Entries with the same ``exports`` say the same.
         title: heading of its runs in a report.
@@ -81,6 +81,23 @@ ENTRIES = {
             },
         ),
         Entry(
+            script="finetune/distill.py",
+            name="distill",
+            config="DistillConfig",
+            group="distill",
+            exports="model",
+            makes="a model of stage 2",
+            title="Distillation of SAM's encoder",
+            images="embeddings and masks of teacher and student",
+            measures={
+                "val_mse": "mse of the embedding, held out",
+                "val_r2": "r2 of the embedding, held out",
+                "val_miou_teacher_1_click": "mIoU to the teacher's masks by 1 click, held out",
+                "val_miou_teacher_pair_300": "mIoU to the teacher's masks by a pair 300 px apart, "
+                "held out",
+            },
+        ),
+        Entry(
             script="finetune/classify.py",
             name="classify",
             config="ClassifyConfig",
@@ -96,7 +113,8 @@ ENTRIES = {
 
 def entry_of_groups(groups: Collection[str]) -> Entry | None:
     """The entry that is configured by these groups of fields."""
-    return next((entry for entry in ENTRIES.values() if entry.group in groups), None)
+    found = [entry for entry in ENTRIES.values() if entry.group in groups]
+    return found[-1] if found else None
 
 
 def exporters(exports: Collection[str]) -> list[Entry]:
