@@ -1,4 +1,4 @@
-"""How far a student is from its teacher on held-out images: embeddings, and masks by the same clicks.
+"""How near a student comes to its teacher on held-out images: embeddings, and masks by clicks.
 
 The masks follow MobileSAM (Faster Segment Anything, section 4.2 and Table 7): the truth is what the
 teacher's embedding gives under SAM's decoder for the same prompt. Prompts are drawn anywhere in the
@@ -26,8 +26,8 @@ from sami.targets import Target
 from sami.validation import usable_batches
 
 BATCH = 4  # images of a forward
-# Pixels of a 1024-px input between a click on the foreground and one on the background; 0: no second
-# click.
+# Pixels of a 1024-px input between a click on the foreground and one on the background; 0: no
+# second click.
 DISTANCES = {"teacher_1_click": 0} | {f"teacher_pair_{n}": n for n in range(100, 600, 100)}
 DRAWN = 1024  # pairs at a time, of which those outside of the image are dropped
 
@@ -66,7 +66,7 @@ class MapSums:
         self.target, self.count = zeros(channels, grid, grid), zeros(grid, grid)
 
     def add(self, prediction: torch.Tensor, target: torch.Tensor, cells: torch.Tensor) -> None:
-        """A batch: prediction and target [B, C, h, w], and which cells are image, bool [B, h, w]."""
+        """A batch: prediction and target [B, C, h, w]; which cells are image, bool [B, h, w]."""
         dtype = self.count.dtype
         weight, each = cells.to(dtype), cells.unsqueeze(1)
         prediction, target = (torch.where(each, x.to(dtype), 0.0) for x in (prediction, target))
@@ -112,7 +112,7 @@ def measure(
 
     Returns:
         ``mse``, ``cosine``, ``r2``; ``miou_<prompt>`` for each of DISTANCES, with
-        ``trivial_<prompt>``, the best constant disc at the click; and ``pictures``, how many images.
+        ``trivial_<prompt>``, the best constant disc at the click; and ``pictures``, their number.
     """
     shape = student.model.shape
     sums = MapSums(shape.encoder.channels, shape.grid, run.device)
@@ -139,8 +139,9 @@ def measure(
     result = sums.measures()
     if target.cache is None and result["pictures"]:
         shares = scores / (result["pictures"] * config.prompts)
-        result |= {f"miou_{name}": row[0].item() for name, row in zip(DISTANCES, shares)}
-        result |= {f"trivial_{name}": row[1:].max().item() for name, row in zip(DISTANCES, shares)}
+        rows = dict(zip(DISTANCES, shares, strict=True))
+        result |= {f"miou_{name}": row[0].item() for name, row in rows.items()}
+        result |= {f"trivial_{name}": row[1:].max().item() for name, row in rows.items()}
     return result
 
 
@@ -208,4 +209,3 @@ def run_ends(mask: np.ndarray) -> np.ndarray:
     line = mask.T.ravel()
     changes = np.flatnonzero(line[1:] != line[:-1]) + 1
     return np.concatenate([[0] * bool(line[0]), changes, [len(line)]]).astype(np.int64)
-

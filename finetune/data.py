@@ -74,8 +74,9 @@ class PromptBatch(TensorBatch):
     ``images`` uint8 [B, 3, H, H]; ``masks`` bool [B, K, h, h]; ``there`` bool [B, K];
     ``inside`` bool [B, h, h], what is image; ``points`` [B, K, 6, 2] in pixels of the input, and
     ``labels`` [B, K, 6]; ``places`` [B, 2, h], x of a click on each column and y of one on each row
-    of ``masks``; ``frames`` [B, 2], height and width of each image within the input. ``left_out``: reason and key of each object that could not be trained on;
-    ``unsure``: likewise of each image of which data.masks_drawn_on told how its masks lie.
+    of ``masks``; ``frames`` [B, 2], height and width of each image within the input. ``left_out``:
+    reason and key of each object that could not be trained on; ``unsure``: likewise of each image
+    of which data.masks_drawn_on told how its masks lie.
     """
 
     images: torch.Tensor

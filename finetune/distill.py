@@ -3,7 +3,8 @@
 python finetune/distill.py --config configs/distill/decoupled_tiny_vit.yaml
                            [--group.field value ...] [--check]
 
-On several GPUs: accelerate launch --config_file configs/accelerate/gpu_8.yaml finetune/distill.py ...
+On several GPUs:
+accelerate launch --config_file configs/accelerate/gpu_8.yaml finetune/distill.py --config ...
 """
 
 import contextlib
@@ -67,42 +68,13 @@ class DistillConfig:
 
     def check(self) -> None:
         """What no group can see alone."""
-        teacher, decoder, coupled = self.teacher, self.decoder, self.distill.coupled
-        form = f"distill.form {self.distill.form}"
-        if not decoder.checkpoint and teacher.checkpoint != RANDOM:
-            decoder.checkpoint = teacher.checkpoint or None  # SAM's file holds both
-        require(teacher.name != "none", "teacher.name none teaches nothing; set sam_vit_h")
-        require(
-            decoder.kind == "sam",
-            f"decoder.kind {decoder.kind}: the student works under SAM's own decoder; set sam",
-        )
-        require(
-            decoder.freeze == "none",
-            f"decoder.freeze {decoder.freeze}: distill.form says what is trained; set none",
-        )
-        require(
-            teacher.layer == "neck",
-            f"teacher.layer {teacher.layer}: SAM's decoder takes the neck's output; set neck",
-        )
-        require(
-            teacher.image_size == self.data.image_size,
-            f"teacher.image_size {teacher.image_size} differs from data.image_size "
-            f"{self.data.image_size}: both see the same image; set one to the other",
-        )
-        require(
-            not (teacher.cached and coupled),
-            f"{form} needs the teacher's masks, and a cache has nothing of the padding that SAM's "
-            "decoder sees; set --teacher.cached false",
-        )
-        require(
-            not (teacher.cached and self.data.hflip),
-            "data.hflip true: cached features are of the images as they are; set false, or "
-            "--teacher.cached false",
-        )
+        if not self.decoder.checkpoint and self.teacher.checkpoint != RANDOM:
+            self.decoder.checkpoint = self.teacher.checkpoint or None  # SAM's file holds both
+        self.distill.check_with(self.teacher, self.decoder, self.data)
         require(
             self.prompt.corrections == 0,
-            f"prompt.corrections {self.prompt.corrections}: both are asked the same first prompts; "
-            "set 0",
+            f"prompt.corrections {self.prompt.corrections}: student and teacher are asked the same "
+            "first prompts; set 0",
         )
 
 
@@ -112,12 +84,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def starts_of(cfg: DistillConfig) -> dict[str, Start]:
     """The options that name weights, and what they take."""
-    teacher = Start(takes_of(cfg.teacher), "never" if cfg.teacher.cached else "always")
-    return {
-        "encoder.checkpoint": Start(TAKES_ENCODER),
-        "decoder.checkpoint": Start(TAKES_MODEL),
-        "teacher.checkpoint": teacher,
-    }
+    starts = {"encoder.checkpoint": Start(TAKES_ENCODER), "decoder.checkpoint": Start(TAKES_MODEL)}
+    needed = "never" if cfg.teacher.cached else "always"
+    return starts | {"teacher.checkpoint": Start(takes_of(cfg.teacher), needed)}
 
 
 def train(cfg: DistillConfig, run: Run, only_check: bool = False) -> int:
@@ -136,8 +105,8 @@ def train(cfg: DistillConfig, run: Run, only_check: bool = False) -> int:
     source = files["decoder.checkpoint"]
     require(
         source is not None or cfg.teacher.checkpoint == RANDOM,
-        "decoder.checkpoint is empty, and so is teacher.checkpoint, whose file would be taken; name "
-        f"{TAKES_MODEL.words}",
+        "decoder.checkpoint is empty, and so is teacher.checkpoint, whose file would be taken; "
+        "name SAM's .pth, such as checkpoints/sam_vit_h_4b8939.pth",
     )
     model = build_model(
         replace(cfg.encoder, checkpoint=files["encoder.checkpoint"]),

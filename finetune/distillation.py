@@ -15,9 +15,10 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from finetune.data import PromptBatch
+from finetune.data import MaskDataConfig, PromptBatch
 from finetune.image_data import ImageBatch
 from finetune.losses import DICE_WEIGHT, FOCAL_WEIGHT, dice_loss, mask_iou, pixel_loss
+from finetune.model import MaskDecoderConfig
 from finetune.sam import Sam
 from sami.core.config import require
 from sami.core.index import Shard
@@ -49,6 +50,39 @@ class DistillationConfig:
     def freeze(self) -> Literal["none", "decoder"]:
         """What of the student is not trained, as ``decoder.freeze`` says it."""
         return "none" if self.form == "fully_coupled" else "decoder"
+
+    def check_with(
+        self, teacher: TeacherConfig, decoder: MaskDecoderConfig, data: MaskDataConfig
+    ) -> None:
+        """What no group can see alone."""
+        require(teacher.name != "none", "teacher.name none teaches nothing; set sam_vit_h")
+        require(
+            decoder.kind == "sam",
+            f"decoder.kind {decoder.kind}: the student works under SAM's own decoder; set sam",
+        )
+        require(
+            decoder.freeze == "none",
+            f"decoder.freeze {decoder.freeze}: distill.form says what is trained; set none",
+        )
+        require(
+            teacher.layer == "neck",
+            f"teacher.layer {teacher.layer}: SAM's decoder takes the neck's output; set neck",
+        )
+        require(
+            teacher.image_size == data.image_size,
+            f"teacher.image_size {teacher.image_size} differs from data.image_size "
+            f"{data.image_size}: both see the same image; set one to the other",
+        )
+        require(
+            not (teacher.cached and self.coupled),
+            f"distill.form {self.form} needs the teacher's masks, and a cache has nothing of the "
+            "padding that SAM's decoder sees; set --teacher.cached false",
+        )
+        require(
+            not (teacher.cached and data.hflip),
+            "data.hflip true: cached features are of the images as they are; set false, or "
+            "--teacher.cached false",
+        )
 
 
 class Distillation(nn.Module):

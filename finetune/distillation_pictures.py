@@ -103,9 +103,7 @@ def figure_of(
         share = f": {100 * mask_iou(ours, theirs).mean().item():.0f} %"
         if live:
             panels.append(("teacher's masks", overlay(image, theirs.cpu().numpy())))
-        panels.append(
-            ("student's masks" + share * live, overlay(image, ours.cpu().numpy()))
-        )
+        panels.append(("student's masks" + share * live, overlay(image, ours.cpu().numpy())))
         for axis, (name, panel) in zip(row, panels, strict=True):
             axis.set_title(name, fontsize=13)
             axis.imshow(panel, interpolation="nearest")

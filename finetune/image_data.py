@@ -1,4 +1,4 @@
-"""Samples of decoupled distillation: whole images, without prompts or masks, and cached features."""
+"""Samples of decoupled distillation: whole images without prompts or masks, and cached features."""
 
 from dataclasses import dataclass, field
 

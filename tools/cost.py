@@ -9,21 +9,24 @@ included, as torch's flop counter finds them; the bytes of a feature cache; the 
 two forward ones, and a teacher has none. What a card really reaches, tools/bench.py measures.
 """
 
+import copy
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.classification import build_classifier
 from finetune.model import build_model
+from finetune.sam import Sam
 from sami.core.config import load_config, require
 from sami.core.configfile import entry_of, meant_for, merge, read_layers
 from sami.core.entries import ENTRIES
@@ -123,23 +126,29 @@ def _either(names: Iterable[str]) -> str:
 def open_teacher(config: TeacherConfig, mode: FakeTensorMode) -> Teacher:
     """The teacher in shapes alone; its checkpoint is only read where it tells them."""
     takes, option = takes_of(config), "teacher.checkpoint"
+    kind = "tiny_vit" if config.name == "mobile_sam" else "sam"
     if not TEACHERS[config.name].shape_in_file or config.checkpoint in ("", "random"):
-        with mode:
-            return build_teacher(config)
+        return in_shapes(lambda: build_teacher(config), kind, mode)
     weights, file = read_model(config.checkpoint, takes, option)
-    read = build_teacher(config, weights, f"{option} {file}", takes.remedy(option))
+    shape = build_teacher(config, weights, f"{option} {file}", takes.remedy(option)).encoder.shape
+    encoder = in_shapes(lambda: build(shape), shape.kind, mode)
     with mode:
-        return Teacher(build(read.encoder.shape), config.layer, config.image_size)
+        return Teacher(encoder, config.layer, config.image_size)
+
+
+def teacher_part(config: TeacherConfig, teacher: Teacher) -> Part:
+    """The teacher: once per image with a cache."""
+    side = teacher.image_size
+    passed = macs(count(lambda: teacher.features(torch.zeros(1, 3, side, side))))
+    name = f"teacher {config.name}, {side} px"
+    return Part(name, parameters(teacher), passed, 1, config.cached)
 
 
 def pretrain_parts(config: Any, teacher: Teacher | None) -> list[Part]:
     """Stage 1: student, decoder, head, and the teacher."""
     size, channels, parts = config.data.image_size, 3 * config.encoder.patch_size**2, []
     if teacher is not None:
-        side = teacher.image_size
-        name = f"teacher {config.teacher.name}, {side} px"
-        passed = macs(count(lambda: teacher.features(torch.zeros(1, 3, side, side))))
-        parts = [Part(name, parameters(teacher), passed, 1, config.teacher.cached)]
+        parts = [teacher_part(config.teacher, teacher)]
         channels = teacher.channels
     student = build_encoder(replace(config.encoder, checkpoint=None), size)
     ratio = config.mask.ratio
@@ -160,23 +169,63 @@ def pretrain_parts(config: Any, teacher: Teacher | None) -> list[Part]:
     return [*parts, Part("head", parameters(model.head), total)]
 
 
-def finetune_parts(config: Any) -> list[Part]:
+def in_shapes(build: Callable[[], nn.Module], kind: str, mode: FakeTensorMode) -> nn.Module:
+    """What ``build`` makes, in shapes alone. A TinyViT, which is small, is built before that: timm
+    reads numbers off a tensor, which a fake one does not have."""
+    if kind != "tiny_vit":
+        with mode:
+            return build()
+    built = build()
+    with FakeCopyMode(mode):
+        return copy.deepcopy(built)
+
+
+def finetune_parts(config: Any, mode: FakeTensorMode) -> list[Part]:
     """Stage 2: image encoder and mask decoder, for masks_per_image prompts."""
+    size = config.data.image_size
+    without = [replace(group, checkpoint=None) for group in (config.encoder, config.decoder)]
+    build = partial(build_model, *without, size, config.data.resize, False)
+    model = in_shapes(build, config.encoder.kind, mode)
+    with mode:
+        return _finetune_parts(config, model)
+
+
+def _finetune_parts(config: Any, model: Sam) -> list[Part]:
     size, prompts, head = config.data.image_size, config.data.masks_per_image, config.decoder
-    without = [replace(group, checkpoint=None) for group in (config.encoder, head)]
-    model = build_model(*without, size, config.data.resize, False)
     encoder, rounds = model.image_encoder, 1 + config.prompt.corrections
     images, points = torch.zeros(1, 3, size, size), torch.zeros(1, prompts, 2, 2)
     labels = torch.ones(1, prompts, 2)
     maps = torch.zeros(1, head.width, *[size // config.encoder.patch_size] * 2)
     of_encoder = macs(count(lambda: encoder(images)))
-    of_decoder = rounds * macs(count(lambda: model.predict_low_resolution(maps, points, labels)))
+
+    def decode() -> None:
+        if head.kind == "sam":  # prompts of one length: grouping them looks at their values
+            clicks = model.prompt_encoder.embed_prompts((points[0], labels[0]), None, None)
+            positions = model.prompt_encoder.get_dense_pe()
+            model.mask_decoder.predict_masks(maps, positions, *clicks)
+        else:
+            model.predict_low_resolution(maps, points, labels)
+
+    of_decoder = rounds * macs(count(decode))
     own, passes = parameters(encoder), 1 if head.freeze == "encoder" else 3
     name = f"mask decoder, {prompts} prompts" + f" x {rounds} rounds" * (rounds > 1)
     return [
         Part("image encoder", own, of_encoder, passes),
         Part(name, parameters(model) - own, of_decoder),
     ]
+
+
+def distill_parts(config: Any, teacher: Teacher, mode: FakeTensorMode) -> list[Part]:
+    """Distillation: teacher and student, and where masks are compared both under the decoder."""
+    with mode:
+        first = teacher_part(config.teacher, teacher)
+    parts = [first, *finetune_parts(config, mode)]
+    if not config.distill.coupled:
+        return parts[:2]
+    # Once for the teacher; of a frozen one the backward pass ends at its inputs, as one forward.
+    parts[2].passes = 1 + (2 if config.distill.freeze == "decoder" else 3)
+    parts[2].name += ", of both"
+    return parts
 
 
 def classify_parts(config: Any) -> list[Part]:
@@ -201,8 +250,9 @@ def find_parts(entry: str, config: Any) -> list[Part]:
             return classify_parts(config)
     mode, teacher = FakeTensorMode(), None
     if entry == "finetune/train.py":
-        with mode:
-            return finetune_parts(config)
+        return finetune_parts(config, mode)
+    if entry == "finetune/distill.py":
+        return distill_parts(config, open_teacher(config.teacher, mode), mode)
     if config.target.kind == "teacher":
         teacher = open_teacher(config.teacher, mode)
     with mode:
@@ -223,7 +273,8 @@ def count_images(config: Any, entry: str, given: int | None) -> int:
                 return found
         except UserError:
             pass
-    assumed, name = (SA1B, "SA-1B") if entry == "finetune/train.py" else (IMAGENET, "ImageNet-1K")
+    on_sa1b = entry in ("finetune/train.py", "finetune/distill.py")
+    assumed, name = (SA1B, "SA-1B") if on_sa1b else (IMAGENET, "ImageNet-1K")
     print(f"data.shards are not here: {assumed} images assumed ({name}); --images tells others")
     return assumed
 
@@ -278,7 +329,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{hours_of(hours)} hours of one {args.card} at {args.share:.0%} of its {CARDS[args.card]} "
         "TFLOP/s, if the data keeps up"
     )
-    if entry == "sami/pretrain.py" and config.target.kind == "teacher":
+    learns = entry == "sami/pretrain.py" and config.target.kind == "teacher"
+    if learns or (entry == "finetune/distill.py" and not config.distill.coupled):
         print("a feature cache of them, at 4:3, without the images:")
         for name, size in cache_bytes(config.teacher).items():
             print(f"  {name:14} {size / 1e3:7.0f} kB an image, {size * images / 1e9:8.1f} GB")

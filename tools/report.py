@@ -25,7 +25,14 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from finetune.measures import TRIVIAL
-from finetune.runfolder import PROMPT_NAMES, RunFolder, mean_and_std, name_apart, settings_of
+from finetune.runfolder import (
+    PROMPT_NAMES,
+    TO_TEACHER,
+    RunFolder,
+    mean_and_std,
+    name_apart,
+    settings_of,
+)
 from sami.core.checkpoint import write_text
 from sami.core.config import require
 from sami.core.entries import ENTRIES
@@ -304,7 +311,7 @@ def about(runs: list[RunFolder]) -> str:
 SPEED = {"lr": "learning rate", "images_per_second": "images/s", "data_wait": "data wait"}
 COLUMNS = {entry.name: {"loss": "loss"} | entry.measures for entry in ENTRIES.values()}
 SHARES = {"data_wait"} | {
-    f"val_{k}_{p}" for k in ("miou", "trivial") for p in PROMPT_NAMES
+    f"val_{k}_{p}" for k in ("miou", "trivial") for p in PROMPT_NAMES + TO_TEACHER
 }  # 0 to 1
 IN_PERCENT = {"val_knn", "val_linear", "val_top1", "val_top5"}
 ROWS = {"predicted": ("predicted",), "oracle": ("oracle",), "without a model": TRIVIAL}
