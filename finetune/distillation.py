@@ -185,12 +185,17 @@ def open_teacher(
         judge = open_targets(TargetConfig(), replace(config, cached=False), *rest)
     for one in {id(target): target, id(judge): judge}.values():
         source = one.cache or one.teacher
-        grid = one.cache.grid if one.cache else config.image_size // one.teacher.stride
+        stride = one.cache.patch_size if one.cache else one.teacher.stride
+        grid = config.image_size // stride
+        require(
+            one.cache is None or one.cache.grid == grid,
+            f"the cache was made with --grid {one.cache and one.cache.grid}, which is not the "
+            f"teacher's {grid}; make one with --grid {grid}, or set --teacher.cached false",
+        )
         require(
             grid == model.shape.grid,
             f"the teacher's embedding has {grid} x {grid} cells and the student's "
-            f"{model.shape.grid} x {model.shape.grid}; set encoder.patch_size "
-            f"{config.image_size // grid}, or cache at the teacher's own grid",
+            f"{model.shape.grid} x {model.shape.grid}; set encoder.patch_size {stride}",
         )
         require(
             source.channels == model.shape.encoder.channels,

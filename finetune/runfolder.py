@@ -17,7 +17,7 @@ from sami.core.paths import exists
 from sami.core.tables import percent
 
 PROMPT_NAMES = ("box", "1_click", "3_clicks")
-# Of distillation, whose truth is the teacher's masks; pairs are by their distance in pixels of a 1024-px input.
+# Of distillation, whose truth is the teacher's masks; pairs by their distance at 1024 px.
 TO_TEACHER = ("teacher_1_click", *(f"teacher_pair_{n}" for n in range(100, 600, 100)))
 
 

@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from finetune import classify, train
+from finetune import classify, distill, train
 from sami import pretrain
 from sami.core.config import needs_of
 from tests.runs import ROOT, arguments, run, write_cache, write_shards
 from tests.test_entrypoints import readme_commands
 from tools.make_toy_shards import write_shard
 
-ENTRIES = {"pretrain": pretrain, "finetune": train, "classify": classify}
+ENTRIES = {"pretrain": pretrain, "finetune": train, "distill": distill, "classify": classify}
 
 
 @pytest.fixture
@@ -161,6 +161,8 @@ def test_check_is_done_by_one_process(tmp_path, call, monkeypatch):
                 "decoder.checkpoint checkpoints/sam_vit_h",
             },
         ),
+        ("distill", "decoupled_tiny_vit", {"data.shards", "data.val_shards", "decoder.checkpoint"}),
+        ("distill", "fully_coupled", {"data.shards", "teacher.checkpoint checkpoints/sam_vit_h"}),
         ("classify", "sami_ti", {"data.shards", "data.val_shards", "encoder.checkpoint"}),
     ],
 )
@@ -178,8 +180,9 @@ def test_all_that_is_missing_is_named_at_once(
         assert f"({len(missing)})" in error
     if "encoder.checkpoint" in " ".join(missing):
         assert "encoder.checkpoint takes the folder of a run of stage 1" in error
-    data = "SA-1B's tars" if entry == "finetune" else "ImageNet-1K as shards"
-    assert f"configs/{entry}/{config}.yaml needs {data}" in error
+    data = {"pretrain": "ImageNet-1K as shards", "finetune": "SA-1B's tars", "distill": ""}
+    data["classify"] = data["pretrain"]
+    assert f"configs/{entry}/{config}.yaml needs {data[entry]}" in error
     assert error.endswith(" (docs/data.md tells how they are got and made)\n")
 
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from finetune.classify import ClassifyConfig
+from finetune.distill import DistillConfig
 from finetune.train import FinetuneConfig
 from sami.core.config import load_config
 from sami.core.configfile import read_yaml
@@ -20,6 +21,7 @@ from tests.runs import ROOT
 CLASSES = {
     "sami/pretrain.py": PretrainConfig,
     "finetune/train.py": FinetuneConfig,
+    "finetune/distill.py": DistillConfig,
     "finetune/classify.py": ClassifyConfig,
 }
 FOLDERS = {entry.name: script for script, entry in ENTRIES.items()}

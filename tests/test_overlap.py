@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from finetune.classify import main as classify
+from finetune.distill import main as distill
 from finetune.train import main as finetune
 from sami.core.overlap import find_overlap
 from sami.pretrain import main as pretrain
@@ -114,9 +115,10 @@ def test_alike_is_not_the_same(train, tmp_path):
     )
 
 
-@pytest.mark.parametrize("entry", ["pretrain", "finetune", "classify"])
+@pytest.mark.parametrize("entry", ["pretrain", "finetune", "distill", "classify"])
 def test_every_entry_refuses_unless_asked(train, tmp_path, in_process, entry):
-    main = {"pretrain": pretrain, "finetune": finetune, "classify": classify}[entry]
+    mains = {"pretrain": pretrain, "finetune": finetune, "distill": distill}
+    main = (mains | {"classify": classify})[entry]
     shutil.copytree(train, tmp_path / "val")
     words = [
         f"--run.dir={tmp_path / 'run'}",
@@ -126,6 +128,7 @@ def test_every_entry_refuses_unless_asked(train, tmp_path, in_process, entry):
         "--train.epochs=1",
     ]
     words += ["--teacher.name=none", "--target.kind=pixels"] if entry == "pretrain" else []
+    words += ["--teacher.checkpoint=random"] if entry == "distill" else []
     code, said = in_process(main, words)
     assert code == 2 and said.count("\n") == 1
     assert "data.val_shards hold images of data.shards" in said

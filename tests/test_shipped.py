@@ -48,6 +48,7 @@ def test_in_an_installed_package(installed, tmp_path):
     [
         ("sami/pretrain.py", "pretrain/toy"),
         ("finetune/train.py", "finetune/toy"),
+        ("finetune/distill.py", "distill/toy"),
         ("finetune/classify.py", "classify/sami_ti"),
     ],
 )

@@ -103,6 +103,7 @@ def test_home_and_variables(tmp_path, monkeypatch):
 def test_every_path_of_a_configuration(monkeypatch, tmp_path):
     """In the file and on the command line, in lists and in the keys of weights."""
     from finetune.classification import LabelDataConfig as Labelled
+    from finetune.distill import DistillConfig
     from finetune.train import FinetuneConfig
 
     monkeypatch.setenv("HOME", "/home/me")
@@ -137,7 +138,7 @@ def test_every_path_of_a_configuration(monkeypatch, tmp_path):
         load_config(PretrainConfig, ["--run.dir=$NOPE/run"])
     from dataclasses import fields
 
-    for group in (*fields(PretrainConfig), *fields(FinetuneConfig)):
+    for group in (*fields(PretrainConfig), *fields(FinetuneConfig), *fields(DistillConfig)):
         for item in fields(group.default_factory()):
             named = item.name in ("dir", "shards", "val_shards", "checkpoint", "cache_dir")
             assert named == bool(item.metadata.get("path")), f"{group.name}.{item.name}"
