@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from finetune.distillation import Distillation, inside, teacher_maps
+from finetune.data import cells_inside
+from finetune.distillation import Distillation, teacher_maps
 from finetune.image_data import ImageTransform
 from finetune.losses import mask_iou
 from finetune.prompt_encoder import BACKGROUND, FOREGROUND
@@ -123,7 +124,9 @@ def measure(
         taught = teacher_maps(target, batch)
         with run.accelerator.autocast():
             found = student.embed(batch)
-        sums.add(found, taught, inside(batch.frames, shape.grid, shape.image_size, whole=False))
+        sums.add(
+            found, taught, cells_inside(batch.frames, shape.grid, shape.image_size, whole=False)
+        )
         for number, key in enumerate(batch.keys if target.cache is None else ()):
             one = slice(number, number + 1)
             frame = tuple(batch.frames[number].tolist())

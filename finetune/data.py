@@ -7,10 +7,11 @@ from (seed, epoch, sample key).
 import itertools
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from finetune.losses import MaskTargets
 from finetune.prompting import PromptConfig, draw_prompt
@@ -239,3 +240,29 @@ def loss_pixels(
     inside = np.zeros((loss_size, loss_size), bool)
     inside[: len(lines[0]), : len(lines[1])] = True
     return lines[0], lines[1], inside
+
+
+def prepare(normalise: nn.Module, batch: Any) -> torch.Tensor:
+    """Images as SAM's encoder takes them: normalised, and then 0 on the right and below.
+
+    Args:
+        batch: with ``images`` [B, 3, H, H] and ``frames`` [B, 2].
+    """
+    size = batch.images.shape[-1]
+    seen = cells_inside(batch.frames, size, size, whole=True).unsqueeze(1)
+    return torch.where(seen, normalise(batch.images), 0.0)
+
+
+def cells_inside(frames: torch.Tensor, side: int, image_size: int, whole: bool) -> torch.Tensor:
+    """Which cells of the input, divided into ``side`` x ``side``, are image and not padding.
+
+    Args:
+        frames: [B, 2], height and width in pixels that the images have within the input.
+        whole: those whose middle is image; else all that hold any of it.
+
+    Returns:
+        bool [B, side, side].
+    """
+    places = torch.arange(side, device=frames.device) + 0.5 * whole
+    rows, columns = (places * (image_size / side) < frames[:, axis, None] for axis in (0, 1))
+    return rows.unsqueeze(2) & columns.unsqueeze(1)

@@ -3,8 +3,7 @@
 python finetune/distill.py --config configs/distill/decoupled_tiny_vit.yaml
                            [--group.field value ...] [--check]
 
-On several GPUs:
-accelerate launch --config_file configs/accelerate/gpu_8.yaml finetune/distill.py --config ...
+On several GPUs: accelerate launch --config_file configs/accelerate/gpu_8.yaml, and then the same.
 """
 
 import contextlib
@@ -84,9 +83,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def starts_of(cfg: DistillConfig) -> dict[str, Start]:
     """The options that name weights, and what they take."""
-    starts = {"encoder.checkpoint": Start(TAKES_ENCODER), "decoder.checkpoint": Start(TAKES_MODEL)}
     needed = "never" if cfg.teacher.cached else "always"
-    return starts | {"teacher.checkpoint": Start(takes_of(cfg.teacher), needed)}
+    same = cfg.decoder.checkpoint == cfg.teacher.checkpoint and needed == "always"
+    return {
+        "encoder.checkpoint": Start(TAKES_ENCODER),
+        "decoder.checkpoint": Start(TAKES_MODEL, "never" if same else "begin"),  # missed once
+        "teacher.checkpoint": Start(takes_of(cfg.teacher), needed),
+    }
 
 
 def train(cfg: DistillConfig, run: Run, only_check: bool = False) -> int:
@@ -96,8 +99,7 @@ def train(cfg: DistillConfig, run: Run, only_check: bool = False) -> int:
     for option in ("encoder.checkpoint", "decoder.checkpoint"):
         group = getattr(cfg, option.split(".")[0])
         if group.checkpoint and not files[option]:  # gone: the run's own tells its shape
-            own = find_weights(run.dir / "checkpoints", TAKES_MODEL, option).file
-            files[option] = str(own)
+            files[option] = str(find_weights(run.dir / "checkpoints", TAKES_MODEL, option).file)
     plan = plan_training(cfg.data, cfg.train, run)
     held_out = plan.held_out
 
@@ -135,7 +137,8 @@ def train(cfg: DistillConfig, run: Run, only_check: bool = False) -> int:
         return Export("model.safetensors", model.state_dict(), header)
 
     made = {
-        "teacher": f"{cfg.teacher.name} at {cfg.teacher.image_size} px",
+        "teacher": f"{cfg.teacher.name} at {cfg.teacher.image_size} px, from "
+        f"{cfg.teacher.checkpoint or 'a cache'}",
         "encoder": f"{cfg.encoder.name}, from {cfg.encoder.checkpoint or 'random weights'}",
         "decoder": f"SAM's, from {cfg.decoder.checkpoint or 'random weights'}",
     }

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from finetune.data import MaskDataConfig, PromptBatch
+from finetune.data import MaskDataConfig, PromptBatch, cells_inside, prepare
 from finetune.image_data import ImageBatch
 from finetune.losses import DICE_WEIGHT, FOCAL_WEIGHT, dice_loss, mask_iou, pixel_loss
 from finetune.model import MaskDecoderConfig
@@ -134,7 +134,9 @@ class Distillation(nn.Module):
             target: the teacher's embeddings, [B, C, h, w].
         """
         embeddings = self.embed(batch)
-        cells = inside(batch.frames, embeddings.shape[-1], batch.images.shape[-1], whole=False)
+        cells = cells_inside(
+            batch.frames, embeddings.shape[-1], batch.images.shape[-1], whole=False
+        )
         error = embedding_error(embeddings, target, cells).mean()
         if not self.config.coupled:
             return {"loss": error}
@@ -146,7 +148,7 @@ class Distillation(nn.Module):
             logits, iou, taught, taught_iou, wanted = (
                 x[:, :, 1:] for x in (logits, iou, taught, taught_iou, wanted)
             )
-        pixels = inside(batch.frames, logits.shape[-1], batch.images.shape[-1], whole=True)
+        pixels = cells_inside(batch.frames, logits.shape[-1], batch.images.shape[-1], whole=True)
         losses = mask_losses(logits, iou, taught, taught_iou, wanted, pixels, self.config.mask)
         # A batch without, say, boxes leaves their embedding out; several processes have to agree on
         # which parameters have a gradient, if only of zero.
@@ -219,28 +221,6 @@ def teacher_maps(target: Target, batch: ImageBatch | PromptBatch) -> torch.Tenso
         return rearrange(target(batch), "b (h w) c -> b c h w", h=target.cache.grid)
     with torch.no_grad(), target.autocast():
         return target.teacher.features(prepare(target.teacher.normalise, batch))
-
-
-def prepare(normalise: nn.Module, batch: ImageBatch | PromptBatch) -> torch.Tensor:
-    """Images as SAM's encoder takes them: normalised, and then 0 on the right and below."""
-    size = batch.images.shape[-1]
-    seen = inside(batch.frames, size, size, whole=True).unsqueeze(1)
-    return torch.where(seen, normalise(batch.images), 0.0)
-
-
-def inside(frames: torch.Tensor, side: int, image_size: int, whole: bool) -> torch.Tensor:
-    """Which cells of the input, divided into ``side`` x ``side``, are image and not padding.
-
-    Args:
-        frames: [B, 2], height and width in pixels that the images have within the input.
-        whole: those whose middle is image; else all that hold any of it.
-
-    Returns:
-        bool [B, side, side].
-    """
-    places = torch.arange(side, device=frames.device) + 0.5 * whole
-    rows, columns = (places * (image_size / side) < frames[:, axis, None] for axis in (0, 1))
-    return rows.unsqueeze(2) & columns.unsqueeze(1)
 
 
 def embedding_error(

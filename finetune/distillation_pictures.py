@@ -8,7 +8,8 @@ from einops import rearrange
 from matplotlib.figure import Figure
 
 from finetune.agreement import draw_clicks, masks_of_both
-from finetune.distillation import Distillation, inside, teacher_maps
+from finetune.data import cells_inside
+from finetune.distillation import Distillation, teacher_maps
 from finetune.image_data import ImageBatch, ImageTransform
 from finetune.losses import mask_iou
 from finetune.pictures import overlay
@@ -86,7 +87,7 @@ def figure_of(
         live: whether the teacher's masks are its own; those of a cache are left out.
     """
     grid, size = taught.shape[-1], batch.images.shape[-1]
-    cells = inside(batch.frames, grid, size, whole=False).flatten(1).cpu()
+    cells = cells_inside(batch.frames, grid, size, whole=False).flatten(1).cpu()
     tokens = [rearrange(maps.float().cpu(), "b c h w -> b (h w) c") for maps in (taught, found)]
     basis = pca_basis(tokens[0][cells])
     colours = [pca_colours(maps, basis).numpy() for maps in tokens]

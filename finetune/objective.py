@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from finetune.data import PromptBatch
+from finetune.data import PromptBatch, prepare
 from finetune.losses import MaskLossConfig, stage2_losses
 from finetune.prompt_encoder import PADDING
 from finetune.prompting import PromptConfig, correction_clicks
@@ -34,7 +34,11 @@ class Objective(nn.Module):
             more = self.prompt.corrections
             points = F.pad(points, (0, 0, 0, more), value=-1.0)
             labels = F.pad(labels, (0, more), value=PADDING)
-        embeddings = self.model.get_image_embeddings(batch.images)
+        if batch.frames is None:
+            embeddings = self.model.get_image_embeddings(batch.images)
+        else:  # with SAM's padding, as images have it that are not of a batch
+            encoder = self.model.image_encoder
+            embeddings = encoder(prepare(encoder.normalise, batch))
         rounds, masks, size = 1 + self.prompt.corrections, None, batch.masks.shape[2]
         for turn in range(rounds):
             logits, iou = self.model.predict_low_resolution(embeddings, points, labels, masks)

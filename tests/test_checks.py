@@ -162,7 +162,7 @@ def test_check_is_done_by_one_process(tmp_path, call, monkeypatch):
             },
         ),
         ("distill", "decoupled_tiny_vit", {"data.shards", "data.val_shards", "decoder.checkpoint"}),
-        ("distill", "fully_coupled", {"data.shards", "teacher.checkpoint checkpoints/sam_vit_h"}),
+        ("distill", "semi_coupled", {"data.shards", "data.val_shards", "teacher.checkpoint"}),
         ("classify", "sami_ti", {"data.shards", "data.val_shards", "encoder.checkpoint"}),
     ],
 )
@@ -180,7 +180,7 @@ def test_all_that_is_missing_is_named_at_once(
         assert f"({len(missing)})" in error
     if "encoder.checkpoint" in " ".join(missing):
         assert "encoder.checkpoint takes the folder of a run of stage 1" in error
-    data = {"pretrain": "ImageNet-1K as shards", "finetune": "SA-1B's tars", "distill": ""}
+    data = {"pretrain": "ImageNet-1K as shards", "finetune": "SA-1B's tars", "distill": "SA-1B's"}
     data["classify"] = data["pretrain"]
     assert f"configs/{entry}/{config}.yaml needs {data[entry]}" in error
     assert error.endswith(" (docs/data.md tells how they are got and made)\n")

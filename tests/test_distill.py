@@ -16,19 +16,20 @@ from finetune.agreement import (
     measure,
     run_ends,
 )
-from finetune.data import MaskDataConfig, PromptTransform
+from finetune.data import MaskDataConfig, PromptTransform, cells_inside
 from finetune.distill import main
 from finetune.distillation import (
     Distillation,
     DistillationConfig,
     embedding_error,
-    inside,
     mask_losses,
     teacher_maps,
 )
 from finetune.evaluation import paint
 from finetune.image_data import ImageTransform
+from finetune.losses import MaskLossConfig
 from finetune.model import MaskDecoderConfig, build_model, load_model, model_header
+from finetune.objective import Objective
 from finetune.prompting import PromptConfig
 from sami.core.checkpoint import write_weights
 from sami.core.processes import exact
@@ -127,7 +128,7 @@ def test_the_embedding_error_is_the_formula():
     torch.manual_seed(0)
     prediction, target = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 4, 4)
     frames = torch.tensor([[64, 40], [17, 64]])
-    cells = inside(frames, 4, 64, whole=False)
+    cells = cells_inside(frames, 4, 64, whole=False)
     assert cells.sum((1, 2)).tolist() == [4 * 3, 2 * 4]
     expected = []
     for number, (height, width) in enumerate(frames.tolist()):
@@ -152,7 +153,7 @@ def test_the_mask_losses_are_the_formula():
     logits, taught = torch.randn(2, 3, 4, 8, 8), torch.randn(2, 3, 4, 8, 8)
     iou, taught_iou = torch.rand(2, 3, 4), torch.rand(2, 3, 4)
     wanted = torch.rand(2, 3, 4) > 0.4
-    pixels = inside(torch.tensor([[8, 5], [4, 8]]), 8, 8, whole=True)
+    pixels = cells_inside(torch.tensor([[8, 5], [4, 8]]), 8, 8, whole=True)
     found = mask_losses(logits, iou, taught, taught_iou, wanted, pixels, "bce")
     images = []
     for b in range(2):
@@ -197,14 +198,25 @@ def test_the_padding_of_images_is_not_seen(sam):
     student = student_of(sam).eval()
     loss = student(batch, maps)["loss"]
     noise = torch.randint_like(batch.images, 256)
-    seen = inside(batch.frames, SIZE, SIZE, whole=True).unsqueeze(1)
+    seen = cells_inside(batch.frames, SIZE, SIZE, whole=True).unsqueeze(1)
     assert not seen.all()
     batch.images = torch.where(seen, batch.images, noise)
-    cells = inside(batch.frames, GRID, SIZE, whole=False).unsqueeze(1)
+    cells = cells_inside(batch.frames, GRID, SIZE, whole=False).unsqueeze(1)
     assert torch.equal(student(batch, torch.where(cells, maps, 9.0))["loss"], loss)
     model = student.model
     image = batch.images[:1, :, : batch.frames[0, 0], : batch.frames[0, 1]]
     torch.testing.assert_close(student.embed(batch)[:1], model.get_image_embeddings(image))
+
+
+def test_finetuning_sees_the_same_padding(sam):
+    """Also where only the decoder is finetuned, on what a distilled encoder gives."""
+    batch, model = batch_of("semi_coupled"), load_model(sam).train()
+    objective = Objective(model, MaskLossConfig(single_mask=True), PromptConfig())
+    losses = objective(batch)
+    batch.images = torch.where(
+        cells_inside(batch.frames, SIZE, SIZE, whole=True).unsqueeze(1), batch.images, 200
+    )
+    assert torch.equal(objective(batch)["loss"], losses["loss"])
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp16"])
@@ -227,7 +239,7 @@ def test_cached_features_are_the_live_ones(sam, dtype):
     views = ImageTransform(DATA, 0, cache)
     read = views.collate([views.decode_held_out(sample) for sample in given])
     found = teacher_maps(CachedTeacher(cache), read)
-    cells = inside(batch.frames, GRID, SIZE, whole=False).unsqueeze(1)
+    cells = cells_inside(batch.frames, GRID, SIZE, whole=False).unsqueeze(1)
     assert ((found - maps).abs() <= torch.stack(steps)[:, :, None, None])[
         cells.expand_as(maps)
     ].all()
