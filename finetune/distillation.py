@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from finetune.data import MaskDataConfig, PromptBatch, cells_inside, prepare
 from finetune.image_data import ImageBatch
-from finetune.losses import DICE_WEIGHT, FOCAL_WEIGHT, dice_loss, mask_iou, pixel_loss
+from finetune.losses import PIXEL_LOSSES, dice_loss, mask_iou, pixel_loss
 from finetune.model import MaskDecoderConfig
 from finetune.sam import Sam
 from sami.core.config import require
@@ -34,12 +34,12 @@ class DistillationConfig:
     Attributes:
         form: decoupled, from its embedding; semi_coupled, from its masks through SAM's frozen
             decoder; fully_coupled, likewise, and the decoder is trained too.
-        mask: of the coupled forms: focal, 20 : 1 with dice as SAM was trained; or bce, 1 : 1 with
-            dice, which learns faster from scratch.
+        mask: of the coupled forms, one of PIXEL_LOSSES: focal, 20 : 1 with dice as SAM was trained;
+            bce, 1 : 1 with dice, which learns faster from scratch.
     """
 
     form: Literal["decoupled", "semi_coupled", "fully_coupled"] = "decoupled"
-    mask: Literal["focal", "bce"] = "focal"
+    mask: Literal[tuple(PIXEL_LOSSES)] = "focal"
 
     @property
     def coupled(self) -> bool:
@@ -257,7 +257,7 @@ def mask_losses(
         iou, taught_iou: predicted ones, [B, K, M].
         wanted: bool [B, K, M], which masks are compared.
         pixels: bool [B, h, w], what is image.
-        kind: focal or bce.
+        kind: of PIXEL_LOSSES.
 
     Returns:
         0-dim tensors: ``loss``, its parts ``loss_pixel``, ``loss_dice`` and ``loss_iou``, and
@@ -267,9 +267,8 @@ def mask_losses(
     pixel = (pixel_loss(logits, truth, kind) * seen).sum((-2, -1)) / seen.sum((-2, -1))
     dice = dice_loss(logits, truth, seen)
     score = F.mse_loss(iou.float(), taught_iou.float(), reduction="none")
-    weight = FOCAL_WEIGHT if kind == "focal" else 1.0
     parts = {
-        "loss": weight * pixel + DICE_WEIGHT * dice + score,
+        "loss": PIXEL_LOSSES[kind][1] * pixel + dice + score,
         "loss_pixel": pixel.detach(),
         "loss_dice": dice.detach(),
         "loss_iou": score.detach(),

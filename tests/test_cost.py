@@ -1,5 +1,6 @@
 """What a run costs: counts against the flop counter on real tensors, and by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from finetune.model import build_model
 from sami.core.config import load_config
 from sami.encoder import build_encoder
 from sami.model import MaskedReconstruction, TokenLossConfig
@@ -105,6 +107,34 @@ def test_what_it_prints(capsys):
     assert "32 x 32 int8       198 kB an image,      1.6 GB" in said
     assert main([str(ROOT / "configs/finetune/efficient_sam_s.yaml"), "--images", "1000"]) == 0
     assert "mask decoder, 64 prompts" in " ".join(capsys.readouterr().out.split())
+
+
+def test_distillation(capsys):
+    """TinyViT-5M has 38.8 G multiply-adds at 1024 px by another count; and against real tensors."""
+    config = str(ROOT / "configs/distill/decoupled_tiny_vit.yaml")
+    assert main([config, "--images", "110000"]) == 0
+    said = capsys.readouterr().out
+    assert "110000 steps of 8 images" in said and "a feature cache" in said
+    entry, told = resolve(Path(config), [])
+    teacher, encoder = find_parts(entry, told)
+    assert teacher.once and teacher.passes == 1 and encoder.passes == 3
+    assert encoder.macs == pytest.approx(38.8e9, rel=0.01)
+    words = ["--encoder.name=tiny_vit_test", "--data.image_size=128", "--teacher.name=custom"]
+    words += ["--teacher.checkpoint=random", "--teacher.image_size=128", "--decoder.checkpoint="]
+    passes = {"semi_coupled": 3, "fully_coupled": 4}
+    for form, number in passes.items():
+        entry, told = resolve(ROOT / f"configs/distill/{form}.yaml", words)
+        teacher, encoder, decoder = find_parts(entry, told)
+        assert not teacher.once and (encoder.passes, decoder.passes) == (3, number)
+    groups = replace(told.encoder, checkpoint=None), replace(told.decoder, checkpoint=None)
+    model = build_model(*groups, 128, "longest", False).eval()
+    points, labels = torch.rand(1, 16, 2, 2), torch.ones(1, 16, 2)
+    maps = model.image_encoder(torch.rand(1, 3, 128, 128))
+    seen = counted(lambda: model.image_encoder(torch.rand(1, 3, 128, 128)))
+    assert 2 * encoder.macs == seen
+    seen = counted(lambda: model.predict_low_resolution(maps, points, labels))
+    assert 2 * decoder.macs == pytest.approx(seen, rel=1e-3)
+    assert main([str(ROOT / "configs/finetune/sam_decoder_ti.yaml"), "--images", "1000"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from finetune.losses import MaskLossConfig
 from finetune.model import MaskDecoderConfig, build_model, load_model, model_header
 from finetune.objective import Objective
 from finetune.prompting import PromptConfig
+from finetune.train import main as finetune
 from sami.core.checkpoint import write_weights
 from sami.core.processes import exact
 from sami.core.run import Run, RunConfig
@@ -448,6 +449,27 @@ def test_a_run_goes_on_bit_for_bit_and_exports_a_model(shards, sam, tmp_path, ca
         embedding = model.image_encoder(F.pad(model.image_encoder.normalise(image), (0, 0, 0, 32)))
         expected = theirs.mask_decoder.predict(theirs.prompt_encoder, embedding, points, labels)
         torch.testing.assert_close(found[0], expected[0][:, :, 1:])
+
+
+def test_the_decoder_is_finetuned_afterwards(shards, sam, tmp_path, in_process):
+    """Stage 2 with a frozen encoder, whose batch statistics stay too (docs/distill.md)."""
+    assert in_process(main, arguments(tmp_path / "student", shards, sam))[0] == 0
+    student = str(tmp_path / "student")
+    options = {"run.dir": tmp_path / "run", "run.picture_every": 0, "data.shards": shards}
+    options |= {"data.workers": 0, "data.image_size": SIZE, "data.resize": "longest"}
+    options |= {"data.masks_per_image": 2, "train.steps": 2, "train.batch_size": 4}
+    options |= {"encoder.name": "tiny_vit_test", "encoder.checkpoint": student}
+    options |= {"decoder.kind": "sam", "decoder.checkpoint": student, "decoder.freeze": "encoder"}
+    options |= {"decoder.width": CHANNELS, "loss.single_mask": "true", "optim.warmup": 1}
+    code, error = in_process(finetune, [f"--{key}={value}" for key, value in options.items()])
+    assert code == 0, error
+    before, after = load_model(student).state_dict(), load_model(tmp_path / "run").state_dict()
+    for name, tensor in before.items():
+        if name.startswith("image_encoder."):
+            assert torch.equal(after[name], tensor), name
+    assert not torch.equal(
+        before["mask_decoder.mask_tokens.weight"], after["mask_decoder.mask_tokens.weight"]
+    )
 
 
 def test_it_goes_on_where_the_decoders_file_is_gone(shards, sam, tmp_path, call):
