@@ -17,8 +17,13 @@ from sami.core.paths import exists
 from sami.core.tables import percent
 
 PROMPT_NAMES = ("box", "1_click", "3_clicks")
-# Of distillation, whose truth is the teacher's masks; pairs by their distance at 1024 px.
-TO_TEACHER = ("teacher_1_click", *(f"teacher_pair_{n}" for n in range(100, 600, 100)))
+TO_TEACHER = {  # of distillation, whose truth is the teacher's masks
+    "teacher_1_click": "to the teacher's masks by 1 click",
+    **{
+        f"teacher_pair_{n}": f"to the teacher's masks by two points {n} px apart"
+        for n in range(100, 600, 100)
+    },
+}
 
 
 class RunFolder:
@@ -110,12 +115,11 @@ class RunFolder:
         info = self.summary.get("evaluation") or {}
         if info.get("r2") is not None:
             found["r2"] = (info["r2"], "", "the best constant map 0")
-        for name in PROMPT_NAMES + TO_TEACHER:
+        for name in (*PROMPT_NAMES, *TO_TEACHER):
             if info.get(f"miou_{name}") is not None:
                 share, value = info.get(f"trivial_{name}"), 100 * info[f"miou_{name}"]
                 without = "" if share is None else f"without a model {percent(share)}"
-                words = name.replace("_", " ").replace("teacher", "to the teacher's masks by")
-                words = words if name in TO_TEACHER else f"by {words}"
+                words = TO_TEACHER.get(name, f"by {name.replace('_', ' ')}")
                 found[f"mIoU in % {words}"] = (value, "", without)
         if info.get("top1") is not None:
             share, count = info["top1"] / 100, info["pictures"]

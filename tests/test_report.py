@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from finetune.runfolder import RunFolder, mean_and_std, name_apart, settings_of
+from finetune.agreement import DISTANCES
+from finetune.runfolder import TO_TEACHER, RunFolder, mean_and_std, name_apart, settings_of
 from sami.core.tables import Results
 from tools import report as report_module
 from tools.report import main
@@ -84,6 +85,18 @@ def figures(monkeypatch):
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
     return drawn
+
+
+def test_distillation_has_its_own_figures(tmp_path, report):
+    """Those to the teacher's masks, each with what needs no model; of 0 to 1, shown in percent."""
+    assert list(TO_TEACHER) == list(DISTANCES)
+    told = {"mse": 0.01, "r2": 0.5, "pictures": 7.0}
+    told |= {"miou_teacher_pair_300": 0.731, "trivial_teacher_pair_300": 0.204}
+    write_run(tmp_path / "student", "distill", evaluation=told)
+    code, said = report(tmp_path / "student")
+    assert code == 0
+    assert "masks by two points 300 px apart" in said and "73.1" in said and "20.4" in said
+    assert "Distillation of SAM" in said and "miou_teacher_pair_300, %" in said
 
 
 def test_several_runs_of_every_kind(report, tmp_path):

@@ -311,7 +311,7 @@ def about(runs: list[RunFolder]) -> str:
 SPEED = {"lr": "learning rate", "images_per_second": "images/s", "data_wait": "data wait"}
 COLUMNS = {entry.name: {"loss": "loss"} | entry.measures for entry in ENTRIES.values()}
 SHARES = {"data_wait"} | {
-    f"val_{k}_{p}" for k in ("miou", "trivial") for p in PROMPT_NAMES + TO_TEACHER
+    f"val_{k}_{p}" for k in ("miou", "trivial") for p in (*PROMPT_NAMES, *TO_TEACHER)
 }  # 0 to 1
 IN_PERCENT = {"val_knn", "val_linear", "val_top1", "val_top5"}
 ROWS = {"predicted": ("predicted",), "oracle": ("oracle",), "without a model": TRIVIAL}
