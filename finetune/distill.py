@@ -87,7 +87,7 @@ def starts_of(cfg: DistillConfig) -> dict[str, Start]:
     same = cfg.decoder.checkpoint == cfg.teacher.checkpoint and needed == "always"
     return {
         "encoder.checkpoint": Start(TAKES_ENCODER),
-        "decoder.checkpoint": Start(TAKES_MODEL, "never" if same else "begin"),  # missed once
+        "decoder.checkpoint": Start(TAKES_MODEL, "never" if same else "begin"),  # named once
         "teacher.checkpoint": Start(takes_of(cfg.teacher), needed),
     }
 

@@ -8,12 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeCopyMode,
+    FakeTensorMode,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.data import PromptBatch
+from finetune.distillation import Distillation, DistillationConfig, teacher_maps
 from finetune.losses import MaskLossConfig
 from finetune.model import MaskDecoderConfig, build_model
 from finetune.objective import Objective
@@ -133,6 +139,7 @@ def prompts(size, points=6):
         torch.rand(2, 3, points, 2) * size,
         torch.tensor([[1, 2, 3, -1, -1, -1]]).expand(2, 3, -1).contiguous(),
         torch.arange(0, size, size / 32).repeat(2, 2, 1),
+        torch.tensor([[size, size // 2], [size // 3, size]]),
     )
 
 
@@ -157,6 +164,25 @@ def test_stage_two_with_correction_clicks(kind, loss, monkeypatch):
     model = build_model(EncoderConfig("custom"), decoder, 128, "square", loss.single_mask)
     objective = moved(Objective(model, loss, PromptConfig(corrections=2)))
     losses = on_the_device(objective, prompts(128).to(CUDA))
+    assert losses["loss"].shape == () and losses["loss"].requires_grad
+    assert all(value.dtype == torch.float32 for value in losses.values())
+
+
+@pytest.mark.parametrize("form", ["decoupled", "semi_coupled", "fully_coupled"])
+def test_distillation(form, monkeypatch):
+    monkeypatch.setattr("finetune.sam_head._groups", one_group)
+    decoder = MaskDecoderConfig("sam", freeze=DistillationConfig(form).freeze)
+    model = build_model(EncoderConfig("custom"), decoder, 128, "longest", False, True)
+    with FakeCopyMode(detect_fake_mode()):  # of the decoder that the teacher keeps
+        student = moved(Distillation(model, DistillationConfig(form)))
+    teacher = moved(load_teacher(TeacherConfig("custom", "random", 128)))
+
+    def autocast():
+        return torch.autocast("cuda", torch.bfloat16)
+
+    target, batch = LiveTeacher(teacher, 8, "area", autocast), prompts(128).to(CUDA)
+    teacher_maps(target, batch)  # SAM's tables are made once, by way of the CPU
+    losses = on_the_device(lambda: student(batch, teacher_maps(target, batch)))
     assert losses["loss"].shape == () and losses["loss"].requires_grad
     assert all(value.dtype == torch.float32 for value in losses.values())
 
