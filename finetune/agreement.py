@@ -80,10 +80,13 @@ class MapSums:
 
     def measures(self) -> dict[str, float | None]:
         """``mse`` and ``cosine`` over all cells, and ``r2``: 1 - squared error / squared error of
-        the best constant map, the target's mean over these images at each position."""
+        the best constant map, the target's mean over these images at each position. None stands
+        for what is not a number, such as r2 of a single image."""
         count = self.count.sum()
         mean = self.target / self.count.clamp(min=1)
         constant = self.square - (self.target * mean).mean(0).sum()
+        # Of a single image nothing is left of it but rounding.
+        constant = torch.where(constant > 1e-6 * self.square, constant, torch.nan)
         found = {
             "mse": self.error / count,
             "cosine": self.cosine / count,
