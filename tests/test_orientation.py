@@ -81,7 +81,7 @@ def check_training(sample, **options):
     """Where the loss has the object there is red, and where clicks and boxes lie; what is noted."""
     for boxes in (0.0, 1.0):
         made = maker(boxes=boxes, **options).decode(sample, 0, False)
-        _, image, inside, masks, points, labels, _, unsure, left_out = made
+        _, image, inside, masks, points, labels, *_, unsure, left_out = made
         red = image[2::4, 2::4, 0] > 128  # the loss's pixels are 4 x 4 of the input's
         assert 10 < masks[0].sum() < 50
         assert (red == masks[0])[inside].mean() > 0.98

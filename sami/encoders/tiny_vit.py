@@ -60,14 +60,15 @@ class TinyVit(FromShape, PackageTinyVit):
             "them out",
         )
         widths, depths, heads, windows = STAGES[shape.width]
-        super().__init__(
-            num_classes=0,
-            embed_dims=widths,
-            depths=depths,
-            num_heads=heads,
-            window_sizes=windows,
-            drop_path_rate=0.0,
-        )
+        with torch.device("cpu"):  # also on the meta device: timm reads numbers off a tensor
+            super().__init__(
+                num_classes=0,
+                embed_dims=widths,
+                depths=depths,
+                num_heads=heads,
+                window_sizes=windows,
+                drop_path_rate=0.0,
+            )
         self.head = nn.Identity()
         self.take_shape(shape)
         self.stages[-1].downsample.conv2.conv.stride = (1, 1)
@@ -82,10 +83,8 @@ class TinyVit(FromShape, PackageTinyVit):
         self.frozen_statistics = False
         self._attentions = [m for m in self.modules() if isinstance(m, Attention)]
         for attention in self._attentions:
-            # On the CPU even where the module is built on the meta device: no file holds them.
-            shape_of = attention.attention_bias_idxs.shape
-            attention.attention_bias_idxs = torch.empty(shape_of, dtype=torch.long, device="cpu")
-            attention.init_non_persistent_buffers()
+            # On the CPU even where the module is built on the meta device: no file holds it.
+            attention.attention_bias_idxs = bias_table(attention.resolution[0])
 
     def train(self, mode: bool = True) -> "TinyVit":
         """Also keeps the batch statistics as they are, where they are frozen."""
@@ -161,6 +160,14 @@ class TinyVit(FromShape, PackageTinyVit):
             return 0 if "patch_embed." in name else 1 + self.shape.depth
         before = sum(self.depths[: int(found[1])])
         return before if found[3] is None else 1 + before + int(found[3])
+
+
+def bias_table(window: int) -> torch.Tensor:
+    """Which bias each pair of a window's tokens has, by rows and columns apart: [N, N]."""
+    places = torch.arange(window**2, device="cpu")
+    rows, columns = places // window, places % window
+    apart = [(x[:, None] - x).abs() for x in (rows, columns)]
+    return apart[0] * window + apart[1]
 
 
 def build_mobile_sam(config: Any, weights: Weights | None, what: str, remedy: str) -> ImageEncoder:
