@@ -27,6 +27,7 @@ CLASSES = {
 FOLDERS = {entry.name: script for script, entry in ENTRIES.items()}
 FOREIGN = {  # folders of configurations that no entry reads, and what is said of them
     "sweeps": "is a sweep; run it with python tools/sweep.py run",
+    "compare": "is a comparison; run it with python tools/compare.py",
     "accelerate": "accelerate launch --config_file",
     "fastsam": "is for ultralytics; run yolo train cfg=",
 }

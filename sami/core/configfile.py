@@ -161,6 +161,8 @@ def meant_for(content: dict[str, Any], path: str) -> str | None:
     """What a file is that is no configuration of this entry; None if nothing accepts it."""
     if {"stages", "measures"} <= content.keys():
         return f"is a sweep; run it with python tools/sweep.py run {path} 0"
+    if "rows" in content:
+        return f"is a comparison; run it with python tools/compare.py {path}"
     if "compute_environment" in content or "distributed_type" in content:
         return f"is the launcher's; write accelerate launch --config_file {path}"
     if {"task", "mode"} <= content.keys():
