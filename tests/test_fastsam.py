@@ -12,7 +12,7 @@ import torch
 from segment_anything import SamPredictor
 from torch import nn
 
-from finetune.fastsam import FastSam, low_resolution
+from finetune.fastsam import FastSam, Instances, low_resolution
 from finetune.selection import (
     select_by_box,
     select_by_points,
@@ -123,6 +123,7 @@ def test_a_box_by_hand():
     assert select_by_box(masks, [2, 2, 8, 8]) == 1
     assert select_by_box(masks, [2.4, 1.6, 8.6, 8.4]) == 2  # rounded
     assert select_by_box(masks, [-5, -5, 99, 99]) == 0  # cut to the image
+    assert select_by_box(rectangles((0, 0, 2, 2), (9, 0, 16, 9), (3, 3, 9, 9)), [3, 3, 9, 9]) == 2
     assert select_by_box(masks[1:], [12, 10, 16, 12]) is None
     assert select_by_box(masks[:0], [2, 2, 8, 8]) is None
 
@@ -224,6 +225,17 @@ def test_many_prompts_at_once_are_the_same_one_by_one(predictor):
         one = predictor.predict(points[number], labels[number])
         for many, single in zip(found, one, strict=True):
             assert (many[number].numpy() == single).all()
+    stripes = torch.arange(WIDTH) == torch.arange(WIDTH)[:, None]  # column n alone in mask n
+    for side in (100, 500, 999, 1024):
+        model = FastSam(Known(), image_size=side)
+        model.set_image(IMAGE)
+        model.instances = Instances(
+            stripes[:, None].expand(-1, HEIGHT, -1), torch.zeros(WIDTH, 4), torch.ones(WIDTH)
+        )
+        clicks = torch.stack([torch.arange(WIDTH), torch.full((WIDTH,), 5)], 1)[:, None]
+        frame = model.transform.apply_coords_torch(clicks, IMAGE.shape[:2])
+        masks, _, _ = model.predict_torch(frame, torch.ones(WIDTH, 1))
+        assert torch.equal(masks[:, 0], model.instances.masks)
     boxes = np.array([[2, 2, 12, 10], [4, 4, 8, 8]])
     frame = predictor.transform.apply_boxes_torch(torch.from_numpy(boxes), IMAGE.shape[:2])
     masks, scores, low = predictor.predict_torch(None, None, frame)

@@ -81,6 +81,10 @@ def test_simplify_drops_only_what_is_within_the_tolerance():
     assert 8 < len(few) < 30 and ring_area(few) == pytest.approx(np.pi * 2500, rel=0.05)
     chord = np.hypot(*(few - np.roll(few, 1, 0)).T)
     assert (50 - np.sqrt(2500 - chord**2 / 4) <= 1.0 + 1e-9).all()
+    spur = np.array([[0, 0], [4, 0.1], [10, 0], [10, 5], [14, 0.1], [10, -5], [0, -5.0]])
+    assert [14, 0.1] in simplify(spur, 1.0).tolist()
+    back = np.array([[0, 0], [-3, 0.1], [5, 0], [10, 0], [10, 9.0]])  # beyond its segment's end
+    assert [-3, 0.1] in simplify(back, 1.0).tolist()
     assert len(simplify(circle[:3], 1e9)) == 3  # never less than a triangle
     square = np.array([[0, 0], [5, 0], [10, 0], [10, 10], [0, 10], [0, 4]])
     assert simplify(square, 0.0).tolist() == [[0, 0], [10, 0], [10, 10], [0, 10]]
