@@ -133,6 +133,7 @@ def test_where_none_is_left_the_sample_is_bad_by_their_reason():
         assert list(EvalDataset(Given([sample]), SHAPE)) == [RawSample("a/b", reason=reason)]
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(st.data())
 def test_whatever_one_holds_the_others_are_found(data):

@@ -158,6 +158,7 @@ def models():
     return {kind: Sam(ModelShape(shape, resize=kind)).eval() for kind in ("square", "longest")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resize", ["square", "longest"])
 def test_evaluation(models, resize, tmp_path):
     """Scores are IoUs, and the images of it are drawn."""
@@ -213,6 +214,7 @@ def test_classifications_central_part_is_the_same_in_long_images():
         assert (found - whole).abs().max() < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(65500, 1), (1, 65500), (3000, 1), (65500, 400)])
 def test_long_jpegs(size):
     """They can be read at a reduced size, but not below one pixel."""

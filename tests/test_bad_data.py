@@ -465,6 +465,7 @@ def test_mutated_shards(data, tmp_path_factory):
     assert whole_samples(before).items() <= (found or {}).items()
 
 
+@pytest.mark.slow
 @FUZZ
 @given(
     number=st.integers(0, 7),
@@ -485,6 +486,7 @@ def test_mutated_headers(number, size, kind, tmp_path_factory):
     assert whole_samples(before).items() <= (found or {}).items()
 
 
+@pytest.mark.slow
 @FUZZ
 @given(number=st.integers(0, 7), place=st.integers(0, 699), noise=st.binary(min_size=1))
 def test_damage_within_a_member_stays_there(number, place, noise, tmp_path_factory):

@@ -59,6 +59,7 @@ def words(folder, shards, **more):
     return [f"--{key}={value}" for key, value in options.items()]
 
 
+@pytest.mark.slow
 def test_colours_are_learnt_and_the_file_is_timms(shards, tmp_path, in_process):
     more = {"augment.auto": "", "augment.erase": 0, "optim.lr": 3e-3, "train.steps": 60}
     code, said = in_process(main, words(tmp_path / "run", shards, **more))
@@ -72,6 +73,7 @@ def test_colours_are_learnt_and_the_file_is_timms(shards, tmp_path, in_process):
     assert (tmp_path / "run" / "classifier.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_any_even_cut_mixes_the_same_pairs(shards, tmp_path, in_process):
     """With mixup and cutmix; what torch draws for a whole micro-batch, drop path, is off."""
     lines = []
@@ -86,6 +88,7 @@ def test_any_even_cut_mixes_the_same_pairs(shards, tmp_path, in_process):
         assert part == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_stopped_it_goes_on_exactly(shards, tmp_path, in_process):
     assert in_process(main, words(tmp_path / "whole", shards))[0] == 0
     (tmp_path / "parts").mkdir()

@@ -38,6 +38,7 @@ def counted(call):
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "decoder", [{}, {"memory": "visible"}, {"kind": "self"}, {"predict_fraction": 0.5}]
 )
@@ -72,6 +73,7 @@ def test_the_counts_are_the_flop_counters(decoder):
     assert sum(told[name].parameters for name in own) == trained
 
 
+@pytest.mark.slow
 def test_by_hand():
     """A ViT-Ti that sees 49 of 196 patches, and SAM's ViT-H at 1024 px as published (2973 G)."""
     wide = {"encoder": {"name": "vit_ti", "width": None, "depth": None, "heads": None}}
@@ -93,6 +95,7 @@ def test_by_hand():
     assert told["teacher"].parameters == pytest.approx(637e6, rel=0.001)
 
 
+@pytest.mark.slow
 def test_what_it_prints(capsys):
     path = ROOT / "configs/pretrain/sami_ti_cached.yaml"
     words = [str(path), "--images", "1000000", "--card", "H100", "--share", "0.5"]
@@ -109,6 +112,7 @@ def test_what_it_prints(capsys):
     assert "mask decoder, 64 prompts" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_distillation(capsys):
     """TinyViT-5M has 38.8 G multiply-adds at 1024 px by another count; and against real tensors."""
     config = str(ROOT / "configs/distill/decoupled_tiny_vit.yaml")

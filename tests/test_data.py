@@ -149,6 +149,7 @@ def test_views_and_masks_of_a_batch(tmp_path):
     assert not np.array_equal(other[1], again[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_held_out_samples_in_order(tmp_path, workers):
     shards = shards_of(write_shards(tmp_path, (7, 3, 15)), tmp_path)

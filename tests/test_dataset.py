@@ -144,6 +144,7 @@ def spoilt(sources, folder):
     return shards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_bad_sample_is_replaced_by_its_position_alone(tmp_path, layout):
     """In its own place, counted once in each epoch; the others are not changed by it."""
@@ -229,6 +230,7 @@ def test_what_workers_are_given_can_be_sent_to_them(sources):
             assert torch.equal(ours.student, theirs.student) and ours.keys == theirs.keys
 
 
+@pytest.mark.slow
 def test_eight_workers_within_256_files(tmp_path):
     """However many shards are shuffled together."""
     order = order_of(opened(write_shards(tmp_path, (2,) * 150), tmp_path), 100, window=150)

@@ -77,6 +77,7 @@ def call(in_process):
     return lambda words: in_process(main, words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_run_goes_on_bit_for_bit_and_exports_a_model(shards, sam, tmp_path, call, form):
     options = {"distill.form": form, "data.val_shards": shards, "eval.every": 3}
@@ -118,6 +119,7 @@ def test_a_run_goes_on_bit_for_bit_and_exports_a_model(shards, sam, tmp_path, ca
         torch.testing.assert_close(found[0], expected[0][:, :, 1:])
 
 
+@pytest.mark.slow
 def test_the_decoder_is_finetuned_afterwards(shards, sam, tmp_path, in_process):
     """Stage 2 with a frozen encoder, whose batch statistics stay too (docs/distill.md)."""
     assert in_process(main, arguments(tmp_path / "student", shards, sam))[0] == 0
@@ -139,6 +141,7 @@ def test_the_decoder_is_finetuned_afterwards(shards, sam, tmp_path, in_process):
     )
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_the_decoders_file_is_gone(shards, sam, tmp_path, call):
     """The run's own checkpoint has it; the teacher's has to be there."""
     shutil.copy(sam, tmp_path / "decoder.safetensors")
@@ -155,6 +158,7 @@ def test_it_goes_on_where_the_decoders_file_is_gone(shards, sam, tmp_path, call)
     assert numbers(tmp_path / "run") == lines
 
 
+@pytest.mark.slow
 def test_it_learns(shards, sam, tmp_path, call):
     options = {"train.steps": 40, "optim.lr": 2e-3, "optim.base_batch": 4}
     code, error = call(arguments(tmp_path, shards, sam, **options, **{"run.save_every": 100}))
@@ -190,6 +194,7 @@ def test_bad_input(words, says, shards, sam, tmp_path, call):
     assert code == 2 and says in error and error.count("\n") == 1, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", sorted((ROOT / "configs/distill").glob("*.yaml")), ids=lambda p: p.stem
 )

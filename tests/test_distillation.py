@@ -276,6 +276,7 @@ def test_measures_of_embeddings_are_the_formula():
     assert sums.count.dtype == exact(torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_a_student_that_is_the_teacher_agrees_with_it(sam, shards, tmp_path):
     """And another does not."""
     (source,) = opened(shards, tmp_path)

@@ -41,6 +41,7 @@ def call(in_process):
     return lambda words: in_process(main, words)
 
 
+@pytest.mark.slow
 def test_run_folder(shards, tmp_path, call):
     held_out = write_shards(tmp_path / "val", (7,), seed=1)
     folder = tmp_path / "run"
@@ -102,6 +103,7 @@ def test_seed_decides_and_repeats(shards, tmp_path, call):
     assert numbers(tmp_path / "a") == numbers(tmp_path / "b") != numbers(tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_losses_of_one_large_batch(shards, tmp_path, call):
     """Same samples per step in other pieces: the same curve up to rounding."""
     for name, micro in (("whole", 8), ("pieces", 2)):
@@ -290,6 +292,7 @@ def test_another_configuration_is_kept_out_of_a_run_folder(shards, tmp_path, cal
     assert before == {path: path.read_bytes() for path in before}  # nothing written is lost
 
 
+@pytest.mark.slow
 def test_sources_with_weights(tmp_path, call):
     a, b = (write_shards(tmp_path / name, (20,), seed=i) for i, name in enumerate("ab"))
     assert call(arguments(tmp_path / "run", json.dumps({a: 3, b: 1})))[0] == 0

@@ -341,6 +341,7 @@ def test_masks_are_tinted_and_outlined():
     assert (same[19, 20:30] == 0).all()
 
 
+@pytest.mark.slow
 def test_images_of_masks(tmp_path, monkeypatch):
     """Titles, IoU beside each prompt, empty masks, colours and places."""
     masks = list(discs(14, seed=1))

@@ -171,6 +171,7 @@ def test_the_same_as_segment_anythings(kind, resize, words):
     compare(model, **ALL | words)
 
 
+@pytest.mark.slow
 def test_thresholds_leave_the_same(monkeypatch):
     """Some masks stay and some go, whatever their size at low resolution."""
     monkeypatch.setattr(everything, "SMALL", 0)
@@ -215,6 +216,7 @@ class Sizes(TorchDispatchMode):
         return made
 
 
+@pytest.mark.slow
 @RESIZES
 def test_no_floats_have_the_size_of_the_image(resize):
     image = np.tile(IMAGE, (15, 15, 1))

@@ -99,6 +99,7 @@ def losses_of(model, batch, targets):
     assert all(value.dtype == torch.float32 for value in found.values())
 
 
+@pytest.mark.slow
 def test_stage_one_with_a_live_teacher():
     teacher, batch = moved(load_teacher(TeacherConfig("custom", "random", 64))), crops()
 
@@ -149,6 +150,7 @@ def one_group(points, labels):
     yield rows, (points[:, :1], labels[:, :1]), points[:, 1:3].flatten(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["efficientsam", "sam"])
 @pytest.mark.parametrize(
     "loss",
@@ -168,6 +170,7 @@ def test_stage_two_with_correction_clicks(kind, loss, monkeypatch):
     assert all(value.dtype == torch.float32 for value in losses.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["decoupled", "semi_coupled", "fully_coupled"])
 def test_distillation(form, monkeypatch):
     monkeypatch.setattr("finetune.sam_head._groups", one_group)

@@ -142,6 +142,7 @@ def test_starts_from_a_model(tmp_path):
     assert [n.fc.weight.requires_grad for n in unused] == [False, True, True, True]
 
 
+@pytest.mark.slow
 def test_starts_from_sams_decoder(tmp_path):
     """Every tensor of SAM's that has a place finds it."""
     sam = sam_model_registry["vit_b"]()

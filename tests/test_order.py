@@ -77,6 +77,7 @@ def test_what_has_passed_is_what_stands_before(parts, data):
     assert passed(parts, position) == expected.tolist()
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(orders(), st.data())
 def test_what_is_wanted_next_is_known(order, data):
@@ -223,6 +224,7 @@ def test_apportion():
         assert sum(parts) == 37 and np.abs(np.array(parts) - weights * 37).max() < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [(None,), (0.5, 0.5)])
 def test_replacements_are_near_at_first(weights):
     """A function of the position alone: of its window, then of the whole epoch."""

@@ -202,6 +202,7 @@ def test_where_masks_lie(orientation):
                 drawn_on(image, stored[0] + 1, stored[1], None, default)
 
 
+@pytest.mark.slow
 def test_a_run_says_it_once_and_counts(tmp_path, in_process):
     """And the broken annotation of one of them, at each visit; stand-ins are not counted twice."""
     members = {}

@@ -88,6 +88,7 @@ def test_labelled_samples(tmp_path):
             read_label(RawSample("k", {IMAGE: b"", "cls": data}))
 
 
+@pytest.mark.slow
 def test_probes_while_pretraining(tmp_path, in_process):
     options = {
         "data.shards": labelled(tmp_path / "train.tar"),

@@ -86,6 +86,7 @@ def test_headers_are_hopped_over(server, cache):
     assert server.served["/a.tar"].sum() < 0.06 * len(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["503", "429", "reset", "truncate", "stall"])
 def test_a_network_that_fails_for_a_while(server, cache, fault):
     cache.patience = IMPATIENT if fault == "stall" else QUICK
@@ -245,6 +246,7 @@ def test_what_cannot_seek_is_cached(request, tmp_path, cache, kind, monkeypatch)
             assert file.read() == tar_of(2)  # it changed
 
 
+@pytest.mark.slow
 def test_programs_that_fail(tmp_path, cache):
     data = tar_of(3)
     path, count = tmp_path / "s.tar", tmp_path / "count"
@@ -520,6 +522,7 @@ def test_a_cache_that_is_too_small_is_told_before_all_is_fetched(tmp_path):
     assert 20 < runs.total() < 120, runs  # some are kept from before
 
 
+@pytest.mark.slow
 def test_a_run_on_remote_shards_is_the_run_on_local_ones(server, tmp_path, in_process):
     pattern = write_shards(tmp_path / "data", (9, 7, 8))
     for path in (tmp_path / "data").glob("*.tar"):

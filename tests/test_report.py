@@ -180,6 +180,7 @@ def test_runs_that_differ_in_their_seed_are_one_line(tmp_path, report, figures):
     assert "not concluded here" in page
 
 
+@pytest.mark.slow
 def test_numbers_of_runs_and_what_they_are_compared_with(tmp_path, report):
     for seed in (0, 1, 2):
         write_run(tmp_path / f"a_seed-{seed}", seed=seed, evaluation={"r2": 0.1 * seed})
@@ -227,6 +228,7 @@ def test_a_start_that_failed_is_said_to_be_one(tmp_path, report, capsys):
     assert code == 0 and html.escape(sentence) in page and "finished at step 1000" in page
 
 
+@pytest.mark.slow
 def test_plots_say_what_they_show_and_do_not_magnify_noise(tmp_path, report, figures):
     folders = [tmp_path / f"a-$\\run$-with-a-long-name-{n}" for n in range(9)]
     rng = np.random.default_rng(0)
@@ -293,6 +295,7 @@ def compared(differences):
     return Results("x", len(differences), units, rows).to_json("the command")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("differences", "says"),
     [

@@ -61,6 +61,7 @@ def test_a_polygon_fills_to_its_mask(seed):
     assert ring.min() >= 0 and (ring <= [60, 40]).all()
 
 
+@pytest.mark.slow
 def test_fewer_points_stay_close():
     for seed in range(12):
         mask = blobs(seed, 80, 120)

@@ -214,6 +214,7 @@ def test_the_papers_numbers_stand_on_its_own_data(
     assert rows[0]["measures"]["r2"]["trivial"] is None
 
 
+@pytest.mark.slow
 def test_the_plot(shards, tmp_path, monkeypatch, capsys):
     """Titles, percent, error bars, what to compare with, a legend, and no magnified noise."""
     one, settings = evaluated(tmp_path, shards, monkeypatch, "COCO val2017", 1, "COCO val2017")

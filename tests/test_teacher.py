@@ -50,6 +50,7 @@ def relative(ours, theirs):
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "heads", "size"),
     [*((SAM_SHAPES[name][0], SAM_SHAPES[name][2], 224) for name in OFFICIAL), (96, 3, 1024)],

@@ -93,6 +93,7 @@ def test_attention_has_its_biases(side):
         torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_peoples_names(released, tmp_path):
     """MobileSAM's model, its encoder alone under both names, and a strict refusal."""
     tensors, path = released

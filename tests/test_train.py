@@ -86,6 +86,7 @@ def test_run_folder(shards, tmp_path, call, kind):
     assert model.shape.decoder == kind and model.shape.encoder.channels == 64
 
 
+@pytest.mark.slow
 def test_objects_without_a_pixel_of_loss_are_told(tmp_path, call):
     """In the summary, and once each, also where a run goes on."""
     seen, *unseen = specks(140, 200)  # a loss of 16 x 16

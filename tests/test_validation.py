@@ -103,6 +103,7 @@ def test_pca_colours_have_one_basis_fitted_on_the_teacher():
     assert (moved.reshape(400, 3) - colours).abs().max() > 0.05  # a shift shows: no refitting
 
 
+@pytest.mark.slow
 def test_images(tmp_path):
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     masked = torch.tensor([[0, 5], [1, 2]])

@@ -9,6 +9,7 @@ import pytest
 from tests.runs import LIMIT, ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "says"), [(signal.SIGUSR1, "the time limit"), (signal.SIGTERM, "taken away")]
 )
