@@ -231,8 +231,9 @@ def distill_parts(config: Any, teacher: Teacher, mode: FakeTensorMode) -> list[P
 def classify_parts(config: Any) -> list[Part]:
     """Classification: the whole image through the encoder, and one linear layer."""
     data, encoder = config.data, replace(config.encoder, checkpoint=None)
-    model = build_classifier(encoder, data, config.augment)
-    images = torch.zeros(BATCH, 3, data.image_size, data.image_size)
+    # Built with values: timm reads numbers off a tensor while it builds a model.
+    model = build_classifier(encoder, data, config.augment).to("meta")
+    images = torch.zeros(BATCH, 3, data.image_size, data.image_size, device="meta")
     counter = count(lambda: model(images))
     head = macs(counter, "VisionTransformer.head") / BATCH
     own = parameters(model) - parameters(model.head)
@@ -243,11 +244,9 @@ def classify_parts(config: Any) -> list[Part]:
 
 
 def find_parts(entry: str, config: Any) -> list[Part]:
-    """What a step consists of; in shapes alone: nothing is computed, and no memory is taken."""
+    """What a step consists of; in shapes alone: nothing is computed."""
     if entry == "finetune/classify.py":
-        # timm reads numbers off a tensor while it builds a model, which a fake one does not have.
-        with torch.device("meta"):
-            return classify_parts(config)
+        return classify_parts(config)
     mode, teacher = FakeTensorMode(), None
     if entry == "finetune/train.py":
         return finetune_parts(config, mode)
