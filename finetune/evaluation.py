@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from finetune.losses import mask_iou
 from finetune.prompt_encoder import BOTTOM_RIGHT, FOREGROUND, TOP_LEFT
 from finetune.prompting import PROMPTS, PromptSpec, centre_of, correction_clicks
 from finetune.rle import area, box, most_frequent, parse_annotations, random_points
-from finetune.sam import ModelShape, Sam
+from finetune.sam import Sam
 from finetune.trivial import RADII, discs, filled_box
 from sami.core.config import require
 from sami.core.dataset import SampleSource, ShardSource, load_validation
@@ -114,6 +114,14 @@ class EvalSample:
         return discs(self.ends, *self.size, self.prompts(spec)[0].numpy())
 
 
+class Frames(Protocol):
+    """A model's shape, as far as images are concerned: :class:`finetune.sam.ModelShape`."""
+
+    def frame(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels to which an image of so many is brought."""
+        ...
+
+
 @dataclass(frozen=True)
 class EvalDataset(Dataset):
     """Images with their objects and prompts; of those that cannot be used, the reason.
@@ -124,7 +132,7 @@ class EvalDataset(Dataset):
     """
 
     source: SampleSource
-    shape: ModelShape
+    shape: Frames
     specs: tuple[PromptSpec, ...] = PROMPTS
     masks: int | None = None
     seed: int = 0

@@ -28,6 +28,7 @@ NEEDS = (
     "FastSAM needs the package ultralytics, whose licence is AGPL-3.0 (it extends to what is built "
     "on it); if that suits you: pip install -e '.[fastsam]'"
 )
+NO_MASKS = "FastSAM takes no earlier masks; leave mask_input out"
 
 
 class Instances(NamedTuple):
@@ -50,17 +51,19 @@ class FastSam:
 
     Attributes:
         instances: of the image that is set.
+        parameters: how many the network has.
         original_size: its height and width in pixels.
         transform: for ``predict_torch``, as SamPredictor's.
     """
 
-    def __init__(self, segmenter: Any, image_size: int = 1024) -> None:
+    def __init__(self, segmenter: Any, image_size: int = 1024, parameters: int = 0) -> None:
         """
         Args:
             segmenter: ultralytics' predictor with its model; :meth:`load` makes it.
             image_size: longest side of what the model sees, in pixels.
+            parameters: how many its network has; the predictor does not tell.
         """
-        self._segmenter = segmenter
+        self._segmenter, self.parameters = segmenter, parameters
         self.transform = ResizeLongestSide(image_size)
         self.reset_image()
 
@@ -91,20 +94,25 @@ class FastSam:
         for name, value in (("image_size", image_size), ("max_det", max_det)):
             require(value > 0, f"{name} {value} must be positive")
         tensors = read_yolo(path)
-        try:
-            from ultralytics.models.yolo.segment import SegmentationPredictor
-        except ImportError as error:
-            raise UserError(f"{NEEDS} ({error})") from error
+        predictor = import_predictor()
         settings = {"conf": conf, "iou": iou, "imgsz": image_size, "max_det": max_det}
         settings |= {"retina_masks": True, "agnostic_nms": True, "save": False, "verbose": False}
         settings |= {"task": "segment", "mode": "predict", "device": str(device)}
-        segmenter = SegmentationPredictor(overrides=settings)
-        segmenter.setup_model(build_yolo(tensors, path), verbose=False)
-        return FastSam(segmenter, image_size)
+        threads = torch.get_num_threads()
+        segmenter = predictor(overrides=settings)
+        network = build_yolo(tensors, path)
+        segmenter.setup_model(network, verbose=False)
+        torch.set_num_threads(threads)  # ultralytics takes all but one on a CPU
+        return FastSam(segmenter, image_size, sum(p.numel() for p in network.parameters()))
 
     @property
     def device(self) -> torch.device:
         return self._segmenter.device
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """YOLOv8-seg alone, from normalised images [B, 3, h, w]."""
+        return self._segmenter.model
 
     def everything(self, image: np.ndarray) -> Instances:
         """All instances of an image, uint8 [H, W, 3] in RGB.
@@ -112,18 +120,36 @@ class FastSam:
         Raises:
             UserError: another type or shape.
         """
-        image = np.asarray(image)
-        require(
-            image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0,
-            f"an image is uint8 [height, width, 3], got {image.dtype} {list(image.shape)}",
-        )
-        (found,) = self._segmenter(np.ascontiguousarray(image[..., ::-1]))  # it takes BGR
-        boxes, scores = found.boxes.xyxy.float(), found.boxes.conf.float()
-        if found.masks is None:
-            return Instances(
-                boxes.new_zeros((0, *image.shape[:2]), dtype=torch.bool), boxes, scores
+        return self.find([image])[0]
+
+    def find(self, images: Sequence[np.ndarray]) -> list[Instances]:
+        """All instances of each of several images, uint8 [H, W, 3] in RGB, in one batch.
+
+        In fp32, under autocast too: the network's head would round boxes to bf16, which at 1024 px
+        is to 4 px.
+
+        Raises:
+            UserError: another type or shape.
+        """
+        given = []
+        for image in map(np.asarray, images):
+            usable = image.dtype == np.uint8 and image.ndim == 3 and image.size > 0
+            require(
+                usable and image.shape[2] == 3,
+                f"an image is uint8 [height, width, 3], got {image.dtype} {list(image.shape)}",
             )
-        return Instances(found.masks.data.bool(), boxes, scores)
+            given.append(np.ascontiguousarray(image[..., ::-1]))  # ultralytics takes BGR
+        with torch.autocast(self.device.type, enabled=False):
+            results = self._segmenter(given)
+        found = []
+        for image, one in zip(given, results, strict=True):
+            boxes, scores = one.boxes.xyxy.float(), one.boxes.conf.float()
+            if one.masks is None:
+                masks = boxes.new_zeros((0, *image.shape[:2]), dtype=torch.bool)
+            else:
+                masks = one.masks.data.bool()
+            found.append(Instances(masks, boxes, scores))
+        return found
 
     def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
         """Find an image's instances, for :meth:`predict`.
@@ -174,7 +200,9 @@ class FastSam:
             UserError: no image is set, or prompts that FastSAM has no rule for.
         """
         require(point_coords is None or point_labels is not None, "point_coords need point_labels")
-        found = self._answer(point_coords, point_labels, box, mask_input)
+        require(mask_input is None, NO_MASKS)
+        mask, score = self.select(point_coords, point_labels, box)
+        found = mask, score, low_resolution(mask)
         masks, scores, low = (part[None].cpu().numpy() for part in found)
         return (masks * 2 - 1.0).astype(np.float32) * LOGIT if return_logits else masks, scores, low
 
@@ -194,6 +222,7 @@ class FastSam:
             As :meth:`predict`: [Q, 1, H, W], [Q, 1] and [Q, 1, 256, 256].
         """
         self._require_image()
+        require(mask_input is None, NO_MASKS)
         (height, width), (h, w) = self.original_size, self.input_size
         given = [one for one in (point_coords, boxes) if one is not None]
         require(bool(given), "give points or boxes; instances holds all masks")
@@ -207,7 +236,8 @@ class FastSam:
                 labels = point_labels[number].cpu().numpy()
             if boxes is not None:
                 box = (boxes[number].cpu().reshape(2, 2) * scale).numpy()
-            found.append(self._answer(points, labels, box, mask_input))
+            mask, score = self.select(points, labels, box)
+            found.append((mask, score, low_resolution(mask)))
         masks, scores, low = (torch.stack(parts)[:, None] for parts in zip(*found, strict=True))
         return (masks * 2 - 1.0) * LOGIT if return_logits else masks, scores, low
 
@@ -223,16 +253,25 @@ class FastSam:
             UserError: no image is set, or not one finite score for each instance.
         """
         self._require_image()
-        mask, score, _ = self._chosen(select_by_text_scores(self.instances.masks, scores))
+        mask, score = self._chosen(select_by_text_scores(self.instances.masks, scores))
         return mask.cpu().numpy(), float(score)
 
     def _require_image(self) -> None:
         require(self.is_image_set, "no image is set; call set_image(image) first")
 
-    def _answer(self, points: Any, labels: Any, box: Any, earlier: Any) -> tuple[torch.Tensor, ...]:
-        """Mask bool [H, W], score [] and low-resolution logits [256, 256] of one prompt."""
+    def select(
+        self, points: Any = None, labels: Any = None, box: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mask of one prompt: bool [H, W], and its score [].
+
+        Args:
+            points: [P, 2] in pixels of the image, with ``labels`` [P], 1 foreground, 0 background.
+            box: [4], in place of points.
+
+        Raises:
+            UserError: no image is set, or prompts that FastSAM has no rule for.
+        """
         self._require_image()
-        require(earlier is None, "FastSAM takes no earlier masks; leave mask_input out")
         require(
             (points is None) != (box is None),
             "FastSAM takes points or a box, and has no rule for both; give one of them "
@@ -241,18 +280,32 @@ class FastSam:
         if box is not None:
             return self._chosen(select_by_box(self.instances.masks, box))
         mask, painted = select_by_points(self.instances.masks, points, labels)
-        return self._scored(mask, painted)
+        return mask, self._score(mask, painted)
 
-    def _chosen(self, number: int | None) -> tuple[torch.Tensor, ...]:
+    def _chosen(self, number: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         masks = self.instances.masks
         if number is None:
-            return self._scored(masks.new_zeros(masks.shape[1:]), [])
-        return self._scored(masks[number], [number])
+            mask = masks.new_zeros(masks.shape[1:])
+            return mask, self._score(mask, [])
+        return masks[number], self._score(masks[number], [number])
 
-    def _scored(self, mask: torch.Tensor, numbers: list[int]) -> tuple[torch.Tensor, ...]:
+    def _score(self, mask: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+        """The lowest confidence of the instances in a mask; 0 if it is empty."""
         scores = self.instances.scores
-        score = scores[numbers].min() if numbers and mask.any() else scores.new_zeros(())
-        return mask, score, low_resolution(mask)
+        return scores[numbers].min() if numbers and mask.any() else scores.new_zeros(())
+
+
+def import_predictor() -> Any:
+    """ultralytics' class of predictors that segment.
+
+    Raises:
+        UserError: the package is missing, or one that it needs.
+    """
+    try:
+        from ultralytics.models.yolo.segment import SegmentationPredictor
+    except ImportError as error:
+        raise UserError(f"{NEEDS} ({error})") from error
+    return SegmentationPredictor
 
 
 def low_resolution(mask: torch.Tensor) -> torch.Tensor:

@@ -34,13 +34,15 @@ class Measured:
     """What was found on a set of images.
 
     ``iou``: of each image fp64 [specs, choices, K]; ``areas``: of each image [K], in
-    pixels; ``trivial``: of each image, for each spec, fp64 [answers, K].
+    pixels; ``trivial``: of each image, for each spec, fp64 [answers, K]; ``choices``: the names of
+    the masks that were scored.
     """
 
     specs: tuple[PromptSpec, ...]
     iou: list[np.ndarray] = field(default_factory=list)
     areas: list[np.ndarray] = field(default_factory=list)
     trivial: list[list[np.ndarray]] = field(default_factory=list)
+    choices: tuple[str, ...] = CHOICES
 
     def add(self, iou: np.ndarray, areas: np.ndarray, trivial: list[np.ndarray]) -> None:
         """One image."""
@@ -75,7 +77,7 @@ class Measured:
 
         rows = []
         for name, numbers in groups.items():
-            rows += [row(name, c, iou[numbers, place]) for place, c in enumerate(CHOICES)]
+            rows += [row(name, c, iou[numbers, place]) for place, c in enumerate(self.choices)]
             draws = [np.concatenate([one[n] for one in self.trivial], 1) for n in numbers]
             best = int(np.mean(draws, 0).mean(1).argmax())  # of [draws, answers, K]
             choice = TRIVIAL[self.specs[numbers[0]].kind != "box"]

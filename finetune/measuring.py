@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from finetune.candidates import Candidate
 from finetune.coco import CocoSource, read_coco
-from finetune.evaluation import EvalDataset, score
+from finetune.evaluation import EvalDataset
 from finetune.measures import Measured, data_set
 from finetune.prompting import PromptSpec
 from finetune.rle import area
@@ -44,7 +45,7 @@ def open_source(args: argparse.Namespace, folder: Path) -> tuple[SampleSource, s
     return ShardSource.first(shards, EvalDataset.fields, args.samples), None
 
 
-def promptings_of(words: list[str], seeds: int, model: Sam) -> tuple[PromptSpec, ...]:
+def promptings_of(words: list[str], seeds: int, model: Candidate | Sam) -> tuple[PromptSpec, ...]:
     """What ``--prompts`` asks for.
 
     Raises:
@@ -67,7 +68,7 @@ def promptings_of(words: list[str], seeds: int, model: Sam) -> tuple[PromptSpec,
 
 
 def measure(
-    model: Sam,
+    model: Candidate,
     source: SampleSource,
     specs: tuple[PromptSpec, ...],
     args: argparse.Namespace,
@@ -77,7 +78,7 @@ def measure(
     what is to be told of those that were used."""
     asked = specs, args.masks, args.seed, args.masks_drawn_on
     dataset = EvalDataset(source, model.shape, *asked)
-    measured, shown = Measured(specs), []
+    measured, shown = Measured(specs, choices=model.choices), []
     unusable, noted = Counter(), Counter()
     batches = load(dataset, [[number] for number in range(len(source))], args.workers, device)
     bf16 = args.precision == "bf16"
@@ -87,7 +88,7 @@ def measure(
             continue
         noted.update(sample.notes)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            iou = score(model, sample, device, specs)
+            iou = model.score(sample, specs)
         areas = np.array([area(ends) for ends in sample.ends])
         measured.add(iou.cpu().numpy(), areas, sample.trivial)
         if len(shown) < args.overlays:

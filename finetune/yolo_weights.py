@@ -38,6 +38,15 @@ class Record:
         self.state = state if isinstance(state, dict) else {}
 
 
+def is_yolo(file: Path) -> bool:
+    """Whether a file is a pickle of ultralytics, by the classes that it names."""
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except BROKEN:  # not torch's format
+        return False
+    return any(name.startswith("ultralytics.") for name in named)
+
+
 def read_yolo(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors by name, as YOLOv8-seg has them without the leading ``model.``; floating ones fp32.
 

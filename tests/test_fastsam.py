@@ -12,6 +12,7 @@ import torch
 from segment_anything import SamPredictor
 from torch import nn
 
+from finetune.candidates import FastSamCandidate, open_candidate
 from finetune.fastsam import FastSam, Instances, low_resolution
 from finetune.selection import (
     select_by_box,
@@ -169,13 +170,13 @@ def test_bad_prompts_are_refused(call, says):
 class Known:
     """In place of ultralytics' predictor: NESTED, with confidences; remembers what it was given."""
 
-    device = torch.device("cpu")
+    device, model = torch.device("cpu"), nn.Conv2d(3, 4, 8, stride=8)
 
     def __init__(self, masks=NESTED):
         self.masks, self.given = masks, None
 
-    def __call__(self, image):
-        self.given, count = image, len(self.masks)
+    def __call__(self, images):
+        (self.given,), count = images, len(self.masks)
         data = self.masks.to(torch.uint8)
         scores = torch.tensor([0.9, 0.5, 0.7])[:count]
         boxes = types.SimpleNamespace(xyxy=torch.zeros(count, 4), conf=scores)
@@ -241,6 +242,19 @@ def test_many_prompts_at_once_are_the_same_one_by_one(predictor):
     masks, scores, low = predictor.predict_torch(None, None, frame)
     assert torch.equal(masks[:, 0], NESTED[1:]) and low.shape == (2, 1, 256, 256)
     assert scores.flatten().tolist() == pytest.approx([0.5, 0.7])
+
+
+def test_a_click_stays_on_its_pixel():
+    """There and back through SAM's frame in fp32, where the two scales are no exact numbers."""
+    height, width = 3, 214  # without rounding 82 clicks of 214 go astray
+    columns = torch.eye(width, dtype=torch.bool)[:, None].expand(-1, height, -1)  # one each
+    model = FastSam(Known(columns[:3]))
+    model.set_image(np.zeros((height, width, 3), np.uint8))
+    model.instances = Instances(columns, torch.zeros(width, 4), torch.ones(width))
+    clicks = torch.stack([torch.arange(width), torch.ones(width).long()], 1)[:, None]
+    frame = model.transform.apply_coords_torch(clicks, (height, width))
+    masks, _, _ = model.predict_torch(frame, torch.ones(width, 1))
+    assert torch.equal(masks[:, 0], columns)
 
 
 def test_channels_reach_the_library_as_bgr():
@@ -420,6 +434,34 @@ def test_everything_is_what_the_library_finds(ultralytics, tmp_path, bins):
     y, x = found.masks[0].nonzero()[0].tolist()
     masks, scores, _ = model.predict(np.array([[x, y]]), np.array([1]))
     assert masks[0][found.masks[0].numpy()].all() and 0.4 < scores[0] <= found.scores[0]
+
+
+def test_it_stands_in_a_comparison(ultralytics, tmp_path):
+    """What tools/compare.py asks, of the package itself."""
+    torch.save({"model": make_yolo()}, tmp_path / "yolo.pt")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 + threads)  # ultralytics would set its own
+    try:
+        model = open_candidate(tmp_path / "yolo.pt", "", torch.device("cpu"))
+        assert torch.get_num_threads() == 1 + threads
+    finally:
+        torch.set_num_threads(threads)
+    assert isinstance(model, FastSamCandidate) and model.model.transform.target_length == 1024
+    costs = model.count()  # YOLOv8n-seg of one class has 3.26 M
+    assert costs["parameters"] == sum(p.numel() for p in make_yolo().parameters())
+    small = FastSamCandidate(FastSam.load(tmp_path / "yolo.pt", image_size=128))
+    assert costs["encoder_macs"] == 64 * small.count()["encoder_macs"] > 1e10
+    image = np.random.default_rng(0).integers(0, 256, (96, 150, 3), dtype=np.uint8)
+    one, several = (small.first_step(small.inputs(image, count)) for count in (1, 3))
+    assert len(one.masks) > 5 and one.masks.shape[1:] == (82, 128)
+    assert torch.equal(one.masks, several.masks)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(small.first_step(small.inputs(image, 1)).boxes, one.boxes)
+    found = small.everything(image, 4)
+    small.model.set_image(image)
+    assert found == len(small.model.instances.masks) > 5
+    mask, _ = small.click(one)
+    assert mask.shape == (82, 128) and mask.any()
 
 
 def test_weights_of_another_model(ultralytics, tmp_path):

@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from finetune.candidates import SamCandidate
 from finetune.coco import CocoSource
 from finetune.evaluation import CHOICES
 from finetune.measures import PAPER, SIZES, SOURCE, TRIVIAL
@@ -104,7 +105,8 @@ def main() -> int:
     specs = promptings_of(args.prompts, args.seeds, model)
     with tempfile.TemporaryDirectory() as folder:
         source, data = open_source(args, Path(folder))
-        measured, shown, unusable, noted = measure(model, source, specs, args, device)
+        asked = SamCandidate(model), source, specs, args, device
+        measured, shown, unusable, noted = measure(*asked)
     rows, images = measured.rows(args.seed), len(measured.areas)
     objects = sum(map(len, measured.areas))
     data = data if images == len(source) else None

@@ -4,7 +4,6 @@ import argparse
 import io
 import json
 import multiprocessing
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from finetune.prompts import as_box
 from finetune.rle import decode_counts, parse_annotations
 from finetune.rle import sample as sample_runs
 from sami.core.images import open_image
+from sami.core.memory import highest
 from sami.core.optim import OptimConfig, build_optimizer
 from sami.core.reading import RawSample
 from sami.core.scanning import IMAGE
@@ -157,20 +157,13 @@ def peak_memory(
 def _peak_memory(
     encoder: str, masks: int, args: argparse.Namespace, bf16: bool, checkpointing: bool
 ) -> float:
-    batch = draw_batch(args.batch, masks, args.image_size, torch.device(args.device))
-    before = highest()
+    device = torch.device(args.device)
+    batch = draw_batch(args.batch, masks, args.image_size, device)
+    before = 0.0 if device.type == "cuda" else highest(device)
     step = stage2_step(encoder, batch, bf16, False, checkpointing)
     for _ in range(2):
         step()
-    on_cuda = args.device.startswith("cuda")
-    return torch.cuda.max_memory_allocated() / 1e9 if on_cuda else highest() - before
-
-
-def highest() -> float:
-    """GB of main memory that this process had at most; Linux."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (line,) = [line for line in status if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024 / 1e9
+    return highest(device) - before
 
 
 def stage2_losses_and_clicks(args: argparse.Namespace, device: torch.device) -> None:
