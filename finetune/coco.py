@@ -52,12 +52,14 @@ class Coco:
     """What a file of annotations holds.
 
     ``entries`` by the name of the image's file, as :func:`plain_name` writes it; ``left_out``
-    counts image entries and annotations that belong to nothing, by reason.
+    counts image entries and annotations that belong to nothing, by reason; ``categories`` as they
+    stand in the file.
     """
 
     file: Path
     entries: dict[str, Entry]
     left_out: Counter[str]
+    categories: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_coco(path: Path) -> Coco:
@@ -88,10 +90,12 @@ def read_coco(path: Path) -> Coco:
             f"--coco {path} is not in COCO's format ({type(error).__name__}: {error}); it needs "
             "images (id, file_name, width, height) and annotations (image_id, segmentation)"
         ) from error
-    if isinstance(content.get("categories"), list) and content["categories"]:
-        known = {_identity(c.get("id")) for c in content["categories"] if isinstance(c, dict)}
+    categories = content.get("categories")
+    if isinstance(categories, list) and categories:
+        categories = [one for one in categories if isinstance(one, dict)]
+        known = {as_id(one.get("id")) for one in categories}
         used = [one["category_id"] for one in objects if one.get("category_id") is not None]
-        unknown = sum(_identity(one) not in known for one in used)
+        unknown = sum(as_id(one) not in known for one in used)
         left_out["annotation of an unknown category_id (its mask is used)"] += unknown
     _refuse_normalised(path, objects)
     entries: dict[str, Entry] = {}
@@ -99,7 +103,7 @@ def read_coco(path: Path) -> Coco:
         entry = entries.setdefault(plain_name(found[0]), Entry([], []))
         entry.images.extend(found)
         entry.annotations.extend(by_image[identity])
-    return Coco(path, entries, +left_out)  # without the zeros
+    return Coco(path, entries, +left_out, categories or [])  # without the zeros
 
 
 def _images_by_id(
@@ -118,7 +122,7 @@ def _images_by_id(
             left_out[f"image entry: {reason}"] += 1
             continue
         image = image | {side: _whole(image[side]) for side in ("height", "width")}
-        identity, name = _identity(image["id"]), plain_name(image)
+        identity, name = as_id(image["id"]), plain_name(image)
         known = by_id.setdefault(identity, [])
         if known and plain_name(known[0]) != name:
             raise UserError(
@@ -140,7 +144,7 @@ def _unusable(image: Any) -> str | None:
     lacking = {
         "no size": None in (_whole(image.get("height")), _whole(image.get("width"))),
         "no file_name": not plain_name(image),
-        "no id": _identity(image.get("id")) is None,
+        "no id": as_id(image.get("id")) is None,
     }
     return next((reason for reason, lacks in lacking.items() if lacks), None)
 
@@ -151,7 +155,7 @@ def _annotations_by_image(
     """Annotations by the id of their image; those of unknown ones are counted."""
     by_image = defaultdict(list)
     for annotation in annotations:
-        identity = _identity(annotation.get("image_id"))
+        identity = as_id(annotation.get("image_id"))
         if identity in by_id:
             by_image[identity].append(annotation)
         elif identity is None:
@@ -177,7 +181,7 @@ def _refuse_normalised(path: Path, annotations: list[dict[str, Any]]) -> None:
         )
 
 
-def _identity(value: Any) -> str | None:
+def as_id(value: Any) -> str | None:
     """An id as text: 12, 12.0 and "12" are the same; None if it is neither a number nor text."""
     if isinstance(value, str):
         return value.strip()
@@ -212,7 +216,8 @@ def plain_name(image: dict[str, Any]) -> str:
 class CocoSource:
     """Images in a folder with their annotations, as samples of SA-1B's layout.
 
-    ``entries`` are (path below the folder, entry); ``counts`` are of all images of the file.
+    ``entries`` are (path below the folder, entry); ``counts`` are of all images of the file,
+    ``coco``.
     """
 
     folder: Path
@@ -220,6 +225,7 @@ class CocoSource:
     keep_crowd: bool = False
     counts: dict[str, int] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    coco: Coco | None = None
 
     @staticmethod
     def of(
@@ -260,7 +266,7 @@ class CocoSource:
                 f"{len(found.moved)} images were found in another folder than their file_name "
                 f"says, such as {found.moved[0]}"
             )
-        return CocoSource(folder, entries[:most], keep_crowd, counts, remarks)
+        return CocoSource(folder, entries[:most], keep_crowd, counts, remarks, coco)
 
     def summary(self, used: int, left_out: Counter[str], others: str) -> list[str]:
         """Lines to print: how many of the file's images were used, and why the others were not.

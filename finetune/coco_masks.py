@@ -35,7 +35,7 @@ def to_sa1b(
     kept, left_out = [], Counter()
     for number, annotation in enumerate(annotations):
         try:
-            counts, ends, degenerate = _run_lengths(annotation, height, width, keep_crowd)
+            counts, ends, degenerate = run_lengths(annotation, height, width, keep_crowd)
         except BadSample as error:
             left_out[str(error)] += 1
             continue
@@ -65,7 +65,7 @@ def why_none(left_out: Counter[str]) -> str:
     return f"no usable mask ({max(left_out, key=left_out.get, default='no annotation')})"
 
 
-def _run_lengths(
+def run_lengths(
     annotation: Any, height: int, width: int, keep_crowd: bool
 ) -> tuple[str, np.ndarray, int]:
     """The mask as COCO's string, where its runs end, and how many of its polygons are none.
@@ -75,7 +75,7 @@ def _run_lengths(
     """
     if not isinstance(annotation, dict):
         raise BadSample("not an annotation")
-    if annotation.get("iscrowd") not in (None, 0, "", "0") and not keep_crowd:
+    if is_crowd(annotation) and not keep_crowd:
         raise BadSample("crowd")
     segmentation, degenerate = annotation.get("segmentation"), 0
     if isinstance(segmentation, dict):
@@ -104,6 +104,11 @@ def _run_lengths(
     else:
         raise BadSample("no segmentation" + ", a box only" * bool(annotation.get("bbox")))
     return counts, ends, degenerate
+
+
+def is_crowd(annotation: dict[str, Any]) -> bool:
+    """Whether an annotation is a group of objects that were marked as one."""
+    return annotation.get("iscrowd") not in (None, 0, "", "0")
 
 
 def with_area(polygons: list[Any]) -> list[Any]:
@@ -142,3 +147,15 @@ def is_normalised(polygons: list[Any]) -> bool:
         and all(type(value) in (int, float) and -0.1 <= value <= 1.1 for value in polygon)
         for polygon in polygons
     )
+
+
+def encode_masks(columns: np.ndarray) -> list[dict[str, Any]]:
+    """Masks in COCO's run lengths (``size``, ``counts``), from bool [K, W, H]: column by column."""
+    if len(columns) == 0:
+        return []
+    return as_text(coco_mask.encode(np.ascontiguousarray(columns, np.uint8).T))
+
+
+def as_text(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What pycocotools encodes, as JSON has it."""
+    return [{"size": list(one["size"]), "counts": one["counts"].decode()} for one in runs]

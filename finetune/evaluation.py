@@ -29,7 +29,7 @@ from finetune.trivial import RADII, discs, filled_box
 from sami.core.config import require
 from sami.core.dataset import SampleSource, ShardSource, load_validation
 from sami.core.errors import BadSample
-from sami.core.images import Drawn, drawn_on, open_image, resize_whole
+from sami.core.images import Drawn, EncodedImage, drawn_on, open_image, resize_whole
 from sami.core.index import Shard
 from sami.core.order import sample_rng
 from sami.core.processes import exact
@@ -174,12 +174,11 @@ class EvalDataset(Dataset):
         centres = np.full((len(ends), 2), np.nan)
         if any(spec.kind == "centre" for spec in self.specs):
             centres = np.array([centre_of(paint(one, *size)) for one in ends], float)
-        image = resize_whole(encoded, *self.shape.frame(*size), drawn).transpose(2, 0, 1)
         what = {DEGENERATE: "left out"}  # the object itself is kept
         notes = [f"{what.get(why, 'object left out')}: {why}" for why in left_out.elements()]
         sample = EvalSample(
             raw.key,
-            torch.from_numpy(np.ascontiguousarray(image)),
+            framed(encoded, self.shape, size, drawn),
             size,
             ends,
             torch.tensor([box(one, size[0]) for one in ends], dtype=torch.float32),
@@ -189,6 +188,14 @@ class EvalDataset(Dataset):
         )
         sample.trivial += [sample.trivial_iou(spec) for spec in self.specs]
         return sample
+
+
+def framed(
+    encoded: EncodedImage, shape: ModelShape, size: tuple[int, int], drawn: Drawn
+) -> torch.Tensor:
+    """An image of height and width ``size`` as it lies within a model's input, uint8 [3, h, w]."""
+    image = resize_whole(encoded, *shape.frame(*size), drawn).transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(image))
 
 
 @torch.no_grad()
@@ -260,15 +267,15 @@ def score(
     table = []
     for spec in specs:
         found = []
-        for part in _parts(len(sample.ends), DECODED_AT_ONCE):
-            logits, best, *_ = _decode(model, embedding, sample, spec, part)
-            masks = {"predicted": _chosen(logits, best), "oracle": logits[:, 1:]}
-            for inner in _parts(len(logits), step):
+        for part in in_parts(len(sample.ends), DECODED_AT_ONCE):
+            logits, best, *_ = decode(model, embedding, sample, spec, part)
+            masks = {"predicted": take_masks(logits, best), "oracle": logits[:, 1:]}
+            for inner in in_parts(len(logits), step):
                 truth = [paint(ends, height, width) for ends in sample.ends[part][inner]]
                 truth = torch.from_numpy(np.stack(truth)).to(device)[:, None]
                 rows = []
                 for choice in choices:
-                    full = _at_full_size(model, masks[choice][inner], sample.size)
+                    full = at_full_size(model, masks[choice][inner], sample.size)
                     rows.append(mask_iou(full, truth).to(exact(device)).max(1).values)
                 found.append(torch.stack(rows))
         table.append(torch.cat(found, 1))
@@ -285,13 +292,13 @@ def masks_of(
         bool [K, H, W]; points [K, P, 2] in pixels of the image, with labels [K, P].
     """
     embedding = model.get_image_embeddings(sample.image.to(device)[None])
-    logits, best, points, labels = _decode(model, embedding, sample, spec, slice(None))
-    chosen = _chosen(logits, best)
-    masks = torch.cat([_at_full_size(model, c[None], sample.size)[0].cpu() for c in chosen])
+    logits, best, points, labels = decode(model, embedding, sample, spec, slice(None))
+    chosen = take_masks(logits, best)
+    masks = torch.cat([at_full_size(model, c[None], sample.size)[0].cpu() for c in chosen])
     return masks, points.cpu(), labels.cpu()
 
 
-def _decode(
+def decode(
     model: Sam, embedding: torch.Tensor, sample: EvalSample, spec: PromptSpec, part: slice
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """All four masks' logits [K, 4, 4h, 4w], the number [K] of the one thought best, the prompts.
@@ -307,7 +314,7 @@ def _decode(
         best = iou.float().masked_fill(~model.asked(labels[None]), -torch.inf).argmax(2)[0]
         logits = logits[0].float()
         if turn + 1 < rounds:
-            chosen = _chosen(logits, best)
+            chosen = take_masks(logits, best)
             clicks, kinds = _correct(model, chosen, sample, part)
             points = torch.cat([points, clicks], 1)
             labels = torch.cat([labels, kinds.to(labels)], 1)
@@ -324,23 +331,24 @@ def _correct(
     more = []
     for ends, one in zip(sample.ends[part], logits, strict=True):
         truth = torch.from_numpy(paint(ends, *sample.size)).to(logits.device)[None, None]
-        mask = _at_full_size(model, one[None], sample.size)
+        mask = at_full_size(model, one[None], sample.size)
         more.append(correction_clicks(mask, truth, places, model.takes_background))
     clicks, kinds = (torch.cat(parts)[:, 0] for parts in zip(*more, strict=True))
     return clicks, kinds
 
 
-def _chosen(logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+def take_masks(logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
     """Of logits [K, 4, 4h, 4w] those numbered ``best`` [K]: [K, 1, 4h, 4w]."""
     return logits.take_along_dim(best[:, None, None, None], 1)
 
 
-def _at_full_size(model: Sam, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def at_full_size(model: Sam, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Logits [K, M, 4h, 4w] to bool masks [K, M, H, W]."""
     return model.resize_logits(logits.float()[None], size, size)[0] > 0
 
 
-def _parts(count: int, most: int) -> Iterator[slice]:
+def in_parts(count: int, most: int) -> Iterator[slice]:
+    """Slices of at most ``most`` that make up ``count``."""
     for start in range(0, count, most):
         yield slice(start, start + most)
 

@@ -1,10 +1,15 @@
-"""What scores without a model: a box as its own mask, and a disc of constant size at the clicks.
+"""What scores without a model: a box as its own mask, a disc of constant size at the clicks, and a
+grid of boxes as proposals.
 
 A score says something by how far it is above these. In the image's own pixels, from run lengths.
 """
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from finetune.coco_masks import as_text
 from finetune.rle import area, box
 
 # Of the disc, as shares of the side of a square with the image's area; the best one is taken.
@@ -20,6 +25,32 @@ def filled_box(ends: list[np.ndarray], height: int, width: int) -> np.ndarray:
         top, bottom, which = (np.full(len(columns), n) for n in (y0, y1, 0))
         found.append(_iou(one, height, columns, top, bottom, which, 1))
     return np.stack(found, 1)
+
+
+def fill_boxes(boxes: np.ndarray, height: int, width: int) -> list[dict[str, Any]]:
+    """Boxes [K, 4], x0, y0, x1, y1 in pixels of the image, as masks in COCO's run lengths."""
+    if len(boxes) == 0:
+        return []
+    sides = np.concatenate([boxes[:, :2], (boxes[:, 2:] - boxes[:, :2]).clip(0)], 1)
+    return as_text(coco_mask.frPyObjects(sides.astype(np.float64), height, width))
+
+
+def grid_of_boxes(count: int, height: int, width: int) -> np.ndarray:
+    """The first boxes of a fixed order, [count, 4], x0, y0, x1, y1 in pixels of the image.
+
+    The whole image, then 3 x 3 boxes of half its sides, 7 x 7 of a quarter, and so on, each half a
+    box from the next. Within a level their order is drawn once for all, so that no corner is
+    favoured.
+    """
+    levels: list[np.ndarray] = []
+    while sum(map(len, levels)) < count:
+        side = 0.5 ** len(levels)
+        x, y = np.meshgrid(*[np.arange(0, 1 - side + 1e-9, side / 2)] * 2)
+        corners = np.stack([x.ravel(), y.ravel()], 1)
+        corners = np.random.default_rng(len(levels)).permutation(corners)
+        levels.append(np.concatenate([corners, corners + side], 1))
+    boxes = np.concatenate([*levels, np.zeros((0, 4))])[:count]
+    return boxes * np.array([width, height, width, height])
 
 
 def discs(ends: list[np.ndarray], height: int, width: int, clicks: np.ndarray) -> np.ndarray:
