@@ -74,8 +74,8 @@ def scene(tmp_path_factory):
 
 
 class Known(Sam):
-    """Answers box number n with masks 1..3: a part of the box, another place, nearly the box; and
-    says that the second is the best."""
+    """Answers each box with the box itself as mask 0, which a box does not ask for, and as masks
+    1..3 a part of it, another place, nearly the box; and says that the second is the best."""
 
     def predict_low_resolution(self, embeddings, points, labels, masks=None):
         self.asked_for.append((points[0].tolist(), labels[0].tolist()))
@@ -83,10 +83,12 @@ class Known(Sam):
         scale = side / self.shape.image_size
         logits = torch.full((1, points.shape[1], 4, side, side), -4.0)
         for number, (x0, y0, x1, y1) in enumerate((points[0].flatten(1) * scale).round().int()):
+            logits[0, number, 0, y0:y1, x0:x1] = 4
             logits[0, number, 1, y0:y1, x0 : (x0 + x1) // 2] = 4
             logits[0, number, 2, :2, :2] = 4
             logits[0, number, 3, y0 : y1 - 1, x0:x1] = 4
         iou = torch.tensor([2.0, 0.5, 0.9, 0.1]).expand(1, points.shape[1], 4)
+        self.given.append(logits[0])
         return logits, iou
 
 
@@ -95,7 +97,7 @@ def test_each_box_gets_its_mask(choose, monkeypatch):
     height, width = 40, 60
     torch.manual_seed(0)
     model = Known(SHAPE).eval()
-    model.asked_for = []
+    model.asked_for, model.given = [], []
     image = torch.zeros(3, *SHAPE.frame(height, width), dtype=torch.uint8)
     boxes = np.array(
         [[10, 5, 50, 30], [7, 7, 7, 9], [0, 0, 30, 40], [20.5, 10, 44, 35], [9, 0, 3, 9]]
@@ -108,13 +110,13 @@ def test_each_box_gets_its_mask(choose, monkeypatch):
     ((points, labels),) = model.asked_for
     assert np.allclose(np.array(points).reshape(3, 4), boxes[list(numbers)] * scale, atol=1e-4)
     assert labels == [[2, 3]] * 3
-    for number in numbers:
+    for number, logits in zip(numbers, model.given[0], strict=True):
+        one = logits[2 if choose == "predicted" else 3]
+        expected = model.resize_logits(one[None, None, None], (height, width), (height, width))
+        assert (masks[number] == (expected[0, 0, 0] > 0).numpy()).all()
         x0, y0, x1, y1 = boxes[number].astype(int)
-        if choose == "predicted":
-            assert masks[number][:3, :3].any() and not masks[number][20:].any()
-        else:
-            inside = masks[number][y0 + 3 : y1 - 5, x0 + 3 : x1 - 3]
-            assert inside.all() and masks[number].sum() < 1.2 * (x1 - x0) * (y1 - y0)
+        inside = masks[number][y0:y1, x0:x1].mean()
+        assert inside < 0.2 if choose == "predicted" else inside > 0.8
     # Few at a time give the same.
     monkeypatch.setattr(instances, "DECODED_AT_ONCE", 2)
     monkeypatch.setattr(instances, "PIXELS_AT_ONCE", 1)
@@ -321,6 +323,31 @@ def test_fastsam_and_any_function_propose(scene, tmp_path):
     ours, grid = report["rows"]
     for kind in ("segm", "bbox"):
         assert ours[kind]["AR@100"]["mean"] == 1 > grid[kind]["AR@100"]["mean"]
+
+
+def test_of_many_proposals_the_best_stay(scene, monkeypatch):
+    monkeypatch.setattr("finetune.proposals.PROPOSALS", (1,))
+    source = CocoSource.of(read_coco(scene / "annotations.json"), scene)
+    truth = Truth.of(source.coco)
+    first = iter([truth.annotations[path][0] for path, _ in source.entries])
+
+    def propose(image):
+        nothing = {"segmentation": runs(np.zeros(image.shape[:2], bool)), "score": 0.1}
+        return [nothing, {"segmentation": next(first)["segmentation"], "score": 0.9}]
+
+    words = {"seed": 0, "masks_drawn_on": "upright", "precision": "fp32", "workers": 0}
+    asked = argparse.Namespace(**words)
+    report = measure_proposals(propose, source, asked, torch.device("cpu"))
+    assert report["mean"] == 1 and report["rows"][0]["segm"]["AR@10"]["mean"] > 0
+
+
+def test_the_grid_comes_in_its_order():
+    found = propose_grid(30, 60, 80)
+    scores = [one["score"] for one in found]
+    assert len(found) == 30 and scores == sorted(set(scores), reverse=True)
+    assert found[0]["bbox"] == [0, 0, 80, 60] and coco_mask.decode(found[0]["segmentation"]).all()
+    for one in found:
+        assert coco_mask.toBbox(one["segmentation"]).tolist() == pytest.approx(one["bbox"], abs=1)
 
 
 # -- bad input -------------------------------------------------------------------------------------
