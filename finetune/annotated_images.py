@@ -10,9 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from finetune.average_precision import Truth
-from finetune.evaluation import framed
+from finetune.evaluation import Frames, framed
 from finetune.folders import read_image
-from finetune.sam import ModelShape
 from sami.core.dataset import load
 from sami.core.errors import BadSample
 from sami.core.images import Drawn, drawn_on, open_image
@@ -31,7 +30,7 @@ class AnnotatedImages(Dataset):
 
     paths: dict[str, Path]
     sizes: dict[str, tuple[int, int]]
-    shape: ModelShape | None
+    shape: Frames | None
     drawn: Drawn = "upright"
 
     def __getitems__(self, names: Sequence[str]) -> tuple[str, torch.Tensor | None, str]:
@@ -50,7 +49,7 @@ class AnnotatedImages(Dataset):
 def load_images(
     paths: dict[str, Path],
     truth: Truth,
-    shape: ModelShape | None,
+    shape: Frames | None,
     args: argparse.Namespace,
     device: torch.device,
 ) -> Iterator[tuple[str, torch.Tensor | None, str]]:

@@ -191,7 +191,7 @@ class EvalDataset(Dataset):
 
 
 def framed(
-    encoded: EncodedImage, shape: ModelShape, size: tuple[int, int], drawn: Drawn
+    encoded: EncodedImage, shape: Frames, size: tuple[int, int], drawn: Drawn
 ) -> torch.Tensor:
     """An image of height and width ``size`` as it lies within a model's input, uint8 [3, h, w]."""
     image = resize_whole(encoded, *shape.frame(*size), drawn).transpose(2, 0, 1)

@@ -7,7 +7,6 @@ from finetune.instances import FILLED
 from finetune.measures import PAPER, SIZES, SOURCE, TRIVIAL
 from sami.core.tables import NONE, interval, percent, show_table
 
-
 # How a box's mask was chosen, and what needs no model, as tables call them.
 MASKS = {"predicted": "by predicted IoU", "box": "by IoU with box", FILLED: FILLED}
 
