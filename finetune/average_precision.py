@@ -15,7 +15,7 @@ their image covers, mean over the same thresholds.
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -88,11 +88,11 @@ class Truth:
             _check_lvis(coco, truth)
         return truth
 
-    def leave_out(self, name: str) -> None:
-        """Forget an image."""
-        for table in (self.images, self.annotations):
-            table.pop(name)
-        self.names = {key: other for key, other in self.names.items() if other != name}
+    def without(self, names: set[str]) -> "Truth":
+        """The same without some images."""
+        images = {name: image for name, image in self.images.items() if name not in names}
+        ids = {key: name for key, name in self.names.items() if name not in names}
+        return replace(self, images=images, names=ids)
 
     def _usable(self, annotation: dict[str, Any], name: str) -> dict[str, Any] | None:
         """An annotation with its mask as run lengths; None if it has none, which is counted.

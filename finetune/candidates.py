@@ -10,12 +10,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from finetune.box_masks import Choose, segment_boxes
+from finetune.coco_masks import encode_masks
 from finetune.evaluation import CHOICES, EvalSample, Frames, masks_of, paint, score
 from finetune.everything import MaskGenerator
 from finetune.fastsam import FastSam, Instances, import_predictor
 from finetune.losses import mask_iou
 from finetune.model import TAKES_MODEL, load_model
 from finetune.prompting import PromptSpec, correction_clicks
+from finetune.proposals import Proposer, propose_by_clicks, propose_by_fastsam
 from finetune.sam import Sam
 from finetune.selection import select_by_points
 from finetune.yolo_weights import is_yolo
@@ -80,6 +83,16 @@ class Candidate(Protocol):
 
     def masks(self, sample: EvalSample, specs: tuple[PromptSpec, ...]) -> Iterator[torch.Tensor]:
         """For each spec the masks that the model thinks best, bool [K, H, W] on the CPU."""
+        ...
+
+    def segment_boxes(
+        self, image: torch.Tensor, size: tuple[int, int], boxes: np.ndarray, choose: Choose
+    ) -> list[dict[str, Any]]:
+        """A mask for each box, see :func:`finetune.box_masks.segment_boxes`."""
+        ...
+
+    def propose(self, side: int) -> Proposer:
+        """What proposes masks of an image, with ``side`` x ``side`` points."""
         ...
 
 
@@ -176,6 +189,14 @@ class SamCandidate:
         for spec in specs:
             yield masks_of(self.model, sample, self.device, spec)[0]
 
+    def segment_boxes(
+        self, image: torch.Tensor, size: tuple[int, int], boxes: np.ndarray, choose: Choose
+    ) -> list[dict[str, Any]]:
+        return segment_boxes(self.model, image, size, boxes, choose)
+
+    def propose(self, side: int) -> Proposer:
+        return propose_by_clicks(self.model, side)
+
 
 class WholeImage:
     """Images are kept at their own size; FastSAM resizes them by itself."""
@@ -245,6 +266,22 @@ class FastSamCandidate:
                 for number in range(len(sample.ends))
             )
             yield torch.stack(list(found))
+
+    def segment_boxes(
+        self, image: torch.Tensor, size: tuple[int, int], boxes: np.ndarray, choose: Choose
+    ) -> list[dict[str, Any]]:
+        """By FastSAM's own rule for boxes, whatever ``choose`` says: there is one mask."""
+        self.model.set_image(image.permute(1, 2, 0).numpy())
+        found = []
+        for box in boxes:
+            mask = torch.zeros(size, dtype=torch.bool)
+            if (box[2:] > box[:2]).all():
+                mask = self.model.select(box=box)[0].cpu()
+            found += encode_masks(mask.T[None].numpy())
+        return found
+
+    def propose(self, side: int) -> Proposer:
+        return propose_by_fastsam(self.model)
 
     def _set(self, sample: EvalSample) -> None:
         self.model.set_image(sample.image.permute(1, 2, 0).numpy())

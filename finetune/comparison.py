@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.box_masks import Choose
 from finetune.candidates import Candidate, open_candidate
 from finetune.evaluation import EvalDataset, EvalSample
+from finetune.instances import BoxedImages, measure_instances
 from finetune.losses import mask_iou
 from finetune.measures import mean as mean_of
 from finetune.measures import resample
 from finetune.measuring import measure, promptings_of
+from finetune.proposals import measure_proposals
 from finetune.speed import first_image, peak_memory, time_everything, time_steps
 from sami.core.checkpoint import write_text
 from sami.core.config import require
@@ -55,6 +58,9 @@ class ComparisonFile:
         reference: name of the row whose masks the others' are compared with.
         everything: points a side of the grids that everything mode is timed with; FastSAM has
             none, and one time.
+        boxes: of a detector, in COCO's results format: AP on ``coco``; ``choose``: which of a
+            box's masks is taken, as of tools/evaluate.py.
+        proposals: points a side of the grid whose masks AR on ``coco`` is of.
         rounds: timings, of which the median counts.
     """
 
@@ -70,7 +76,29 @@ class ComparisonFile:
     masks: int | None = None
     reference: str | None = None
     everything: list[int] = field(default_factory=list)
+    boxes: str | None = None
+    choose: Choose = "predicted"
+    proposals: int | None = None
     rounds: int = 11
+
+
+def check_file(file: ComparisonFile, path: str) -> None:
+    """
+    Raises:
+        UserError: no images, or what needs annotations of COCO's format does without.
+    """
+    require(
+        bool(file.shards) or file.coco is not None,
+        f"{path} names no images; give --shards PATTERN, or --coco FILE --images DIR",
+    )
+    for name in ("boxes", "proposals"):
+        require(
+            getattr(file, name) is None or file.coco is not None,
+            f"{path}: {name} go with coco, annotations in COCO's format; give --coco FILE "
+            "--images DIR",
+        )
+    few = file.proposals is not None and file.proposals < 1
+    require(not few, f"{path}: proposals {file.proposals} must be positive, points a side")
 
 
 def check_rows(rows: list[Row], reference: str | None, path: str) -> None:
@@ -152,13 +180,16 @@ def compute_row(
     device: torch.device,
     file: ComparisonFile,
     reference: Candidate | None,
+    boxed: BoxedImages | None = None,
 ) -> dict[str, Any]:
     """All numbers of one model.
 
     Args:
         path: of its weights.
         option: what an error's sentence begins with.
-        asked: as :func:`finetune.measuring.measure` has it.
+        asked: as :func:`finetune.measuring.measure` and
+            :func:`finetune.instances.measure_instances` have it.
+        boxed: what ``file.boxes`` holds.
 
     Raises:
         UserError: the weights cannot be used.
@@ -176,4 +207,9 @@ def compute_row(
     measured, _, unusable, _ = measure(model, source, specs, asked, device)
     found |= {"images": len(measured.areas), "unusable": dict(unusable)}
     found["miou"] = measured.rows(asked.seed)
+    if boxed is not None:
+        found["instances"] = measure_instances(model, boxed, asked, device).report
+    if file.proposals is not None:
+        propose = model.propose(file.proposals)
+        found["proposals"] = measure_proposals(propose, source, asked, device)
     return found

@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from finetune.average_precision import PROPOSALS
 from finetune.comparison import Row
 from finetune.measures import TRIVIAL
 from sami.core.plots import line_style, new_figure, plain
-from sami.core.tables import NONE, WITHOUT, interval
+from sami.core.tables import NONE, WITHOUT, interval, percent
 
 ONE_CLICK = "1 click"
 PROMPTS = ("box", ONE_CLICK, "3 clicks")  # that papers have mIoU for; the columns without a row
@@ -75,7 +76,48 @@ def columns_of(measured: list[Measured], reference: str | None) -> list[Column]:
                 lambda one, side=side: f"{one['everything'][side]['ms']:.0f}",
             )
         )
-    return columns
+    return columns + _columns_of_instances(measured) + _columns_of_proposals(measured)
+
+
+def _columns_of_instances(measured: list[Measured]) -> list[Column]:
+    """AP of masks for a detector's boxes, and of their outlines."""
+    kinds = {"segm": "AP by boxes, %", "boundary": "boundary AP by boxes, %"}
+    return [
+        Column(
+            head,
+            lambda one, kind=kind: _ap_cell(one["instances"]["rows"], kind),
+            trivial=lambda one, kind=kind: percent(one["instances"]["rows"][1][kind]["AP"]),
+        )
+        for kind, head in kinds.items()
+        if any("instances" in one for one in measured)
+    ]
+
+
+def _ap_cell(rows: list[dict[str, Any]], kind: str) -> str:
+    """AP; marked where it is not above the filled boxes'."""
+    ours, trivial = (row[kind]["AP"] for row in rows)
+    return percent(ours) + " ↓" * (ours is not None and ours <= trivial)
+
+
+def _columns_of_proposals(measured: list[Measured]) -> list[Column]:
+    """AR of all masks of an image, and of their boxes."""
+    return [
+        Column(
+            f"{name} of {words}, %",
+            lambda one, key=key: _ar_cell(one["proposals"]["rows"], *key),
+            trivial=lambda one, key=key: interval(one["proposals"]["rows"][1][key[0]][key[1]]),
+        )
+        for kind, words in (("segm", "masks"), ("bbox", "boxes"))
+        for name in (f"AR@{most}" for most in PROPOSALS)
+        for key in [(kind, name)]
+        if any("proposals" in one for one in measured)
+    ]
+
+
+def _ar_cell(rows: list[dict[str, Any]], kind: str, name: str) -> str:
+    """AR with its interval; marked where it is not above a grid of boxes'."""
+    ours, trivial = (row[kind][name] for row in rows)
+    return interval(ours) + " ↓" * (ours["mean"] <= trivial["mean"])
 
 
 def table(

@@ -4,7 +4,8 @@ The first step, all-instance segmentation, is YOLOv8-seg of the package ultralyt
 extra ``fastsam``). The second, prompt-guided selection, is in selection.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +114,17 @@ class FastSam:
     def network(self) -> torch.nn.Module:
         """YOLOv8-seg alone, from normalised images [B, 3, h, w]."""
         return self._segmenter.model
+
+    @contextmanager
+    def limits(self, conf: float, max_det: int) -> Iterator[None]:
+        """Other limits than those of :meth:`load` for a while."""
+        settings = self._segmenter.args
+        before = settings.conf, settings.max_det
+        settings.conf, settings.max_det = conf, max_det
+        try:
+            yield
+        finally:
+            settings.conf, settings.max_det = before
 
     def everything(self, image: np.ndarray) -> Instances:
         """All instances of an image, uint8 [H, W, 3] in RGB.

@@ -55,11 +55,12 @@ def propose_by_clicks(model: Sam, points_per_side: int) -> Proposer:
 
 
 def propose_by_fastsam(model: FastSam) -> Proposer:
-    """FastSAM's instances with its own boxes; of a model that was loaded with ``max_det=1000`` and
-    a low ``conf``, for AR@1000."""
+    """FastSAM's instances with its own boxes: the 1,000 of highest confidence above .001, as its
+    validation has it (with at most 100)."""
 
     def propose(image: np.ndarray) -> list[dict[str, Any]]:
-        found = model.everything(image)
+        with model.limits(conf=0.001, max_det=PROPOSALS[-1]):
+            found = model.everything(image)
         masks = encode_masks(found.masks.transpose(1, 2).contiguous().cpu().numpy())
         corners = found.boxes.cpu().double()
         boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
@@ -77,6 +78,7 @@ def measure_proposals(
     """AR of an image's masks and boxes, beside as many of a fixed grid of boxes.
 
     Args:
+        propose: gives the proposals of one image.
         source: of :meth:`finetune.coco.CocoSource.of`: its annotated images that are there.
         args: ``seed`` of the intervals; ``masks_drawn_on``, ``precision`` and ``workers`` as of
             tools/evaluate.py.

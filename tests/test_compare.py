@@ -325,6 +325,9 @@ def test_memory_is_that_of_a_process_of_its_own(scenes, tmp_path, monkeypatch):
         ({"rows": [{"name": "a"}]}, "none of the rows has weights here"),
         ({"rows": [{"name": "a"}], "row": 1}, "row is none of rows, out"),
         ({"rows": [{"name": "a", "checkpoint": __file__}]}, "row 'a'"),
+        ({"rows": [{"name": "a"}], "boxes": "b.json"}, "boxes go with coco, annotations"),
+        ({"rows": [{"name": "a"}], "proposals": 3}, "proposals go with coco, annotations"),
+        ({"rows": [{"name": "a"}], "choose": "best"}, "choose"),
     ],
 )
 def test_bad_input(content, says, scenes, tmp_path, monkeypatch):
@@ -334,9 +337,8 @@ def test_bad_input(content, says, scenes, tmp_path, monkeypatch):
 
 
 def shipped(name, shards=None):
-    argv = dict.fromkeys(("coco", "images", "samples", "masks", "seeds", "seed", "rounds"))
-    path = ROOT / "configs/compare" / name
-    args = tools.compare.argparse.Namespace(config=path, shards=shards, **argv)
+    argv = dict.fromkeys(tools.compare.OPTIONS) | {"shards": shards}
+    args = tools.compare.argparse.Namespace(config=ROOT / "configs/compare" / name, **argv)
     return tools.compare.read_file(args)
 
 

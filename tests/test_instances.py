@@ -1,6 +1,7 @@
 """Masks for a detector's boxes, and proposals: what a model is asked and writes; bad input."""
 
 import argparse
+import contextlib
 import json
 import sys
 
@@ -10,16 +11,16 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-import finetune.instances as instances
+import finetune.box_masks as box_masks
 import tools.evaluate
 from finetune.average_precision import PROPOSALS, Truth
+from finetune.box_masks import iou_with_box, segment_boxes
 from finetune.coco import CocoSource, read_coco
 from finetune.coco_masks import encode_masks
 from finetune.detections import read_detections
 from finetune.evaluation import framed
 from finetune.everything import MaskGenerator
 from finetune.fastsam import Instances
-from finetune.instances import iou_with_box, segment_boxes
 from finetune.model import MaskDecoderConfig, build_model, load_model, model_header
 from finetune.proposals import (
     measure_proposals,
@@ -39,20 +40,16 @@ from tests.test_evaluation import SHAPE
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    torch.manual_seed(0)
+def write_model(path, seed=0):
+    torch.manual_seed(seed)
     encoder = EncoderConfig("custom", width=32, patch_size=8)
     model = build_model(encoder, MaskDecoderConfig(width=32), 64, "longest", False)
     write_weights(path, model.state_dict(), model_header(model))
     return path
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory):
+def write_scene(folder):
     """A folder with images, annotations.json, lvis.json and boxes.json."""
-    folder = tmp_path_factory.mktemp("scene")
     told, found = draw_scene(4, images=5)
     rng = np.random.default_rng(0)
     for place in ("", "train2017/"):
@@ -68,6 +65,16 @@ def scene(tmp_path_factory):
     boxes.append(boxes[1] | {"bbox": [image["width"] + 4.0, 3, 9, 9]})  # outside
     (folder / "boxes.json").write_text(json.dumps(boxes))
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    return write_scene(tmp_path_factory.mktemp("scene"))
 
 
 # -- one image ------------------------------------------------------------------------------------
@@ -118,8 +125,8 @@ def test_each_box_gets_its_mask(choose, monkeypatch):
         inside = masks[number][y0:y1, x0:x1].mean()
         assert inside < 0.2 if choose == "predicted" else inside > 0.8
     # Few at a time give the same.
-    monkeypatch.setattr(instances, "DECODED_AT_ONCE", 2)
-    monkeypatch.setattr(instances, "PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(box_masks, "DECODED_AT_ONCE", 2)
+    monkeypatch.setattr(box_masks, "PIXELS_AT_ONCE", 1)
     assert segment_boxes(model, image, (height, width), boxes, choose) == found
     assert [len(points) for points, _ in model.asked_for] == [3, 2, 1]
     assert segment_boxes(model, image, (height, width), boxes[:0], choose) == []
@@ -294,7 +301,14 @@ def test_proposals_of_clicks_are_not_filtered(model):
 class Yolo:
     """In FastSAM's place: three ellipses, with boxes that are not quite theirs."""
 
+    @contextlib.contextmanager
+    def limits(self, conf, max_det):
+        self.limited = conf, max_det
+        yield
+        del self.limited
+
     def everything(self, image):
+        assert self.limited == (0.001, 1000)
         size = image.shape[:2]
         masks = np.stack([ellipse(size, 60 + 30 * n, 50, 20, 12) for n in range(3)])
         boxes = torch.tensor([[40.0 + 30 * n, 38, 81 + 30 * n, 63] for n in range(3)])

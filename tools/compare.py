@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 
+from finetune.box_masks import CHOOSE
 from finetune.candidates import TAKES_CANDIDATE, open_candidate, require_package
-from finetune.comparison import ComparisonFile, Row, RowFiles, check_rows, compute_row
+from finetune.comparison import ComparisonFile, Row, RowFiles, check_file, check_rows, compute_row
 from finetune.comparison_table import draw, table
+from finetune.instances import BoxedImages
 from finetune.measuring import open_source
 from sami.core.checkpoint import sha256_of, write_text
 from sami.core.config import require
@@ -40,6 +42,10 @@ from sami.core.tables import show_table
 from sami.core.weights import check_weights, find_weights
 from sami.sweepfile import parse
 
+# Of a comparison's file, what the command line may put in its place.
+NUMBERS = ("samples", "masks", "seeds", "seed", "rounds", "proposals")
+OPTIONS = ("shards", "coco", "images", "boxes", "choose", *NUMBERS)
+
 
 def read_file(args: argparse.Namespace) -> tuple[ComparisonFile, list[Row]]:
     """The file with what the command line puts in its place.
@@ -48,10 +54,10 @@ def read_file(args: argparse.Namespace) -> tuple[ComparisonFile, list[Row]]:
         UserError: it is no comparison.
     """
     content = read_yaml(args.config, "", "configs/compare/")
-    for name in ("shards", "coco", "images", "samples", "masks", "seeds", "seed", "rounds"):
+    for name in OPTIONS:
         value = getattr(args, name)
         if value is not None:
-            content[name] = value
+            content[name] = str(value) if isinstance(value, Path) else value
     if args.coco is not None:
         content["shards"] = []
     require("rows" in content, f"{args.config} names no rows; see configs/compare/")
@@ -63,10 +69,7 @@ def read_file(args: argparse.Namespace) -> tuple[ComparisonFile, list[Row]]:
         where = f"row {number}"
         rows.append(Row(**vars(parse(Row, row, f"{args.config}: {where}", where))))
     check_rows(rows, file.reference, str(args.config))
-    require(
-        bool(file.shards) or file.coco is not None,
-        f"{args.config} names no images; give --shards PATTERN, or --coco FILE --images DIR",
-    )
+    check_file(file, str(args.config))
     return file, rows
 
 
@@ -108,7 +111,9 @@ def main() -> int:
     add("--shards", type=path_pattern, nargs="+", help="in place of the file's")
     add("--coco", type=local_path, help="likewise, with --images")
     add("--images", type=local_path, help="the folder of --coco's images")
-    for name in ("samples", "masks", "seeds", "seed", "rounds"):
+    add("--boxes", type=local_path, help="a detector's, in place of the file's: AP (with --coco)")
+    add("--choose", choices=CHOOSE, help="likewise: a box's mask, by which IoU")
+    for name in NUMBERS:
         add(f"--{name}", type=int, help="in place of the file's")
     add("--out", type=local_path, help="folder; default: the file's, or runs/compare/NAME")
     add("--keep-crowd", action="store_true", help="score --coco's crowds as objects")
@@ -117,14 +122,15 @@ def main() -> int:
     add("--device", default="auto", help=f"{DEVICES}; default: auto")
     add("--precision", choices=["fp32", "bf16"], default="fp32")
     args = parser.parse_args()
-    require_least(1, args, "samples", "masks", "seeds", "rounds")
+    require_least(1, args, "samples", "masks", "seeds", "rounds", "proposals")
     require_least(0, args, "workers", "seed")
     file, rows = read_file(args)
     device = choose_device(args.device)
-    for name in ("shards", "coco", "images", "samples", "masks", "seeds", "seed"):
+    for name in OPTIONS:
         setattr(args, name, getattr(file, name))
     args.prompts, args.overlays = [str(one) for one in file.prompts], 0
-    args.coco, args.images = (one and Path(one) for one in (args.coco, args.images))
+    for name in ("coco", "images", "boxes"):
+        setattr(args, name, getattr(args, name) and Path(getattr(args, name)))
     default = expand_path(file.out or f"runs/compare/{args.config.stem}", f"{args.config}: out")
     out = args.out or HOME / default
 
@@ -136,11 +142,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         source, _ = open_source(args, Path(folder))
         first = file.reference and files.get(file.reference)
-        protocol = {k: value for k, value in asdict(file).items() if k not in ("rows", "out")}
+        boxed = BoxedImages.of(source, args) if args.boxes else None
+        left = ("rows", "out", "boxes", "choose", "proposals")
+        protocol = {k: value for k, value in asdict(file).items() if k not in left}
         protocol |= {"machine": machine, "drawn": args.masks_drawn_on}
         protocol["keep_crowd"] = args.keep_crowd
         protocol["data"] = data_of(source, args.coco)
         protocol["reference"] = first and sha256_of(first)
+        if boxed is not None:
+            protocol |= {"boxes": sha256_of(args.boxes), "choose": file.choose}
+        if file.proposals is not None:
+            protocol["proposals"] = file.proposals
         store, found, reference = RowFiles(out, protocol), [], None
         for row in rows:
             if row.name not in files:
@@ -153,7 +165,7 @@ def main() -> int:
                 if first and reference is None:
                     reference = open_candidate(first, f"row '{file.reference}':", device)
                 given = files[row.name], f"row '{row.name}':"
-                one = compute_row(*given, source, args, device, file, reference)
+                one = compute_row(*given, source, args, device, file, reference, boxed)
                 store.write(sha256, one | {"checkpoint": row.checkpoint, "sha256": sha256})
             found.append(one)
     head, lines = table(rows, found, first and file.reference)

@@ -33,10 +33,11 @@ from typing import Any
 
 import torch
 
+from finetune.box_masks import CHOOSE
 from finetune.candidates import SamCandidate
 from finetune.coco import CocoSource
 from finetune.evaluation import EvalSample
-from finetune.instances import CHOOSE, measure_instances
+from finetune.instances import BoxedImages, measure_instances
 from finetune.measures import PAPER, SOURCE
 from finetune.measuring import measure, open_source, promptings_of
 from finetune.model import TAKES_MODEL, load_model
@@ -146,7 +147,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         source, data = open_source(args, Path(folder))
         if args.boxes is not None:  # what may be wrong with another file is told first
-            found = measure_instances(model, source, args, device)
+            boxed = BoxedImages.of(source, args)
+            found = measure_instances(SamCandidate(model), boxed, args, device)
             show_instances(found.report)
             result["instances"] = found.report
             if args.out is not None:
