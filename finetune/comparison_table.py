@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from finetune.average_precision import PROPOSALS
 from finetune.comparison import Row
 from finetune.measures import TRIVIAL
-from sami.core.plots import line_style, new_figure, plain
+from sami.core.plots import line_style, new_figure, plain, widen
 from sami.core.tables import NONE, WITHOUT, interval, percent
 
 ONE_CLICK = "1 click"
@@ -203,6 +203,10 @@ def draw(rows: list[Row], found: list[Measured | None], device: str) -> Figure:
             labels.append((x, y, f"{plain(row.name)}, theirs", "0.4"))
     axis.set_xscale("log")
     axis.margins(0.08)
+    widen(axis, 5, 0, 100)
+    low, high = axis.get_xlim()
+    missing = max(1.0, 2 * low / high) ** 0.5  # a factor of two at least
+    axis.set_xlim(low / missing, high * missing)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())

@@ -247,7 +247,6 @@ def test_what_reading_takes_in_passing_does_not_count(monkeypatch):
         )
 
     monkeypatch.setattr(speed, "open_candidate", opened)
-    monkeypatch.setattr(speed, "require_package", lambda *given: None)
     threads = torch.get_num_threads()
     found = speed._peak_memory("a.pt", "", IMAGE, CPU, False, threads)
     assert 0.29 < found < 0.4

@@ -229,6 +229,8 @@ def test_the_plot_has_room_for_its_labels():
         assert box.y0 <= extent.y0 and extent.y1 <= box.y1
     grey = [line for line in axis.lines if line.get_color() == "0.6"]
     assert [one.get_xydata().tolist() for one in grey] == [[[450, 55.6]]]
+    low, high = draw(rows[:1], [row(30, 0)], "CPU").axes[0].get_xlim()
+    assert high / low >= 1.99 and low < 31 < high
     assert not list(draw(rows[:1], [None], "CPU").axes[0].texts)
 
 
@@ -297,7 +299,7 @@ def test_a_row_that_fails_keeps_those_before(scenes, tmp_path, monkeypatch, caps
 @pytest.mark.skipif(not is_counted(torch.device("cpu")), reason="only Linux counts it")
 @pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own(scenes, tmp_path, monkeypatch):
-    """At least what the weights take, and far from what torch itself does."""
+    """What the weights take, some MB of activations, and nothing of the libraries."""
     from finetune.speed import peak_memory
 
     torch.manual_seed(0)
@@ -307,7 +309,7 @@ def test_memory_is_that_of_a_process_of_its_own(scenes, tmp_path, monkeypatch):
     image = np.zeros((64, 80, 3), np.uint8)
     found = peak_memory(tmp_path / "a.safetensors", "", image, torch.device("cpu"), False)
     weights = sum(4 * p.numel() for p in model.parameters()) / 1e9
-    assert weights > 0.1 and weights < found < weights + 0.2
+    assert weights > 0.1 and weights < found < weights + 0.03
     (tmp_path / "page.pt").write_text("<!doctype html>")
     with pytest.raises(UserError, match="row 'a': .*page.pt is a web page"):
         peak_memory(tmp_path / "page.pt", "row 'a':", image, torch.device("cpu"), False)

@@ -137,7 +137,8 @@ def main() -> int:
     files = find_files(rows)
     require(bool(files), f"{args.config}: none of the rows has weights here; put some there")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    machine += f", {torch.get_num_threads()} threads" * (device.type == "cpu")
+    threads = torch.get_num_threads()
+    machine += f", {threads} thread{'s' * (threads > 1)}" * (device.type == "cpu")
     machine += f", {args.precision}, torch {torch.__version__}"
     with tempfile.TemporaryDirectory() as folder:
         source, _ = open_source(args, Path(folder))

@@ -1,5 +1,7 @@
 """Memory of this process, as the system or the card counts it, in GB (1e9 bytes)."""
 
+import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -32,6 +34,14 @@ def forget_highest(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         RESET.write_text("5", encoding="ascii")
+
+
+def release() -> None:
+    """Give freed memory back to the system, as far as the C library can; else it is still held."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def is_counted(device: torch.device) -> bool:
