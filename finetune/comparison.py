@@ -24,7 +24,7 @@ from sami.core.config import require
 from sami.core.dataset import SampleSource
 from sami.core.progress import track
 
-VERSION = 2  # of what a row holds and how it is measured; a kept row of another one is not read
+VERSION = 3  # of what a row holds and how it is measured; a kept row of another one is not read
 
 
 @dataclass
