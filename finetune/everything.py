@@ -191,26 +191,38 @@ class MaskGenerator:
         shape = predictor.model.shape
         frame = None if shape.resize == "square" else predictor.input_size
         enlarger = Enlarger(4 * shape.grid, size, frame, shape.image_size)
+        features, positions = (  # as the mask decoder reads them
+            x.contiguous(memory_format=torch.channels_last)
+            for x in (predictor.features, predictor.model.prompt_encoder.get_dense_pe())
+        )
+        seen = predictor.model.with_size(features, size), positions
         found = []
         for start in range(0, len(points), step):
             some = points[start : start + step]
-            found += self._select(*self._decode(some, size), some, crop, image.shape[:2], enlarger)
+            found += self._select(
+                *self._decode(seen, some, size), some, crop, image.shape[:2], enlarger
+            )
         predictor.reset_image()
         return _distinct(found, torch.tensor([one.iou for one in found]), self.box_nms_thresh)
 
     def _decode(
-        self, points: np.ndarray, size: tuple[int, int]
+        self,
+        seen: tuple[torch.Tensor, torch.Tensor],
+        points: np.ndarray,
+        size: tuple[int, int],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Those of single clicks [Q, 2] that stay, [G]; their logits and predicted IoU, [G, 3]."""
+        """Those of single clicks [Q, 2] that stay, [G]; their logits and predicted IoU, [G, 3].
+
+        Args:
+            seen: the image's embedding and the positions of its tokens.
+            size: height and width of the image.
+        """
         predictor, model = self.predictor, self.predictor.model
         clicks = torch.as_tensor(predictor.transform.apply_coords(points, size))[:, None]
         clicks = clicks.to(predictor.device, torch.float32)
         labels = torch.ones(clicks.shape[:2], dtype=torch.int, device=clicks.device)
         sparse, dense = model.prompt_encoder(points=(clicks, labels), boxes=None, masks=None)
-        positions, least = model.prompt_encoder.get_dense_pe(), self._least_iou
-        return model.mask_decoder.predict_promising(
-            predictor.features, positions, sparse, dense, least
-        )
+        return model.mask_decoder.predict_promising(*seen, sparse, dense, self._least_iou)
 
     @property
     def _least_iou(self) -> float:
@@ -237,12 +249,11 @@ class MaskGenerator:
         iou = iou.flatten()
         threshold, offset = self.predictor.model.mask_threshold, self.stability_score_offset
         least = self.stability_score_thresh
-        stays = iou > self._least_iou
+        numbers = (iou > self._least_iou).nonzero().squeeze(1)
         if least > 0:
-            there = enlarger.without_padding(logits)
+            there = enlarger.without_padding(logits[numbers])
             inner, outer = ((there > threshold + at).sum((1, 2)) for at in (offset, -offset))
-            stays &= (inner >= (least - MARGIN) * outer) | (outer < SMALL)
-        numbers = stays.nonzero().squeeze(1)
+            numbers = numbers[(inner >= (least - MARGIN) * outer) | (outer < SMALL)]
         found, corner = [], np.array(crop[:2])
         for number, low in zip(numbers.tolist(), logits[numbers].cpu(), strict=True):
             mask = enlarger.paint(low, threshold, offset, least)

@@ -204,13 +204,13 @@ class Enlarger:
             (int(line[0]), int(line[-1]) + 1)
             for line in (some.any(axis).nonzero().squeeze(1) for axis in (1, 0))
         )
-        painted = sure[top:bottom, left:right].T
-        painted = painted.repeat_interleave(columns.first.diff()[left:right], 0)
-        painted = painted.repeat_interleave(rows.first.diff()[top:bottom], 1)
+        painted = sure[top:bottom, left:right].T.numpy()
+        painted = painted.repeat(rows.first.diff()[top:bottom].numpy(), 1)
+        painted = painted.repeat(columns.first.diff()[left:right].numpy(), 0)
         left, top = int(columns.first[left]), int(rows.first[top])
         at = (columns.pixels[c] - left)[:, :, None], (rows.pixels[r] - top)[:, None]
-        painted[at] = torch.cat(inside)
-        return FullMask(painted.numpy(), left, top, stability)
+        torch.from_numpy(painted)[at] = torch.cat(inside)
+        return FullMask(painted, left, top, stability)
 
     def _all_pixels(
         self, logits: torch.Tensor, threshold: float, low: float, high: float

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from finetune.predictor import PredictorMasks
+from finetune.predictor import PredictorMasks, doubled
 from finetune.prompt_encoder import PromptEncoder, pad_points
 
 HEADS, MLP_RATIO, DEPTH = 8, 8, 2
@@ -33,18 +33,58 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(inner, width)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Queries [B, Q, T, D] over keys and values [B, Q, S, D]: [B, Q, T, D].
+        """Queries [..., T, D] over keys and values [..., S, D]: [..., T, D].
 
-        A dimension Q of 1 stands for the same in all prompts.
+        Leading dimensions of 1 stand for the same in all prompts.
         """
+        few, many = sorted((q.shape[-2], k.shape[-2]))
+        exact = q.dtype == torch.float32 and not torch.is_autocast_enabled(q.device.type)
+        if exact and few < many and HEADS * few < self.q_proj.out_features:
+            return self._in_full_width(q, k, v)
         q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
-        prompts = max(q.shape[1], k.shape[1])
-        q, k, v = (
-            rearrange(x.expand(-1, prompts, -1, -1), "b q t (head d) -> (b q) head t d", head=HEADS)
-            for x in (q, k, v)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(rearrange(mixed, "(b q) head t d -> b q t (head d)", q=prompts))
+        lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+        q, k, v = (_heads(x.expand(*lead, -1, -1).flatten(0, -3)) for x in (q, k, v))
+        mixed = _joined(F.scaled_dot_product_attention(q, k, v))
+        return self.out_proj(mixed.unflatten(0, lead))
+
+    def _in_full_width(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The same, where one side's tokens are so many that projecting them is most of the work.
+
+        The other side's few are brought to their width instead, one for each head: of the product
+        (few W) (many V)' it is few (W V') that is computed first. bf16 would round the scores.
+        """
+        if q.shape[-2] < k.shape[-2]:
+            weights = self._scores(self.q_proj(q), self.k_proj, k).softmax(-1)
+            mixed = _times(weights.flatten(-3, -2), v).unflatten(-2, weights.shape[-3:-1])
+            mixed = mixed @ self.v_proj.weight.unflatten(0, (HEADS, -1)).mT
+            return self.out_proj(_joined(mixed) + self.v_proj.bias)
+        weights = self._scores(self.k_proj(k), self.q_proj, q).softmax(-2)
+        given = _heads(self.v_proj(v)) @ self.out_proj.weight.mT.unflatten(0, (HEADS, -1))
+        given = given + self.out_proj.bias / HEADS  # a head's weights add up to 1
+        return weights.flatten(-3, -2).mT @ given.flatten(-3, -2)
+
+    def _scores(self, few: torch.Tensor, layer: nn.Linear, many: torch.Tensor) -> torch.Tensor:
+        """Of projected tokens [..., T, inner] with ``layer``'s of [..., N, D]: [..., H, T, N]."""
+        few = _heads(few) * (few.shape[-1] // HEADS) ** -0.5
+        wide = few @ layer.weight.unflatten(0, (HEADS, -1))
+        constant = few @ layer.bias.unflatten(0, (HEADS, -1)).unsqueeze(-1)
+        scores = _times(wide.flatten(-3, -2), many.mT).unflatten(-2, few.shape[-3:-1])
+        return scores.add_(constant)
+
+
+def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Products of matrices [..., Q, X, Y] with [..., Q, Y, Z], or with [..., 1, Y, Z] for all Q."""
+    if b.shape[-3] == a.shape[-3]:
+        return a @ b
+    return (a.flatten(-3, -2) @ b.squeeze(-3)).unflatten(-2, a.shape[-3:-1])
+
+
+def _heads(x: torch.Tensor) -> torch.Tensor:
+    return rearrange(x, "... t (head d) -> ... head t d", head=HEADS)
+
+
+def _joined(x: torch.Tensor) -> torch.Tensor:
+    return rearrange(x, "... head t d -> ... t (head d)")
 
 
 class MLP(nn.Module):
@@ -168,17 +208,6 @@ class MaskDecoder(PredictorMasks):
         tokens = prompt_encoder.embed(*pad_points(points, labels))
         return self.decode(embeddings, prompt_encoder.get_dense_pe(), tokens)
 
-    def predict_masks(
-        self,
-        image_embeddings: torch.Tensor,
-        image_pe: torch.Tensor,
-        sparse_prompt_embeddings: torch.Tensor,
-        dense_prompt_embeddings: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All four masks [Q, 4, 4h, 4w] of one image, and their predicted IoU [Q, 4]."""
-        logits, iou = self.decode(image_embeddings, image_pe, sparse_prompt_embeddings[None])
-        return logits[0], iou[0]
-
     def decode(
         self, embedding: torch.Tensor, image_pe: torch.Tensor, prompts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,17 +236,11 @@ class MaskDecoder(PredictorMasks):
         found = self._transform(image_embeddings, image_pe, sparse_prompt_embeddings[None])
         return found[0][0], found[1][0]
 
-    def draw(
-        self, tokens: torch.Tensor, image: torch.Tensor, height: int, width: int
-    ) -> torch.Tensor:
-        fine = rearrange(image, "q (h w) d -> q d h w", h=height, w=width)
-        for layer in self.final_output_upscaling_layers:
-            fine = layer(fine)
-        weights = [
-            network(tokens[:, 1 + number])
-            for number, network in enumerate(self.output_hypernetworks_mlps)
-        ]
-        return torch.einsum("qmd,qdhw->qmhw", torch.stack(weights, dim=1), fine)
+    def upscale(self, image: torch.Tensor) -> torch.Tensor:
+        (first, norm, act), (second, last) = self.final_output_upscaling_layers
+        fine = doubled(image, first)
+        fine = F.layer_norm(fine, fine.shape[1:], eps=norm.eps) * norm.weight + norm.bias
+        return last(doubled(act(fine), second))
 
     def _transform(
         self, embedding: torch.Tensor, image_pe: torch.Tensor, prompts: torch.Tensor
@@ -226,6 +249,7 @@ class MaskDecoder(PredictorMasks):
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([own.expand(*prompts.shape[:2], -1, -1), prompts], dim=2)
         image, image_pe = (
-            rearrange(x, "b d h w -> b 1 (h w) d").to(tokens.dtype) for x in (embedding, image_pe)
+            rearrange(x, "b d h w -> b 1 (h w) d").to(tokens.dtype).contiguous()
+            for x in (embedding, image_pe)
         )
         return self.transformer(tokens, image, image_pe)

@@ -8,7 +8,9 @@ tokens wait for it: the embedding that a mask decoder is given tells it.
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import nn
+from torch.nn import functional as F
 
 Points = tuple[torch.Tensor, torch.Tensor]  # coordinates [Q, P, 2] and labels [Q, P]
 
@@ -106,10 +108,12 @@ class PredictorMasks(nn.Module):
     Attributes:
         single_mask: whether mask 0, meant for prompts that leave no doubt, is trained.
         iou_prediction_head: from the first token to the masks' IoU.
+        output_hypernetworks_mlps: from the four next to the weights of what :meth:`upscale` makes.
     """
 
     single_mask: bool
     iou_prediction_head: nn.Module
+    output_hypernetworks_mlps: nn.ModuleList
 
     def forward(
         self,
@@ -144,6 +148,20 @@ class PredictorMasks(nn.Module):
         if not self.single_mask:
             best = 1 + iou[:, 1:].argmax(1, keepdim=True)
         return logits.take_along_dim(best[..., None, None], 1), iou.gather(1, best)
+
+    def predict_masks(
+        self,
+        image_embeddings: torch.Tensor,
+        image_pe: torch.Tensor,
+        sparse_prompt_embeddings: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All four masks [Q, 4, 4h, 4w] of prompts in one image, and their predicted IoU [Q, 4]."""
+        tokens, image = self.attend(
+            image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings
+        )
+        logits = self.draw(tokens, image, *image_embeddings.shape[2:])
+        return logits, self.iou_prediction_head(tokens[:, 0])
 
     def predict_promising(
         self,
@@ -193,7 +211,31 @@ class PredictorMasks(nn.Module):
         Args:
             height, width: of the image's embedding.
         """
+        weights = [
+            network(tokens[:, 1 + number])
+            for number, network in enumerate(self.output_hypernetworks_mlps)
+        ]
+        logits = torch.stack(weights, dim=1) @ self.upscale(image).mT
+        order = "q m (h w top left lower right) -> q m (h top lower) (w left right)"
+        return rearrange(logits, order, h=height, w=width, top=2, left=2, lower=2)
+
+    def upscale(self, image: torch.Tensor) -> torch.Tensor:
+        """Image tokens [Q, N, D] at four times the resolution, [Q, 16N, D/8]."""
         raise NotImplementedError
+
+
+def doubled(tokens: torch.Tensor, layer: nn.ConvTranspose2d) -> torch.Tensor:
+    """A transposed convolution of kernel and stride 2, which is a matrix product.
+
+    Args:
+        tokens: [Q, N, C].
+
+    Returns:
+        [Q, 4N, C']; each token's 2 x 2 follow one another.
+    """
+    weight = rearrange(layer.weight, "i o y x -> (y x o) i")
+    made = F.linear(tokens, weight, layer.bias.repeat(4))
+    return rearrange(made, "q n (four o) -> q (n four) o", four=4)
 
 
 def rescale(points: torch.Tensor, to: tuple[int, int], image: tuple[int, int]) -> torch.Tensor:

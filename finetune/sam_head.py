@@ -11,12 +11,13 @@ import torch
 from segment_anything.modeling import MaskDecoder as PackageMasks
 from segment_anything.modeling import PromptEncoder as PackagePrompts
 from segment_anything.modeling import TwoWayTransformer
+from segment_anything.modeling.transformer import Attention as PackageAttention
 from torch.nn import functional as F
 
-from finetune.predictor import Points, PredictorMasks, PredictorPrompts
+from finetune.mask_decoder import DEPTH, HEADS, MLP_RATIO, Attention
+from finetune.predictor import Points, PredictorMasks, PredictorPrompts, doubled
 from finetune.prompt_encoder import BACKGROUND, FOREGROUND, PADDING, TOP_LEFT, Positions
 
-HEADS, DEPTH, MLP_RATIO = 8, 2, 8
 MASK_CHANNELS = 16  # of the mask prompt's first layers
 
 
@@ -72,6 +73,12 @@ class SamMaskDecoder(PredictorMasks, PackageMasks):
             iou_head_hidden_dim=width,
         )
         self.single_mask = single_mask
+        for block in [*self.transformer.layers, self.transformer]:
+            for name, theirs in list(block.named_children()):
+                if isinstance(theirs, PackageAttention):
+                    ours = Attention(theirs.embedding_dim, theirs.internal_dim)
+                    ours.load_state_dict(theirs.state_dict())
+                    setattr(block, name, ours)
 
     def predict(
         self,
@@ -104,23 +111,24 @@ class SamMaskDecoder(PredictorMasks, PackageMasks):
         sparse_prompt_embeddings: torch.Tensor,
         dense_prompt_embeddings: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first half of the package's ``predict_masks``, :meth:`draw` is the second."""
-        count = len(sparse_prompt_embeddings)
+        """The package's, where prompts without a mask share their image tokens."""
+        dense = dense_prompt_embeddings
+        if dense.stride(0) == 0:
+            dense = dense[:1]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([own.expand(count, -1, -1), sparse_prompt_embeddings], dim=1)
-        image = image_embeddings + dense_prompt_embeddings
-        return self.transformer(image, image_pe.expand(count, -1, -1, -1), tokens)
+        own = own.expand(len(sparse_prompt_embeddings), -1, -1)
+        tokens = torch.cat([own, sparse_prompt_embeddings], dim=1)
+        image, image_pe = (
+            x.contiguous(memory_format=torch.channels_last)
+            for x in (image_embeddings + dense, image_pe)
+        )
+        return self.transformer(image, image_pe, tokens)
 
-    def draw(
-        self, tokens: torch.Tensor, image: torch.Tensor, height: int, width: int
-    ) -> torch.Tensor:
-        image = image.mT.unflatten(2, (height, width))
-        fine = self.output_upscaling(image)
-        weights = [
-            network(tokens[:, 1 + number])
-            for number, network in enumerate(self.output_hypernetworks_mlps)
-        ]
-        return (torch.stack(weights, dim=1) @ fine.flatten(2)).unflatten(2, fine.shape[2:])
+    def upscale(self, image: torch.Tensor) -> torch.Tensor:
+        first, norm, act, second, last = self.output_upscaling
+        fine = doubled(image, first)
+        fine = F.layer_norm(fine, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+        return last(doubled(act(fine), second))
 
 
 def _groups(
