@@ -4,9 +4,8 @@ AP (cocodataset.org/#detection-eval): the area under the curve of precision over
 the IoU thresholds .5, .55 ... .95 and the categories; of an image the 100 highest scores of each
 category count. LVIS (arXiv 1908.03195, appendix) annotates a part of its categories in an image:
 detections of other categories are dropped, unmatched ones where a category was not annotated
-exhaustively are ignored, and the 300 highest scores of an image count. Boundary AP (arXiv
-2103.16562) has the lower of the masks' IoU and that of their outlines, as wide as 2 % of the
-image's diagonal.
+exhaustively are ignored, and the 300 highest scores of an image count. Boundary AP has the lower
+of the masks' IoU and that of their outlines (:mod:`finetune.boundary`).
 
 AR asks for no category: the share of objects that one of the 10, 100 or 1,000 highest scores of
 their image covers, mean over the same thresholds.
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
+from finetune.boundary import BoundaryEvaluation
 from finetune.coco import OTHER_SIZES, Coco, as_id
 from finetune.coco_masks import DEGENERATE, is_crowd, run_lengths
 from finetune.measures import mean, resample
@@ -274,8 +274,13 @@ class _Evaluator:
     def run(self, categories: list[int]) -> dict[str, np.ndarray]:
         """``precision`` [T, R, K, A, M] and ``recall`` [T, K, A, M] by IoU threshold, recall,
         category, size (all, small, medium, large) and number of detections."""
-        evaluator = COCOeval_faster(
-            self.truth, self.found, self.kind, print_function=_silent, lvis_style=self.lvis
+        outlines = self.kind == "boundary"
+        evaluator = (BoundaryEvaluation if outlines else COCOeval_faster)(
+            self.truth,
+            self.found,
+            "segm" if outlines else self.kind,
+            print_function=_silent,
+            lvis_style=self.lvis,
         )
         evaluator.params.maxDets, evaluator.params.catIds = self.most, categories
         evaluator.evaluate()

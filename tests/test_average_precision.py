@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import functools
 import io
 import json
 from collections import defaultdict
 
 import numpy as np
 import pytest
+from faster_coco_eval import COCOeval_faster
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -174,12 +176,29 @@ class SlowBoundary(COCOeval):
         return whole
 
 
-def test_boundary_ap_is_the_slow_one(tmp_path):
-    told, found = draw_scene(1)
+@pytest.mark.parametrize("seed", range(3))
+def test_boundary_ap_is_the_slow_one(seed, tmp_path):
+    told, found = draw_scene(seed)
     ours = average_precision(truth_of(told, tmp_path), found, "boundary")
     theirs = pycoco(told, found, "segm", SlowBoundary).stats[:6]
     assert list(ours.values()) == pytest.approx(theirs.tolist(), abs=1e-12)
     assert 0 < ours["AP"] < average_precision(truth_of(told, tmp_path), found, "segm")["AP"]
+
+
+def test_boundary_ap_is_faster_coco_evals(tmp_path):
+    """Its own draws every outline; by LVIS's rules here."""
+    told, found = draw_scene(1)
+    truth = truth_of(as_lvis(told, 1), tmp_path)
+    ours = average_precision(truth, found, "boundary")
+    with pytest.MonkeyPatch.context() as patch:
+        theirs = functools.partial(_library, COCOeval_faster)
+        patch.setattr("finetune.average_precision.BoundaryEvaluation", theirs)
+        assert average_precision(truth, found, "boundary") == pytest.approx(ours, abs=1e-12)
+    assert 0 < ours["AP"] < average_precision(truth, found, "segm")["AP"]
+
+
+def _library(kind, truth, found, _, **words):
+    return kind(truth, found, "boundary", **words)
 
 
 # -- LVIS -----------------------------------------------------------------------------------------
