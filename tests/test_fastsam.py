@@ -430,6 +430,9 @@ def test_everything_is_what_the_library_finds(ultralytics, tmp_path, bins):
     assert torch.equal(found.masks, expected.masks.data.bool())
     assert torch.equal(found.boxes, expected.boxes.xyxy)
     assert torch.equal(found.scores, expected.boxes.conf)
+    with model.limits(conf=0.001, max_det=7):
+        assert len(model.everything(image).scores) == 7
+    assert torch.equal(model.everything(image).scores, found.scores)
     model.set_image(image)
     y, x = found.masks[0].nonzero()[0].tolist()
     masks, scores, _ = model.predict(np.array([[x, y]]), np.array([1]))
