@@ -29,8 +29,8 @@ from finetune.sam import Sam
 from sami.core.config import require
 
 MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
-# Prompts at once on a CPU. A prompt's image tokens are 4 MB: at 4 one takes 69 ms, at 16 they no
-# longer fit the caches and it takes 87.
+# Prompts at once on a CPU. A prompt's image tokens are 4 MB: 1, 2 and 4 take the same time each,
+# more no longer fit the caches.
 ON_CPU = 4
 # Stability of a mask of SMALL samples or more differs by at most 0.053 between the low resolution
 # and the image (850 masks of two trained models and of random weights). Smaller ones take no time.

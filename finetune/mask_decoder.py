@@ -6,7 +6,7 @@ the first self-attention, and in the second block the prompts' own embedding is 
 for good. Attention is fused.
 
 Prompts of one image share its image tokens until the first block has changed them, so these are
-[B, 1, N, D] there and projected once for all prompts.
+[B, 1, N, D] there. SAM's head (:mod:`finetune.sam_head`) has the same attention.
 """
 
 import itertools

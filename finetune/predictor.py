@@ -173,7 +173,7 @@ class PredictorMasks(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Masks 1..3 of those of Q prompts for which one's predicted IoU is above ``least``.
 
-        The others' masks are never drawn: that is a quarter of the mask decoder's time.
+        The others' masks are never drawn: that is a third of the mask decoder's time.
 
         Returns:
             Which prompts [G]; their logits [G, 3, 4h, 4w] and predicted IoU [G, 3], fp32.

@@ -1,8 +1,9 @@
 """SAM's own prompt encoder and mask decoder (``decoder.kind: sam``), for many images at once.
 
-Modules, names, weights and function are segment-anything's. SAM appends one token that is not a
-point to prompts without a box and none to others, so that prompts of different lengths cannot share
-a batch: they are grouped by their length, and each group goes through the package's own forward.
+Modules, names, weights and function are segment-anything's; attention and upscaling are computed
+in less time, as for the other head. SAM appends one token that is not a point to prompts without a
+box and none to others, so that prompts of different lengths cannot share a batch: they are grouped
+by their length.
 """
 
 from collections.abc import Iterator
