@@ -17,7 +17,6 @@ from finetune.average_precision import PROPOSALS, Truth
 from finetune.box_masks import iou_with_box, segment_boxes
 from finetune.coco import CocoSource, read_coco
 from finetune.coco_masks import encode_masks
-from finetune.detections import read_detections
 from finetune.evaluation import framed
 from finetune.everything import MaskGenerator
 from finetune.fastsam import Instances
@@ -30,12 +29,12 @@ from finetune.proposals import (
 )
 from finetune.sam import Sam
 from sami.core.checkpoint import write_weights
-from sami.core.errors import UserError
 from sami.core.images import open_image
 from sami.encoder import EncoderConfig
 from tests.runs import ROOT, run
-from tests.test_average_precision import as_lvis, draw_scene, ellipse, pycoco, runs
+from tests.test_average_precision import draw_scene, ellipse, pycoco, runs
 from tests.test_evaluation import SHAPE
+from tests.test_lvis import as_lvis
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -362,55 +361,6 @@ def test_the_grid_comes_in_its_order():
     assert found[0]["bbox"] == [0, 0, 80, 60] and coco_mask.decode(found[0]["segmentation"]).all()
     for one in found:
         assert coco_mask.toBbox(one["segmentation"]).tolist() == pytest.approx(one["bbox"], abs=1)
-
-
-# -- bad input -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ("[", "is not JSON"),
-        ({"annotations": []}, "is no list; COCO's results are a list"),
-        ([], "is empty"),
-        ([3], "box 1 is no object"),
-        ({"bbox": None}, "box 2 has a bbox that is not x, y, width, height"),
-        ({"bbox": [1, 2, 3]}, "box 2 has a bbox that is not x, y, width, height"),
-        ({"bbox": [1, 2, 3, "4"]}, "box 2 has the bbox '4', which is no finite number"),
-        ({"bbox": [1, 2, float("nan"), 4]}, "box 2 has the bbox nan, which is no finite number"),
-        ({"bbox": [1, 2, -3, 4]}, "box 2 has a negative width or height"),
-        ({"score": float("inf")}, "box 2 has the score inf, which is no finite number"),
-        ({"score": None}, "box 2 has the score None, which is no finite number"),
-        ({"score": True}, "box 2 has the score True, which is no finite number"),
-        ({"image_id": 12345}, "1 of 3 boxes have a image_id that --coco does not have, such as"),
-        ({"image_id": None}, "have a image_id that --coco does not have, such as None"),
-        ({"category_id": 4}, "have a category_id that --coco does not have, such as 4"),
-        ({"category_id": [4]}, "have a category_id that --coco does not have"),
-        *[(key, f"box 2 has no {key}") for key in ("image_id", "category_id", "bbox", "score")],
-    ],
-)
-def test_boxes_that_are_none(content, says, scene, tmp_path):
-    known = json.loads((scene / "boxes.json").read_text())[:3]
-    if isinstance(content, dict) and "annotations" not in content:
-        known[1] |= content
-        content = known
-    elif isinstance(content, str) and content != "[":
-        known[1].pop(content)
-        content = known
-    path = tmp_path / "boxes.json"
-    path.write_text(content if content == "[" else json.dumps(content))
-    truth = Truth.of(read_coco(scene / "annotations.json"))
-    with pytest.raises(UserError) as error:
-        read_detections(path, truth)
-    assert says in str(error.value) and str(path) in str(error.value)
-
-
-def test_boxes_in_0_to_1(scene, tmp_path):
-    known = json.loads((scene / "boxes.json").read_text())
-    path = tmp_path / "boxes.json"
-    path.write_text(json.dumps([one | {"bbox": [0.25, 0.5, 0.75, 0.25]} for one in known]))
-    with pytest.raises(UserError, match="all boxes lie in 0..1"):
-        read_detections(path, Truth.of(read_coco(scene / "annotations.json")))
 
 
 def test_bad_input_is_one_sentence(model, scene, tmp_path):

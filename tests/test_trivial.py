@@ -1,11 +1,13 @@
 """Answers without a model, against painted masks."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
 
 from finetune.evaluation import paint
-from finetune.trivial import RADII, discs, filled_box
+from finetune.trivial import RADII, discs, fill_boxes, filled_box, grid_of_boxes
 from tests.test_evaluation import ends_of
 
 
@@ -43,3 +45,29 @@ def test_a_disc_is_found_by_its_own_radius():
     disc = (rows - 90) ** 2 + (columns - 110) ** 2 <= (RADII[6] * 200) ** 2
     found = discs([ends_of(disc)], 200, 200, np.array([[[110, 90]]]))
     assert found[:, 0].argmax() == 6 and found[6, 0] == 1
+
+
+def test_the_grid_of_boxes_favours_no_corner():
+    boxes = grid_of_boxes(10, 60, 80)
+    assert boxes[0].tolist() == [0, 0, 80, 60]
+    assert sorted(boxes[1:].tolist()) == sorted(
+        [x, y, x + 40.0, y + 30.0] for x in (0, 20, 40) for y in (0, 15, 30)
+    )
+    assert len(np.unique(grid_of_boxes(1245, 60, 80), axis=0)) == 1245 == 1 + 9 + 49 + 225 + 961
+    many = grid_of_boxes(700, 60, 80)
+    assert (many[:, :2] >= 0).all() and (many[:, 2:] <= [80, 60]).all()
+    centres = (many[284:, :2] + many[284:, 2:]) / 2
+    assert np.abs(centres.mean(0) - [40, 30]).max() < 2
+    assert (grid_of_boxes(700, 60, 80) == many).all() and (many[:10] == boxes).all()
+    assert len(grid_of_boxes(0, 60, 80)) == 0
+
+
+# pycocotools under NumPy 2
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_boxes_are_filled():
+    boxes = np.array([[3, 4, 10, 9], [0, 0, 80, 60], [5, 5, 5, 9], [2.5, 3.5, 4.5, 8.5]])
+    found = [coco_mask.decode(one) for one in fill_boxes(boxes, 60, 80)]
+    assert found[0][4:9, 3:10].all() and found[0].sum() == 35
+    assert found[1].all() and found[2].sum() == 0
+    assert found[3].sum() == 2 * 5
+    assert fill_boxes(boxes[:0], 60, 80) == []

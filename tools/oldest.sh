@@ -40,7 +40,7 @@ fi
 # Old releases warn of their own dependencies; those warnings are not ours to mend.
 exec "$venv/bin/python" -m pytest -q -o filterwarnings=default -p no:cacheprovider \
   tests/test_optim.py tests/test_images.py tests/test_encoder.py tests/test_model.py \
-  tests/test_average_precision.py \
+  tests/test_average_precision.py tests/test_lvis.py \
   tests/test_model_stage2.py tests/test_tiny_vit.py tests/test_losses.py tests/test_checkpoint.py tests/test_dataset.py \
   tests/test_classify.py tests/test_cost.py::test_classification tests/test_entrypoints.py::test_run_folder \
   tests/test_train.py::test_compiled_it_goes_on_too "$@"
