@@ -60,16 +60,19 @@ class Truth:
     left_out: Counter[str] = field(default_factory=Counter)
 
     @staticmethod
-    def of(coco: Coco, names: Iterable[str] | None = None) -> "Truth":
+    def of(coco: Coco, names: Iterable[str] | None = None, by_category: bool = True) -> "Truth":
         """What a file has of some of its images, or of all.
 
         LVIS's are told by the categories' ``frequency`` or the images' own fields.
 
+        Args:
+            by_category: annotations of unknown categories are left out, and the rules are the
+                file's; else categories are not looked at, as AR has it.
+
         Raises:
-            UserError: an LVIS file without what its rules need.
+            UserError: an LVIS file without what its rules need; two categories of one id.
         """
-        categories = {as_id(one.get("id")): one for one in coco.categories}
-        categories.pop(None, None)
+        categories = _by_id(coco) if by_category else {}
         truth = Truth({}, {}, categories, {})
         entries = [(name, coco.entries[name]) for name in coco.entries if names is None]
         entries += [(name, coco.entries[name]) for name in names or ()]
@@ -82,11 +85,17 @@ class Truth:
             truth.names |= {as_id(image["id"]): name for image in entry.images}
             found = (truth._usable(one, name) for one in entry.annotations)
             truth.annotations[name] = [one for one in found if one is not None]
-        lvis = any("frequency" in one for one in coco.categories)
+        if not by_category:
+            return truth
+        lvis = any("frequency" in one for one in categories.values())
         if lvis or any(set(LVIS_FIELDS) & image.keys() for image in truth.images.values()):
             truth.rules = "LVIS"
             _check_lvis(coco, truth)
         return truth
+
+    def has_objects(self, name: str) -> bool:
+        """Whether an image has an object that can be found: no crowd."""
+        return any(not one["iscrowd"] for one in self.annotations.get(name, ()))
 
     def without(self, names: set[str]) -> "Truth":
         """The same without some images."""
@@ -100,6 +109,10 @@ class Truth:
         ``area`` is the file's, as COCO has it; without one, the mask's. ``ignore`` of a file is
         not looked at, as in pycocotools.
         """
+        category = as_id(annotation.get("category_id"))
+        if self.categories and category not in self.categories:
+            self.left_out["unknown category_id"] += 1
+            return None
         image = self.images[name]
         size = [image["height"], image["width"]]
         try:
@@ -112,12 +125,30 @@ class Truth:
         told, given = annotation.get("area"), annotation.get("bbox")
         whole = isinstance(given, list) and len(given) == 4 and all(map(_is_number, given))
         return {
-            "category": as_id(annotation.get("category_id")),
+            "category": category,
             "iscrowd": int(is_crowd(annotation)),
             "area": told if _is_number(told) and told > 0 else area(ends),
             "bbox": given if whole else [x0, y0, x1 - x0, y1 - y0],
             "segmentation": {"size": size, "counts": counts},
         }
+
+
+def _by_id(coco: Coco) -> dict[str, dict[str, Any]]:
+    """
+    Raises:
+        UserError: two categories of one id.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for one in coco.categories:
+        key = as_id(one.get("id"))
+        other = found.setdefault(key, one)
+        require(
+            other.get("name") == one.get("name") or key is None,
+            f"--coco {coco.file}: category id {key} is that of two categories, "
+            f"{other.get('name')} and {one.get('name')}; give each its own id",
+        )
+    found.pop(None, None)
+    return found
 
 
 LVIS_FIELDS = ("neg_category_ids", "not_exhaustive_category_ids")
@@ -201,9 +232,8 @@ def average_precision(
             known = (numbers.get(as_id(one)) for one in image[key])
             pictures[-1][key] = [one for one in known if one is not None]
         for one in truth.annotations[name]:
-            if one["category"] in numbers:
-                place = {"image_id": number, "category_id": numbers[one["category"]]}
-                objects.append(one | place | {"id": len(objects) + 1})
+            place = {"image_id": number, "category_id": numbers[one["category"]]}
+            objects.append(one | place | {"id": len(objects) + 1})
     if lvis:
         ours = _annotated(_highest(ours, MOST["LVIS"]), objects, pictures)
     kinds = [

@@ -91,7 +91,8 @@ def read_coco(path: Path) -> Coco:
             "images (id, file_name, width, height) and annotations (image_id, segmentation)"
         ) from error
     categories = content.get("categories")
-    if isinstance(categories, list) and categories:
+    categories = categories if isinstance(categories, list) else []
+    if categories:
         categories = [one for one in categories if isinstance(one, dict)]
         known = {as_id(one.get("id")) for one in categories}
         used = [one["category_id"] for one in objects if one.get("category_id") is not None]
@@ -103,7 +104,7 @@ def read_coco(path: Path) -> Coco:
         entry = entries.setdefault(plain_name(found[0]), Entry([], []))
         entry.images.extend(found)
         entry.annotations.extend(by_image[identity])
-    return Coco(path, entries, +left_out, categories or [])  # without the zeros
+    return Coco(path, entries, +left_out, categories)  # without the zeros
 
 
 def _images_by_id(

@@ -24,6 +24,11 @@ from sami.core.config import require
 from sami.core.dataset import SampleSource
 from sami.core.progress import track
 
+SEE = "see docs/compare.md"
+POSITIVE = ("samples", "masks", "seeds", "rounds", "proposals")  # of a file, if given
+ONE_CLICK = "1 click"
+PROMPTS = ("box", ONE_CLICK, "3 clicks")  # that papers have mIoU for
+PAPER = (*PROMPTS, "parameters", "latency")  # what a row's paper may tell
 VERSION = 3  # of what a row holds and how it is measured; a kept row of another one is not read
 
 
@@ -85,31 +90,51 @@ class ComparisonFile:
 def check_file(file: ComparisonFile, path: str) -> None:
     """
     Raises:
-        UserError: no images, or what needs annotations of COCO's format does without.
+        UserError: no images or two sets of them, a number that is too small, no prompts, or what
+            needs annotations of COCO's format does without.
     """
     require(
         bool(file.shards) or file.coco is not None,
         f"{path} names no images; give --shards PATTERN, or --coco FILE --images DIR",
     )
+    require(
+        not file.shards or file.coco is None,
+        f"{path} names shards and coco, and a comparison is on one of them; leave one out",
+    )
+    require(bool(file.prompts), f"{path}: prompts is empty; name one, such as box")
+    for name in POSITIVE:
+        value = getattr(file, name)
+        require(value is None or value > 0, f"{path}: {name} {value} must be positive")
+    for side in file.everything:
+        require(side > 0, f"{path}: everything {side} must be positive, points a side")
+    require(file.seed >= 0, f"{path}: seed {file.seed} must be 0 or more")
     for name in ("boxes", "proposals"):
         require(
             getattr(file, name) is None or file.coco is not None,
             f"{path}: {name} go with coco, annotations in COCO's format; give --coco FILE "
             "--images DIR",
         )
-    few = file.proposals is not None and file.proposals < 1
-    require(not few, f"{path}: proposals {file.proposals} must be positive, points a side")
 
 
 def check_rows(rows: list[Row], reference: str | None, path: str) -> None:
     """
     Raises:
-        UserError: no rows, a name twice, or a reference that is none or has no weights.
+        UserError: no rows, a name twice or none, a paper's number that is none, or a reference that
+            is none or has no weights.
     """
     require(bool(rows), f"{path} names no rows; see configs/compare/")
-    names = [row.name for row in rows]
+    names = [row.name.strip() for row in rows]
+    require(all(names), f"{path} has a row without a name; give it one")
     twice = next((name for name in names if names.count(name) > 1), None)
     require(twice is None, f"{path} names the row '{twice}' twice; call one of them otherwise")
+    for row in rows:
+        for key, value in row.paper.items():
+            told = f"{path}: row '{row.name}': paper: {key}"
+            if key == "source":
+                continue
+            require(key in PAPER, f"{told} is none of source, {', '.join(PAPER)}")
+            right = not isinstance(value, str) and 0 < value < float("inf")
+            require(right, f"{told} is {value!r}, which is no positive number; leave it out")
     if reference is not None:
         known = [row.name for row in rows if row.checkpoint]
         require(
@@ -197,13 +222,13 @@ def compute_row(
     bf16, image = asked.precision == "bf16", first_image(source)
     memory = peak_memory(path, option, image, device, bf16)  # before another copy is read here
     model = open_candidate(path, option, device)
+    specs = promptings_of(asked.prompts, asked.seeds, model)
     found: dict[str, Any] = {"shape": model.describe(), **model.count()}
     found["precision"] = asked.precision if model.takes_bf16 else "fp32"
     found |= {"peak_memory_gb": memory, **time_steps(model, image, device, bf16, file.rounds)}
     found["everything"] = time_everything(model, image, file.everything)
     if reference is not None:
         found["agreement"] = agreement(model, reference, source, asked)
-    specs = promptings_of(asked.prompts, asked.seeds, model)
     measured, _, unusable, _ = measure(model, source, specs, asked, device)
     found |= {"images": len(measured.areas), "unusable": dict(unusable)}
     found["miou"] = measured.rows(asked.seed)

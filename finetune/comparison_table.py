@@ -11,13 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from finetune.average_precision import PROPOSALS
-from finetune.comparison import Row
+from finetune.comparison import ONE_CLICK, PROMPTS, Row
 from finetune.measures import TRIVIAL
 from sami.core.plots import line_style, new_figure, plain, widen
 from sami.core.tables import NONE, WITHOUT, interval, percent
 
-ONE_CLICK = "1 click"
-PROMPTS = ("box", ONE_CLICK, "3 clicks")  # that papers have mIoU for; the columns without a row
 Measured = dict[str, Any]  # what comparison.compute_row gives
 
 
@@ -58,7 +56,7 @@ def columns_of(measured: list[Measured], reference: str | None) -> list[Column]:
         Column("peak memory, GB", lambda one: gigabytes(one["peak_memory_gb"])),
     ]
     prompts = dict.fromkeys(info["prompt"] for one in measured for info in one["miou"])
-    for name in prompts or PROMPTS:
+    for name in prompts or PROMPTS:  # without a row, those of papers
         columns.append(
             Column(
                 f"mIoU by {name}, %",
@@ -67,7 +65,7 @@ def columns_of(measured: list[Measured], reference: str | None) -> list[Column]:
                 lambda one, name=name: trivial_cell(one, name),
             )
         )
-    if reference is not None:
+    if reference is not None and any(ONE_CLICK in one.get("agreement", {}) for one in measured):
         columns.append(Column(f"agreement with {reference}, %", agreement_cell))
     for side in dict.fromkeys(side for one in measured for side in one["everything"]):
         columns.append(
@@ -117,7 +115,8 @@ def _columns_of_proposals(measured: list[Measured]) -> list[Column]:
 def _ar_cell(rows: list[dict[str, Any]], kind: str, name: str) -> str:
     """AR with its interval; marked where it is not above a grid of boxes'."""
     ours, trivial = (row[kind][name] for row in rows)
-    return interval(ours) + " ↓" * (ours["mean"] <= trivial["mean"])
+    known = ours["mean"] is not None
+    return interval(ours) + " ↓" * (known and ours["mean"] <= trivial["mean"])
 
 
 def table(

@@ -71,8 +71,8 @@ def read_detections(path: Path, truth: Truth, others: set[str] = frozenset()) ->
         unknown = [one[key] for one in content if as_id(one[key]) not in known]
         require(
             not unknown,
-            f"--boxes {path}: {len(unknown)} of {len(content)} boxes have a {key} that --coco does "
-            f"not have, such as {(unknown or [None])[0]!r}; name the annotations that they belong "
+            f"--boxes {path}: {len(unknown)} of {len(content)} boxes have an unknown {key}, "
+            f"such as {(unknown or [None])[0]!r}; name the annotations that they belong "
             "to",
         )
     corners = np.array([one["bbox"] for one in content], float)

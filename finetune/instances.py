@@ -20,7 +20,7 @@ from finetune.box_masks import Choose
 from finetune.coco import CocoSource, as_id, plain_name
 from finetune.detections import Detections, read_detections
 from finetune.evaluation import Frames
-from finetune.folders import find_files, listed
+from finetune.folders import count_words, find_files, listed
 from finetune.trivial import fill_boxes
 from sami.core.config import require
 from sami.core.progress import track
@@ -66,6 +66,12 @@ class BoxedImages:
         truth = Truth.of(coco, names)
         some = bool(truth.categories)
         require(some, f"--coco {coco.file} has no categories, which AP is a mean of")
+        reasons = f" ({count_words(+truth.left_out)})" if +truth.left_out else ""
+        require(
+            any(map(truth.has_objects, truth.images)),
+            f"--coco {coco.file}: no annotation of its {len(truth.images)} images is an object "
+            f"that could be found{reasons}, crowds aside; name a file with masks and category_id",
+        )
         all_ids = {as_id(image["id"]) for one in coco.entries.values() for image in one.images}
         given = read_detections(args.boxes, truth, all_ids)
         asked = [name for name, own in given.found.items() if own]

@@ -92,10 +92,11 @@ def measure_proposals(
         UserError: no image can be used.
     """
     paths = {plain_name(entry.images[0]): source.folder / path for path, entry in source.entries}
-    truth = Truth.of(source.coco, paths)
+    truth = Truth.of(source.coco, paths, by_category=False)
     paths = {name: path for name, path in paths.items() if truth.annotations.get(name)}
     why = dict(truth.left_out)
-    require(bool(paths), f"--coco {source.coco.file}: no image has a usable annotation ({why})")
+    some = any(truth.has_objects(name) for name in paths)
+    require(some, f"--coco {source.coco.file}: no image has a usable annotation ({why}) but crowds")
     recalls = {name: [Recall(kind) for kind in KINDS] for name in ("model", GRID)}
     unusable, counts = Counter(), []
     images = load_images(paths, truth, None, args, device)

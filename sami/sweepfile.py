@@ -63,8 +63,13 @@ class SweepFile:
     compare: str | None = None
 
 
-def parse(kind: type, content: dict[str, Any], name: str, where: str = "") -> Any:
-    """The dataclass that a part of a sweep's file is.
+def parse(kind: type, content: dict[str, Any], name: str, where: str = "", see: str = SEE) -> Any:
+    """The dataclass that a part of a sweep's file is, or of another one.
+
+    Args:
+        name: of the file, for errors.
+        where: of the part; else the key that is wrong is named.
+        see: what errors end with.
 
     Raises:
         UserError: it is not.
@@ -78,7 +83,7 @@ def parse(kind: type, content: dict[str, Any], name: str, where: str = "") -> An
         return parser.instantiate(parser.parse_object(copy.deepcopy(content)))
     except ArgumentError as error:
         key = where or re.sub(r'.*?Parser key "(\w+)".*', r"\1", str(error), flags=re.DOTALL)
-        raise UserError(f"{name}: {key} is not what it should be; {SEE}") from error
+        raise UserError(f"{name}: {key} is not what it should be; {see}") from error
 
 
 @dataclass

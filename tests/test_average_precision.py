@@ -203,6 +203,7 @@ def test_annotations_that_cannot_be_used_are_counted(tmp_path):
     ]
     truth = truth_of(told, tmp_path)
     assert truth.left_out["no segmentation, a box only"] == 1
+    assert truth.left_out["unknown category_id"] == 1
     assert average_precision(truth, found) == whole  # an unknown category is none
     # Ids as text are the same, and areas and boxes that the file lacks are the mask's.
     for one in told["annotations"]:
@@ -216,6 +217,24 @@ def test_annotations_that_cannot_be_used_are_counted(tmp_path):
         for one in own:
             assert one["area"] == coco_mask.area(one["segmentation"]), name
             assert one["bbox"] == coco_mask.toBbox(one["segmentation"]).tolist()
+
+
+def test_categories_that_cannot_be_used(tmp_path):
+    """Of one id only the same category; what is no list is none; AR asks for no LVIS fields."""
+    told, found = draw_scene()
+    whole = average_precision(truth_of(told, tmp_path), found)
+    told["categories"].append(dict(told["categories"][1]))
+    assert average_precision(truth_of(told, tmp_path), found) == whole
+    told["categories"][-1]["name"] = "other"
+    with pytest.raises(UserError, match="category id 7 is that of two categories"):
+        truth_of(told, tmp_path)
+    told["categories"] = {"7": "cat"}
+    assert truth_of(told, tmp_path).categories == {}
+    told = draw_scene()[0] | {"categories": [{"id": 3, "frequency": "r"}]}  # LVIS's, with a lack
+    told["annotations"][0]["category_id"] = 5
+    (tmp_path / "lvis.json").write_text(json.dumps(told))
+    truth = Truth.of(read_coco(tmp_path / "lvis.json"), by_category=False)
+    assert sum(map(len, truth.annotations.values())) == len(told["annotations"])
 
 
 # -- AR -------------------------------------------------------------------------------------------

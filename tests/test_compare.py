@@ -329,13 +329,44 @@ def test_memory_is_that_of_a_process_of_its_own(scenes, tmp_path, monkeypatch):
         ({"rows": [{"name": "a", "checkpoint": __file__}]}, "row 'a'"),
         ({"rows": [{"name": "a"}], "boxes": "b.json"}, "boxes go with coco, annotations"),
         ({"rows": [{"name": "a"}], "proposals": 3}, "proposals go with coco, annotations"),
-        ({"rows": [{"name": "a"}], "choose": "best"}, "choose"),
+        ({"rows": [{"name": "a"}], "choose": "best"}, "choose is not .* see docs/compare.md"),
+        ({"rows": [{"name": "a"}, {"name": "a "}]}, "names the row 'a' twice"),
+        ({"rows": [{"name": " "}]}, "has a row without a name"),
+        ({"rows": [{"checkpoint": "a.pt"}]}, "row 1 has no name; see docs/compare.md"),
+        ({"rows": [{"name": "a", "checkpoint": 5}]}, "row 1: checkpoint is not"),
+        ({"rows": [{"name": "a", "paper": {"bx": 5}}]}, "paper: bx is none of source, box"),
+        ({"rows": [{"name": "a", "paper": {"box": "x"}}]}, "paper: box is 'x', which is no"),
+        ({"rows": [{"name": "a", "paper": {"latency": 0}}]}, "paper: latency is 0.0, which is no"),
+        ({"rows": [{"name": "a"}], "prompts": []}, "prompts is empty"),
+        ({"rows": [{"name": "a"}], "everything": [4, 0]}, "everything 0 must be positive"),
+        ({"rows": [{"name": "a"}], "seed": -1}, "seed -1 must be 0 or more"),
+        *[
+            ({"rows": [{"name": "a"}], name: 0}, f"{name} 0 must be positive")
+            for name in ("samples", "masks", "seeds", "rounds")
+        ],
     ],
 )
 def test_bad_input(content, says, scenes, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=says):
         compare(scenes, tmp_path / "out", content, monkeypatch)
     assert not (tmp_path / "out/comparison.json").exists()
+
+
+def test_images_of_the_command_line_replace_the_files(tmp_path):
+    path = tmp_path / "a.yaml"
+    argv = dict.fromkeys(tools.compare.OPTIONS) | {"config": path}
+
+    def read(content, **words):
+        path.write_text(yaml.safe_dump({"rows": [{"name": "a"}]} | content))
+        return tools.compare.read_file(tools.compare.argparse.Namespace(**argv | words))[0]
+
+    coco, shards = {"coco": "a.json", "images": "b"}, {"shards": ["a.tar"]}
+    assert (read(coco, shards=["c.tar"]).coco, read(coco).coco) == (None, "a.json")
+    assert read(shards, coco=tmp_path).shards == []
+    with pytest.raises(UserError, match="names shards and coco"):
+        read(coco | shards)
+    with pytest.raises(UserError, match="--shards and --coco exclude each other"):
+        read({}, coco=tmp_path, shards=["c.tar"])
 
 
 def shipped(name, shards=None):

@@ -373,10 +373,18 @@ def test_bad_input_is_one_sentence(model, scene, tmp_path):
     told = json.loads((scene / "annotations.json").read_text())
     told.pop("categories")
     (tmp_path / "bare.json").write_text(json.dumps(told))
+    told = json.loads((scene / "annotations.json").read_text())
+    for one in told["annotations"]:
+        one["iscrowd"] = 1
+    (tmp_path / "crowds.json").write_text(json.dumps(told))
+    crowds = ("--coco", tmp_path / "crowds.json", "--images", scene)
     for words, says in (
         ((*coco, "--images", few, *boxes), "lacks 1 of the 5 images that --boxes has boxes for"),
         ((*coco, "--images", scene, "--boxes", tmp_path / "no.json"), "no.json cannot be read"),
         ((*coco, "--images", scene, "--proposals=0"), "--proposals 0 must be positive"),
+        ((*crowds, *boxes), "no annotation of its 5 images is an object"),
+        ((*crowds, "--proposals=2"), "no image has a usable annotation"),
+        ((*coco, "--images", scene, *boxes, "--out", model), "is a file; name a folder"),
         (("--shards", "a.tar", *boxes), "--boxes and --proposals go with --coco"),
         (("--coco", tmp_path / "bare.json", "--images", scene, *boxes), "has no categories"),
     ):

@@ -22,7 +22,15 @@ import torch
 
 from finetune.box_masks import CHOOSE
 from finetune.candidates import TAKES_CANDIDATE, open_candidate, require_package
-from finetune.comparison import ComparisonFile, Row, RowFiles, check_file, check_rows, compute_row
+from finetune.comparison import (
+    SEE,
+    ComparisonFile,
+    Row,
+    RowFiles,
+    check_file,
+    check_rows,
+    compute_row,
+)
 from finetune.comparison_table import draw, table
 from finetune.instances import BoxedImages
 from finetune.measuring import open_source
@@ -34,7 +42,7 @@ from sami.core.errors import UserError
 from sami.core.exits import run_entry
 from sami.core.images import DRAWN
 from sami.core.options import Options, require_least
-from sami.core.paths import exists, expand_path, local_path, path_pattern
+from sami.core.paths import exists, expand_path, is_file, local_path, path_pattern
 from sami.core.plots import save_png
 from sami.core.processes import DEVICES, choose_device
 from sami.core.shipped import HOME
@@ -58,16 +66,22 @@ def read_file(args: argparse.Namespace) -> tuple[ComparisonFile, list[Row]]:
         value = getattr(args, name)
         if value is not None:
             content[name] = str(value) if isinstance(value, Path) else value
+    require(args.coco is None or not args.shards, "--shards and --coco exclude each other")
     if args.coco is not None:
         content["shards"] = []
+    if args.shards:
+        content |= dict.fromkeys(("coco", "images"))
     require("rows" in content, f"{args.config} names no rows; see configs/compare/")
     is_list = isinstance(content["rows"], list)
-    require(is_list, f"{args.config}: rows is no list; see docs/compare.md")
-    file = ComparisonFile(**vars(parse(ComparisonFile, content, str(args.config))))
+    require(is_list, f"{args.config}: rows is no list; {SEE}")
+    file = ComparisonFile(**vars(parse(ComparisonFile, content, str(args.config), see=SEE)))
     rows = []
     for number, row in enumerate(file.rows, 1):
-        where = f"row {number}"
-        rows.append(Row(**vars(parse(Row, row, f"{args.config}: {where}", where))))
+        where = f"{args.config}: row {number}"
+        only_lacks = row.keys() <= {"checkpoint", "paper"}
+        require(not only_lacks, f"{where} has no name; {SEE}")
+        row = {key: value for key, value in row.items() if key != "paper" or value is not None}
+        rows.append(Row(**vars(parse(Row, row, where, see=SEE))))
     check_rows(rows, file.reference, str(args.config))
     check_file(file, str(args.config))
     return file, rows
@@ -134,6 +148,7 @@ def main() -> int:
     default = expand_path(file.out or f"runs/compare/{args.config.stem}", f"{args.config}: out")
     out = args.out or HOME / default
 
+    require(not is_file(out), f"--out {out} is a file; name a folder")
     files = find_files(rows)
     require(bool(files), f"{args.config}: none of the rows has weights here; put some there")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

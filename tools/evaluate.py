@@ -52,7 +52,7 @@ from sami.core.dataset import SampleSource
 from sami.core.exits import run_entry
 from sami.core.images import DRAWN
 from sami.core.options import Options, require_least
-from sami.core.paths import local_path, path_pattern
+from sami.core.paths import is_file, local_path, path_pattern
 from sami.core.processes import DEVICES, choose_device
 from sami.core.weights import find_weights
 
@@ -129,6 +129,8 @@ def main() -> int:
         args.out is None or not (args.out / RESULT).exists(),
         f"{args.out} holds an evaluation already; name another --out, or delete it",
     )
+    is_folder = args.out is None or not is_file(args.out)
+    require(is_folder, f"--out {args.out} is a file; name a folder")
     more = args.boxes is not None or args.proposals is not None
     require(args.coco is not None or not more, "--boxes and --proposals go with --coco")
     if args.prompts is None:
