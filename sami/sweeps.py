@@ -117,6 +117,22 @@ class Sweep(Spec):
         )
         return other
 
+    def paced_by(self, run: Trial, name: str) -> list[Trial]:
+        """The runs that tell how long a step of a stage lasts, which takes the time of a setting.
+
+        Those of a setting that differs from the run's own in nothing but the steps; without one,
+        of the setting whose time it takes.
+        """
+        steps = {key for key, value in self.arguments(run, name)[2].items() if time_of(value)}
+
+        def without(one: Trial) -> dict[str, Any]:
+            mine = {key: v for key, v in one.overrides[name].items() if key not in steps}
+            return one.overrides | {name: mine}
+
+        found = [one for one in self.runs if not self._time_of(one, name)]
+        found = [one for one in found if without(one) == without(run) and not one.skips(name)]
+        return found or self.runs_of(self.takes_time_of(run, name))
+
     def _time_of(self, run: Trial, name: str) -> str | None:
         return next(filter(None, map(time_of, self.arguments(run, name)[2].values())), None)
 
@@ -199,14 +215,17 @@ class Sweep(Spec):
         other = self.takes_time_of(run, name)
         if other is None:
             return None
-        rivals, total, per_step = self.runs_of(other), 0.0, 0.0
-        left = [str(self.runs.index(r)) for r in rivals if not self.is_finished(r, name)]
+        rivals, paced, total, per_step = self.runs_of(other), self.paced_by(run, name), 0.0, 0.0
+        needed = {self.runs.index(one): one for one in [*rivals, *paced]}
+        left = [str(n) for n, one in sorted(needed.items()) if not self.is_finished(one, name)]
         require(not left, f"{run.name} takes as long as {other}: first run {', '.join(left)}")
         own = {self.folder(run, stage) for stage, _ in self.stages_of(run)}
         for rival in rivals:
             trained = {self.folder(rival, s) for s, info in self.stages_of(rival) if info.config}
-            total += sum(map(seconds_of, trained - own))
-            per_step += seconds_of(self.folder(rival, name)) / self.summary(rival, name)["steps"]
+            total += sum(map(seconds_of, trained - own)) / len(rivals)
+        for one in paced:
+            seconds, steps = seconds_of(self.folder(one, name)), self.summary(one, name)["steps"]
+            per_step += seconds / steps / len(paced)
         return round(total / per_step)
 
     # -- what identifies a folder of results ----------------------------------------------------

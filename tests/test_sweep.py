@@ -559,3 +559,37 @@ def test_the_file_in_the_docs(tmp_path, capsys):
         for name in ("MAE", "random", "longer")
         for loss in ("focal", "bce")
     }
+
+
+def test_equal_time_counts_the_settings_own_steps(tmp_path, shards, in_process):
+    """Of a setting that costs more a step as many as fit into the time, by its own pace."""
+    settings = {
+        "cheap": {},
+        "dear": {"pretrain.loss.kind": "cosine"},
+        "dear, as long": {
+            "pretrain.loss.kind": "cosine",
+            "pretrain.train.steps": "{time of cheap}",
+        },
+        "other, as long": {"pretrain.optim.lr": 0.1, "pretrain.train.steps": "{time of cheap}"},
+    }
+    path = sweep(tmp_path, shards, settings=settings, vary={})
+    one = Sweep(Path(path), tmp_path / "out")
+    runs = {run.name: run for run in one.runs}
+
+    def finish(name, seconds, steps):
+        folder = one.folder(runs[name], "pretrain")
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"status": "finished", "steps": steps}))
+        line = {"step": steps, "seconds_per_step": seconds / steps}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+    finish("cheap_seed-0", 10.0, 100)
+    finish("cheap_seed-1", 14.0, 100)
+    longer = runs["dear-as-long_seed-1"]
+    with pytest.raises(UserError, match="takes as long as cheap: first run 2, 3$"):
+        one.steps_of(longer, "pretrain")
+    finish("dear_seed-0", 40.0, 100)
+    finish("dear_seed-1", 20.0, 50)
+    assert one.steps_of(longer, "pretrain") == 30  # 12 s at 0.4 s a step
+    assert one.steps_of(runs["other-as-long_seed-0"], "pretrain") == 100  # nobody knows better
+    assert one.steps_of(runs["dear_seed-0"], "pretrain") is None

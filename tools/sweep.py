@@ -169,6 +169,7 @@ def run_all(sweep: Sweep, jobs: int, launch: list[str]) -> int:
             folder = sweep.folder(run, name)
             parts.setdefault(folder, (run, name))
             rivals = sweep.runs_of(sweep.takes_time_of(run, name))
+            rivals += sweep.paced_by(run, name) if rivals else []
             needed = [*before, *(sweep.folder(rival, name) for rival in rivals)]
             after.setdefault(folder, set()).update(needed)
             before.append(folder)
