@@ -1,6 +1,6 @@
 """Why finetuning the mask decoder alone ruins a MobileSAM elsewhere (its issue 49), shown small.
 
-python -m tests.decoder_alone MODEL --shards TARS --val-shards TARS --out DIR [-- more options]
+python -m tests.decoder_alone MODEL --shards TARS --val-shards TARS --out DIR [--group.field ...]
 
 MODEL is a run of finetune/distill.py with a TinyViT. Its decoder is finetuned with the encoder
 frozen, at several learning rates, of which the first is as good as none, in three ways:
@@ -72,12 +72,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "--shards", "--val-shards", "--out"):
         parser.add_argument(name)
-    parser.add_argument("more", nargs="*", help="options of finetune/train.py, after --")
-    args = parser.parse_args()
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    args, more = parser.parse_known_args()  # others are finetune/train.py's
     rows = []
     for way in WAYS:
         train.build_model = built(way)
-        for rate in RATES:
+        for rate in args.rates:
             folder = Path(args.out) / f"{way}-{rate:g}"
             words = ["--config", str(ROOT / "configs/finetune/sam_decoder_ti.yaml")]
             options = {
@@ -93,7 +93,7 @@ def main() -> int:
                 "eval.every": 0,
             }
             words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-            code = run_entry(lambda words=words: train.main([*words, *args.more]))
+            code = run_entry(lambda words=words: train.main([*words, *more]))
             if code:
                 return code
             found = measures(folder)
