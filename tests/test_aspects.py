@@ -102,6 +102,7 @@ def teacher():
     return load_teacher(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [4, 2])
 def test_cached_features(teacher, grid):
     cache = Cache("custom", "0" * 64, True, "neck", 64, 16, 256, grid, "fp16")

@@ -233,6 +233,7 @@ def test_the_highest_is_what_was_held_at_once():
     assert highest(CPU) - before < 0.1
 
 
+@pytest.mark.slow
 @counted
 def test_what_reading_takes_in_passing_does_not_count(monkeypatch):
     """Kept are 0.1 GB, the first step takes 0.2 more, and reading took 0.6 for a moment."""

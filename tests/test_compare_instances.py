@@ -50,6 +50,7 @@ def compare(scene, out, monkeypatch, *words, **changes):
     return call(tools.compare.main, monkeypatch, out / "small.yaml", *words)
 
 
+@pytest.mark.slow
 def test_rows_have_evaluates_numbers_and_are_kept(scene, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert compare(scene, out, monkeypatch) == 0

@@ -55,6 +55,7 @@ def test_a_start_by_name(theirs, tmp_path, monkeypatch):
         torch.testing.assert_close(tokens, model.forward_features(images))
 
 
+@pytest.mark.slow
 def test_mae_files(theirs, tmp_path):
     """MAE's pretraining file holds a decoder, its finetuned one a classifier behind fc_norm."""
     bare = {n: t for n, t in theirs.items() if not n.startswith("head.")}

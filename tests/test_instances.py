@@ -217,6 +217,7 @@ def test_ap_of_a_model_is_pycocotools(choose, model, scene, tmp_path, monkeypatc
     assert max(map(len, table.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_lvis_and_samples_and_an_image_that_is_damaged(model, scene, tmp_path, monkeypatch, capsys):
     """LVIS's images lie in COCO's folders; with --samples those of the first images alone count."""
     words = ("--coco", scene / "lvis.json", "--images", scene, "--boxes", scene / "boxes.json")
@@ -254,6 +255,7 @@ def test_lvis_and_samples_and_an_image_that_is_damaged(model, scene, tmp_path, m
     assert list(report["rows"][0]["segm"].values()) == pytest.approx(theirs, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_proposals_are_pycocotools(model, scene, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     words = ("--coco", scene / "annotations.json", "--images", scene, "--proposals=4")

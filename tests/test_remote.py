@@ -502,6 +502,7 @@ def test_programs_are_run_once_for_each_window(tmp_path, workers):
         assert sum(sizes) <= shards * size
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_too_small_is_told_before_all_is_fetched(tmp_path):
     """Not after hours; and what was found out until then is kept."""
     (data,) = shards_of(1)

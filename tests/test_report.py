@@ -99,6 +99,7 @@ def test_distillation_has_its_own_figures(tmp_path, report):
     assert "Distillation of SAM" in said and "miou_teacher_pair_300, %" in said
 
 
+@pytest.mark.slow
 def test_several_runs_of_every_kind(report, tmp_path):
     for seed, ratio in ((0, 0.5), (1, 0.75)):
         write_run(tmp_path / f"r{ratio}" / "pretrain", "mask", seed, ratio=ratio)

@@ -62,6 +62,7 @@ def test_equal_to_segment_anything(width, heads, size):
     assert relative(Teacher(encoder).features(images), oracle_at(encoder, size)(images)) <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("size", [224, 400])
 def test_flex_attention_is_the_same_function(size):
