@@ -227,11 +227,11 @@ def compute_row(
     found["precision"] = asked.precision if model.takes_bf16 else "fp32"
     found |= {"peak_memory_gb": memory, **time_steps(model, image, device, bf16, file.rounds)}
     found["everything"] = time_everything(model, image, file.everything)
-    if reference is not None:
-        found["agreement"] = agreement(model, reference, source, asked)
     measured, _, unusable, _ = measure(model, source, specs, asked, device)
     found |= {"images": len(measured.areas), "unusable": dict(unusable)}
     found["miou"] = measured.rows(asked.seed)
+    if reference is not None:  # behind what refuses images of which none can be used
+        found["agreement"] = agreement(model, reference, source, asked)
     if boxed is not None:
         found["instances"] = measure_instances(model, boxed, asked, device).report
     if file.proposals is not None:

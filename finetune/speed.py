@@ -17,6 +17,7 @@ from sami.core.dataset import SampleSource
 from sami.core.errors import BadSample, MachineError, UserError
 from sami.core.images import open_image
 from sami.core.memory import forget_highest, held, highest, is_counted, release
+from sami.core.processes import seconds_of
 from sami.core.progress import track
 from sami.core.scanning import IMAGE
 
@@ -76,17 +77,7 @@ def time_steps(
 
 def _seconds(call: Callable[[], Any], rounds: int, device: torch.device) -> float:
     """The median of a call's time, after one that does not count."""
-    times = []
-    for turn in range(rounds + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if turn:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return statistics.median([seconds_of(call, device) for _ in range(rounds + 1)][1:])
 
 
 def time_everything(

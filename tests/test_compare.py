@@ -1,7 +1,9 @@
 """Models side by side: the same numbers as evaluate's, kept rows, and bad input."""
 
+import io
 import json
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -294,6 +296,34 @@ def test_a_row_that_fails_keeps_those_before(scenes, tmp_path, monkeypatch, caps
     computed.clear()
     assert compare(scenes, tmp_path / "out", content, monkeypatch) == 0
     assert [name for name, _ in computed] == ["tiny.safetensors"]
+
+
+def test_images_without_a_usable_mask_are_refused_with_a_reference_too(
+    scenes, tmp_path, monkeypatch, capsys
+):
+    (tar,) = (scenes / "scenes").glob("*.tar")
+    with tarfile.open(tar) as old, tarfile.open(tmp_path / "none.tar", "w") as new:
+        for member in old:
+            content = old.extractfile(member).read()
+            if member.name.endswith(".json"):
+                content = json.dumps(json.loads(content) | {"annotations": []}).encode()
+            member.size = len(content)
+            new.addfile(member, io.BytesIO(content))
+    content = QUICK | {"rows": rows_of(scenes), "reference": "ViT"}
+    words = ["compare", str(tmp_path / "own.yaml"), "--shards", str(tmp_path / "none.tar")]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert run_entry(tools.compare.main) == 2
+    assert "none of the images could be used" in capsys.readouterr().err
+
+
+def test_a_reference_without_weights_is_told(scenes, tmp_path, monkeypatch, capsys):
+    rows = [*rows_of(scenes)[:1], {"name": "gone", "checkpoint": str(tmp_path / "gone.pth")}]
+    code = compare(scenes, tmp_path, {"rows": rows, "reference": "gone"}, monkeypatch)
+    assert code == 0
+    said = capsys.readouterr().out
+    assert "the reference 'gone' has no weights here: no agreement is measured" in said
+    assert "agreement" not in (tmp_path / "comparison.md").read_text()
 
 
 @pytest.mark.skipif(not is_counted(torch.device("cpu")), reason="only Linux counts it")

@@ -158,6 +158,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         source, _ = open_source(args, Path(folder))
         first = file.reference and files.get(file.reference)
+        if file.reference and first is None:
+            print(f"the reference '{file.reference}' has no weights here: no agreement is measured")
         boxed = BoxedImages.of(source, args) if args.boxes else None
         left = ("rows", "out", "boxes", "choose", "proposals")
         protocol = {k: value for k, value in asdict(file).items() if k not in left}

@@ -3,6 +3,9 @@
 import os
 import re
 import socket
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -74,6 +77,17 @@ def choose_device(name: str, option: str = "--device") -> torch.device:
 def exact(device: torch.device) -> torch.dtype:
     """What sums over many images are kept in: fp64, which Apple's GPUs do not have."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """How long a call takes, with all that it starts on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def is_launched() -> bool:

@@ -2,13 +2,13 @@
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sami.core.optim import guarded_step, propagate_nonfinite
+from sami.core.processes import seconds_of
 from sami.core.tables import show_table
 
 Step = Callable[[], None]
@@ -19,14 +19,9 @@ def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[s
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name, step in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            passed = seconds_of(step, device)
             if turn:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(passed)
     return seconds
 
 
